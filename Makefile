@@ -1,0 +1,26 @@
+# make demo, make test: the set-up happens by itself; only python3 (>= 3.10) with venv is needed.
+PYTHON ?= python3
+VENV ?= .venv
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test check
+
+demo: $(INSTALLED)
+	$(VENV)/bin/etrm train configs/cpu.toml --fast --set run.dir=runs/demo
+	$(VENV)/bin/etrm eval runs/demo
+	$(VENV)/bin/etrm solve runs/demo tests/data/task.json
+
+test: $(INSTALLED)
+	$(VENV)/bin/pytest -q
+
+# mypy names a module after its folder, so it gets to see this one under the name of the package.
+check: $(INSTALLED)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	ln -sfn '$(CURDIR)' $(VENV)/etrm_arc
+	cd $(VENV) && bin/mypy --config-file etrm_arc/pyproject.toml etrm_arc/*.py etrm_arc/tests
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -q -c constraints.txt -e '.[test]'
+	touch $@

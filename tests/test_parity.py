@@ -1,0 +1,266 @@
+"""Agreement with the published code: |a - b| <= 2e-5 (1 + |b|) in float32, integers exact."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from etrm_arc import data, etrm
+from etrm_arc.data import Batch, Demos
+from etrm_arc.encoders import apply_standard, to_slots
+from etrm_arc.etrm import EncoderConfig, Output, Params, act_loss, act_step, fresh_carry, leaves, tree_map
+from etrm_arc.tests.published import config, core, standard, sub
+
+
+def close(ours, theirs, tolerance=2e-5):
+    a, b = torch.as_tensor(ours).detach().double(), torch.as_tensor(theirs).detach().double()
+    assert a.shape == b.shape
+    assert ((a - b).abs() / (1 + b.abs())).max() <= tolerance
+
+
+def batch_of(inputs, labels, demos=()):
+    return Batch((inputs.long(),), (labels.long(),), demos)
+
+
+def all_demos(inputs, outputs, mask):
+    owner, place = torch.nonzero(mask, as_tuple=True)
+    return (Demos(inputs[owner, place].long(), outputs[owner, place].long(), owner, place),)
+
+
+def published_sums(loss, steps, counted):
+    v = counted
+    return {
+        "total_loss": loss.total.sum(),
+        "lm_loss": loss.lm.sum(),
+        "q_halt_loss": loss.q.sum(),
+        "count": v.sum(),
+        "accuracy": loss.cell_accuracy[v].sum(),
+        "exact_accuracy": loss.exact[v].sum(),
+        "q_halt_accuracy": loss.q_right[v].sum(),
+        "steps": steps[v].sum(),
+    }
+
+
+def test_core(golden):
+    t, _ = golden("trm_core")
+    cfg, p = config(), tree_map(lambda x: x.clone().requires_grad_(), core(sub(t, "sd.inner.")))
+    context = t["context"].clone().requires_grad_()
+    batch = batch_of(t["batch.inputs"], t["batch.labels"])
+    close(etrm.place(p, cfg, context, batch.inputs), t["input_embeddings"].flatten(0, 1))
+    carry = fresh_carry(cfg, batch.inputs, torch.float32)
+    for step in (1, 2, 3):
+        carry, out = act_step(Params((), p), cfg, lambda *_: context, carry, batch, None)
+        close(carry.z_H.view(4, 52, 64), t[f"step{step}.z_H"])
+        close(carry.z_L.view(4, 52, 64), t[f"step{step}.z_L"])
+        close(out.logits[0], t[f"step{step}.logits"])
+        close(out.q_halt, t[f"step{step}.q_halt_logits"])
+        close(out.q_continue, t[f"step{step}.q_continue_logits"])
+        if step == 1:
+            loss = act_loss(cfg, out, batch.labels).total.sum()
+            close(loss, t["loss.total"])
+            (loss / 4).backward()
+    ours = {k.replace("blocks", "L_level.layers"): v.grad for k, v in leaves(p).items()}
+    names = {"qkv": "self_attn.qkv_proj", "o": "self_attn.o_proj", "gate_up": "mlp.gate_up_proj", "down": "mlp.down_proj"}
+    checked = 0
+    for name, grad in ours.items():
+        head, _, last = name.rpartition(".")
+        theirs = f"{head}.{names[last]}.weight" if last in names else {
+            "embed": "embed_tokens.embedding_weight", "head": "lm_head.weight",
+            "q_weight": "q_head.weight", "q_bias": "q_head.bias"}.get(last)  # fmt: skip
+        if theirs:
+            close(grad.norm(), t[f"gradnorm.inner.{theirs}"])
+            checked += 1
+            if f"grad.inner.{theirs}" in t:
+                close(grad, t[f"grad.inner.{theirs}"])
+    assert checked == 12
+    close(context.grad.flatten(1), t["grad.inner.puzzle_emb.local_weights"])
+
+
+@pytest.mark.parametrize("name", ["trm", "etrm_train", "etrm_eval"])
+def test_act_loss(golden, name):
+    t, _ = golden("act_loss")
+    logits, q = t["logits"].clone().requires_grad_(), t["q_halt_logits"].clone().requires_grad_()
+    loss = act_loss(config(), Output((logits,), q, t["q_continue_logits"]), (t["labels"].long(),))
+    counted = loss.labelled if name == "etrm_train" else loss.labelled & t["halted"]
+    steps = t["steps"]
+    for key, value in published_sums(loss, steps, counted).items():
+        if key == "steps" and name == "etrm_train":
+            value = steps.sum()  # published: also of rows without a label
+        close(value, t[f"{name}.{key}"])
+    loss.total.sum().backward()
+    close(logits.grad, t[f"{name}.grad_logits"])
+    close(q.grad, t[f"{name}.grad_q_halt_logits"])
+
+
+def test_unlabelled_row_trains_no_head_by_default(golden):
+    t, _ = golden("act_loss")
+    q = t["q_halt_logits"].clone().requires_grad_()
+    cfg = config(published_halting=False)
+    loss = act_loss(cfg, Output((t["logits"],), q, q), (t["labels"].long(),))
+    loss.total.sum().backward()
+    assert q.grad[2] == 0 and (q.grad[[0, 1, 3, 4, 5, 6]] != 0).all()
+
+
+def test_loss_pieces(golden):
+    t, _ = golden("act_loss")
+    close(torch.log_softmax(etrm.log_stable(t["log_stablemax.x"].float()), -1), t["log_stablemax.y"])
+    close(etrm.log_stable(t["s.x"].float()).exp(), t["s.y"])
+    out = Output((t["logits"],), t["q_halt_logits"], t["q_halt_logits"])
+    mean = t["softmax_ce_per_token"].sum(-1) / t["row.loss_counts"].clamp(min=1)
+    close(act_loss(config(loss="softmax"), out, (t["labels"].long(),)).lm, mean)
+
+
+def test_act_trace(golden):
+    """Carry, reset, exploration and halting over eight steps in which a new batch is offered at each."""
+    t, _ = golden("trm_act_trace")
+    weights = golden("trm_core")[0]
+    cfg = config()
+    sd = sub(weights, "sd.inner.")
+    p = core({**sd, "q_head.bias": t["sd_override.inner.q_head.bias"]})
+    table, carry, data_now = sd["puzzle_emb.weights"], None, None
+    for i in range(8):
+        offered = sub(t, f"t{i}.batch.")
+        carry = carry or fresh_carry(cfg, (offered["inputs"],), torch.float32)
+        data_now = data_now or offered
+        data_now = {k: torch.where(carry.halted.view(-1, *[1] * (v.ndim - 1)), v, data_now[k]) for k, v in offered.items()}
+        assert torch.equal(data_now["puzzle_identifiers"], t[f"t{i}.used.puzzle_identifiers"])
+        context = table[data_now["puzzle_identifiers"].long()].view(-1, 16, 64)
+        least = (t[f"t{i}.rand"] < cfg.exploration) * t[f"t{i}.randint"]
+        batch = batch_of(data_now["inputs"], data_now["labels"])
+        carry, out = act_step(Params((), p), cfg, lambda *_, c=context: c, carry, batch, least)
+        assert torch.equal(carry.halted, t[f"t{i}.halted"])
+        assert torch.equal(carry.steps.int(), t[f"t{i}.steps"].int())
+        close(out.logits[0], t[f"t{i}.logits"])
+        close(out.q_halt, t[f"t{i}.q_halt_logits"])
+        loss = act_loss(cfg, out, batch.labels)
+        for key, value in published_sums(loss, carry.steps, loss.labelled & carry.halted).items():
+            close(value, t[f"t{i}.loss." + ("total" if key == "total_loss" else key)])
+    close(carry.z_H.view_as(t["final.z_H"]), t["final.z_H"])
+
+    batch = batch_of(t["t0.batch.inputs"], t["t0.batch.labels"])
+    context = table[t["t0.batch.puzzle_identifiers"].long()].view(-1, 16, 64)
+    carry = fresh_carry(cfg, batch.inputs, torch.float32)
+    for n in range(1, 5):
+        carry, out = act_step(Params((), p), cfg, lambda *_: context, carry, batch, None)
+        close(out.q_halt, t[f"eval.s{n}.q_halt_logits"])
+        assert bool(carry.halted.all()) == (n == 4)
+    close(out.logits[0], t["eval.logits"])
+
+
+ENCODER = {"hidden": 32, "H_cycles": 1}
+
+
+def encoder_config(**options):
+    return config(**ENCODER, encoder=EncoderConfig(kind="standard", attend_padding=True, **options))
+
+
+def test_standard_encoder(golden):
+    t, demos = golden("enc_standard")[0], all_demos(*golden("enc_inputs")[0].values())
+    p = tree_map(lambda x: x.clone().requires_grad_(), standard(sub(t, "sd.")))
+    context = apply_standard(p, encoder_config(), demos, 3)
+    close(context, t["eval.context"])
+    (context * t["gradprobe.W"]).sum().backward()
+    grads = [v.grad.norm() for v in leaves(p).values()]
+    theirs = standard(sub(t, "gradprobe.norm."))
+    for a, b in zip(grads, leaves(theirs).values(), strict=True):
+        close(a, b, 1e-4)
+
+
+@pytest.mark.parametrize("variant", ["pre", "layerscale", "pre_layerscale", "attnpool", "set2", "weightedpool"])
+def test_standard_options(golden, variant):
+    t, meta = golden("enc_standard_options")
+    names = {"norm_style": "norm", "layer_scale_init": "layer_scale", "pooling_method": "pooling", "set_encoder_layers": "set_layers"}
+    options = {names[k]: v for k, v in meta["variants"][variant].items()}
+    sd = {**sub(golden("enc_standard")[0], "sd."), **sub(t, f"{variant}.sd.")}
+    p = standard(sd, options.get("set_layers", 1))
+    inputs, outputs, mask = golden("enc_inputs")[0].values()
+    want = t[f"{variant}.eval.context"]
+    if variant == "weightedpool":  # published: NaN wherever a demo is padded, so one demo each
+        inputs, outputs, mask = inputs[:, :1], outputs[:, :1], mask[:, :1]
+        want = t["weightedpool.eval.context_first_demo_only"]
+    close(apply_standard(p, encoder_config(**options), all_demos(inputs, outputs, mask), 3), want)
+
+
+def test_no_demo_gives_the_published_context(golden):
+    p = standard(sub(golden("enc_standard")[0], "sd."))
+    context = apply_standard(p, encoder_config(), all_demos(*(x[:1] * 0 for x in golden("enc_inputs")[0].values())), 1)
+    close(context, golden("enc_standard_options")[0]["nodemos.standard.context"])
+
+
+def test_gradients_of_the_whole(golden):
+    t, _ = golden("etrm_grad")
+    cfg = config(encoder=EncoderConfig(kind="standard", attend_padding=True))
+    demos = all_demos(t["batch.demo_inputs"], t["batch.demo_labels"], t["batch.demo_mask"])
+    batch = batch_of(t["batch.inputs"], t["batch.labels"], demos)
+    build = lambda sd: Params(standard(sub(sd, "encoder.")), core(sub(sd, "inner.")))  # noqa: E731
+    carry = fresh_carry(cfg, batch.inputs, torch.float32)
+    for step in (1, 2):
+        p = tree_map(lambda x: x.clone().requires_grad_(), build(sub(t, "sd.")))
+        least = (t[f"step{step}.rand"] < cfg.exploration) * t[f"step{step}.randint"]
+        carry, out = act_step(p, cfg, lambda e, b, n: apply_standard(e, cfg, b.demos, n), carry, batch, least)
+        loss = act_loss(cfg, out, batch.labels).total.sum()
+        close(loss, t[f"step{step}.total_loss"])
+        (loss / 4).backward()
+        assert torch.equal(carry.halted, t[f"step{step}.halted"])
+        close(out.logits[0], t[f"step{step}.logits"])
+        wanted = sub(t, f"step{step}.gradnorm.")
+        norms = build({**dict.fromkeys(("inner.H_init", "inner.L_init"), None), **wanted})
+        for path, leaf in leaves(p).items():
+            if path in leaves(norms):
+                close(leaf.grad.norm(), leaves(norms)[path], 1e-4)
+        assert len(leaves(norms)) == len(leaves(p)) - 2
+        if step == 1:
+            given = sub(t, "step1.grad.")
+            names = dict.fromkeys(sub(t, "sd."))
+            grads = leaves(build({**names, **given}))
+            assert len(grads) == len(given)
+            for path, grad in grads.items():
+                close(leaves(p)[path].grad, grad)
+
+
+def test_tokens_and_offsets(golden):
+    t, _ = golden("data")
+    checked = 0
+    for key in [k.removesuffix(".input") for k in t if k.startswith("task.") and k.endswith(".input")]:
+        pair = [t[f"{key}.{side}"].numpy() for side in ("input", "output")]
+        for grid, side in zip(pair, ("in", "out"), strict=True):
+            assert np.array_equal(data.tokenise(grid, 30).ravel(), t[f"{key}.seq_{side}"])
+            offset = tuple(t[f"{key}.shift_rc"].tolist())
+            assert np.array_equal(data.tokenise(grid, 30, offset).ravel(), t[f"{key}.shifted_seq_{side}"])
+        packed = data.pack([data.Task("x", [tuple(pair)], [])])
+        room = t[f"{key}.shift_rc_exclusive_max"].double()
+        shift = (t[f"{key}.shift_rc"].double() + 0.5) / room
+        painted = data.paint(packed, torch.tensor([0]), data.identity(1), shift[None], 30)
+        for tokens, side in zip(painted, ("in", "out"), strict=True):
+            assert torch.equal(tokens[0], t[f"{key}.shifted_seq_{side}"].long())
+        checked += 1
+    assert checked > 8
+
+
+def test_symmetries(golden):
+    t, meta = golden("data")
+    grid = t["dihedral.grid"].numpy()
+    for k in range(8):
+        s = data.identity()._replace(dihedral=torch.tensor(k))
+        assert np.array_equal(data.apply(s, grid), t[f"dihedral.t{k}"])
+    assert torch.equal(data.INVERSE, t["dihedral.inverse"].long())
+    assert torch.equal(data.COMPOSE, t["dihedral.compose_i_then_j"].long())
+    for i, name in enumerate(meta["aug.names"]):
+        _, turn, colours = name.split("|||")
+        s = data.Symmetry(torch.tensor(int(turn[1:])), torch.tensor([int(c) for c in colours]))
+        assert np.array_equal(data.apply(s, t["aug.grid"].numpy()), t[f"aug{i}.result"])
+
+
+def test_crop(golden):
+    t, _ = golden("data")
+    for i in range(7):
+        got = data.crop(t[f"crop{i}.seq"].view(30, 30).numpy())
+        assert list(got.shape) == t[f"crop{i}.shape"].tolist() or got.size == 0 == math.prod(t[f"crop{i}.shape"].tolist())
+        if got.size:
+            assert np.array_equal(got, t[f"crop{i}.grid"])
+
+
+def test_to_slots_puts_each_demo_at_its_place():
+    groups = [Demos(torch.zeros(2, 1), torch.zeros(2, 1), torch.tensor([1, 0]), torch.tensor([0, 1]))]
+    assert to_slots([torch.tensor([5.0, 7.0])], groups, 2, -1).tolist() == [[-1, 7], [5, -1]]
