@@ -18,7 +18,21 @@ from einops import rearrange
 from torch import Tensor
 
 from .data import Demos, UserError, nearest
-from .etrm import ModelConfig, attention, init_block, inner_width, normal, rms, rotate, rotation, split_heads, swiglu
+from .etrm import (
+    Encode,
+    ModelConfig,
+    Params,
+    attention,
+    init_block,
+    init_core,
+    inner_width,
+    normal,
+    rms,
+    rotate,
+    rotation,
+    split_heads,
+    swiglu,
+)
 
 
 class CellBlock(NamedTuple):
@@ -46,7 +60,7 @@ class SetBlock(NamedTuple):
 
 
 def _scales(cfg: ModelConfig) -> tuple[Tensor | None, Tensor | None]:
-    if cfg.encoder.layer_scale is None:
+    if not cfg.encoder.layer_scale:
         return None, None
     return torch.full((cfg.hidden,), cfg.encoder.layer_scale), torch.full((cfg.hidden,), cfg.encoder.layer_scale)
 
@@ -86,15 +100,11 @@ def table_for(cfg: ModelConfig, canvas: int, copies: int, x: Tensor) -> Any:
     return rotation(kind, 0, canvas, cfg.raster, cfg.hidden // cfg.heads, copies, x.dtype, str(x.device))
 
 
-def most_demos(demos: Sequence[Demos]) -> int:
-    return 1 + max((int(g.place.max()) for g in demos if len(g.place)), default=0)
-
-
 def to_slots(x: Sequence[Tensor], demos: Sequence[Demos], slots: int, fill: float = 0.0) -> Tensor:
     """Per-demo values, group by group (n, ...), to (B, K, ...): each demo at its owner and place, `fill` elsewhere."""
     owner, place = (torch.cat([getattr(g, name) for g in demos]) for name in ("owner", "place"))
     values = torch.cat(list(x))
-    out = values.new_full((slots, most_demos(demos), *values.shape[1:]), fill)
+    out = values.new_full((slots, demos[0].most, *values.shape[1:]), fill)
     return out.index_put((owner, place), values)  # (owner, place) is unique: no accumulation, no order
 
 
@@ -216,7 +226,12 @@ def apply_perceiver(p: Perceiver, cfg: ModelConfig, demos: Sequence[Demos], slot
 
 
 def attend_tokens(
-    p: SetBlock, cfg: ModelConfig, context: Tensor, tokens: Sequence[Tensor], masks: Sequence[Tensor], demos: Sequence[Demos]
+    p: SetBlock,
+    cfg: ModelConfig,
+    context: Tensor,
+    tokens: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    demos: Sequence[Demos],
 ) -> Tensor:
     """Exact softmax over all cells of all demos of a slot, though demos lie in groups of different sizes.
 
@@ -254,3 +269,20 @@ def lookup(kind: str) -> tuple[Callable[..., Any], Callable[..., Tensor]]:
     if kind not in ENCODERS:
         raise UserError(f"model.encoder.kind: unknown {kind!r}{nearest(kind, ENCODERS)}; known: {', '.join(ENCODERS)}")
     return ENCODERS[kind]
+
+
+# ---------------------------------------------------------------- encoder and core together
+
+
+def init_params(cfg: ModelConfig, seed: int) -> Params:
+    """All parameters, float32, drawn from the seed."""
+    if cfg.hidden % cfg.heads or cfg.hidden // cfg.heads % 4:
+        raise UserError(f"model.heads: {cfg.heads} heads must divide hidden {cfg.hidden} into heads of a multiple of 4")
+    g = torch.Generator().manual_seed(seed)
+    return Params(lookup(cfg.encoder.kind)[0](cfg, g), init_core(cfg, g))
+
+
+def encoder_of(cfg: ModelConfig) -> Encode:
+    """The config's encoder as `act_step` takes it."""
+    apply = lookup(cfg.encoder.kind)[1]
+    return lambda p, batch, slots: apply(p, cfg, batch.demos, slots)

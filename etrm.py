@@ -30,7 +30,7 @@ class EncoderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     set_layers: int = 1  # blocks in which the context tokens attend to the demos
     pooling: Literal["mean", "max", "attention", "weighted"] = "mean"  # standard: one vector per demo
     norm: Literal["post", "pre"] = "post"
-    layer_scale: float | None = None
+    layer_scale: float = 0.0  # 0: none
     attend_padding: bool = False  # published: the empty cells of a canvas attend and are attended
 
 
@@ -118,23 +118,21 @@ def init_core(cfg: ModelConfig, g: torch.Generator, vocab: int = 12) -> Core:
 
 
 def leaves(tree: Any, path: str = "") -> dict[str, Tensor]:
-    """Path -> tensor of a tree of NamedTuples, tuples and tensors, in order of definition; None is no leaf."""
+    """Path -> tensor of a tree of NamedTuples, tuples and tensors, in order of definition; None and int are no leaves."""
     if isinstance(tree, Tensor):
         return {path: tree}
-    if tree is None:
+    if tree is None or isinstance(tree, int):
         return {}
     names = getattr(tree, "_fields", range(len(tree)))
-    return {
-        k: v for n, sub in zip(names, tree, strict=True) for k, v in leaves(sub, f"{path}.{n}" if path else str(n)).items()
-    }
+    return {k: v for n, sub in zip(names, tree, strict=True) for k, v in leaves(sub, f"{path}.{n}" if path else str(n)).items()}
 
 
 def rebuild(tree: Any, new: dict[str, Any], path: str = "") -> Any:
     """The same tree with the leaves of `new`."""
     if isinstance(tree, Tensor):
         return new[path]
-    if tree is None:
-        return None
+    if tree is None or isinstance(tree, int):
+        return tree
     names = getattr(tree, "_fields", range(len(tree)))
     parts = [rebuild(s, new, f"{path}.{n}" if path else str(n)) for n, s in zip(names, tree, strict=True)]
     return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
@@ -162,6 +160,7 @@ def rotary(position: Tensor, head: int) -> tuple[Tensor, Tensor]:
 
 
 @functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)  # tables made while evaluating must serve training too
 def rotation(
     kind: str, context: int, canvas: int, raster: int, head: int, copies: int, dtype: torch.dtype, device: str
 ) -> tuple[Tensor, Tensor] | None:
@@ -188,19 +187,31 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor] | None) -> Tensor:
     return x * table[0] + torch.cat((-b, a), -1) * table[1]
 
 
+SCORES = 4_000_000  # numbers in the score matrices that attention makes at once
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Softmax attention, (b, h, S, head) each; mask (b, 1, 1, S) true where a key may be seen; no key seen gives 0.
 
-    On CPU torch's fused kernel is used for long sequences only: its bf16 backward is 3 to 5 times slower than plain
-    products up to some 450 tokens (48 x 2 x 116 x 64: 18.3 against 3.7 ms; 10 x 2 x 416 x 64: 19.5 against 6.9 ms).
+    On CPU plain products, a few slots at a time so that their scores stay in cache: torch's fused kernel is slower
+    there in bf16, 2.5 times at 10 x 2 x 416 x 64 and 2 times at 10 x 2 x 916 x 64, forward and backward, and its
+    backward 5 times at 48 x 2 x 116 x 64; in float32 it is no better.
     """
-    if q.device.type != "cpu" or (mask is None and q.shape[-2] > 450):
+    if q.device.type == "cuda":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    score = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
-    if mask is None:
-        return torch.softmax(score, -1) @ v
-    score = score.masked_fill(~mask, torch.finfo(score.dtype).min)
-    return torch.softmax(score, -1) @ (v * mask.transpose(-1, -2).to(v.dtype))
+    at_once = max(1, SCORES // (q.shape[1] * q.shape[2] * k.shape[2]))
+    q = q * q.shape[-1] ** -0.5
+    out = []
+    for i in range(0, max(1, len(q)), at_once):
+        part = slice(i, i + at_once)
+        score = q[part] @ k[part].transpose(-1, -2)
+        if mask is None:
+            out.append(torch.softmax(score, -1) @ v[part])
+        else:
+            seen = mask[part]
+            score = score.masked_fill(~seen, torch.finfo(score.dtype).min)
+            out.append(torch.softmax(score, -1) @ (v[part] * seen.transpose(-1, -2).to(v.dtype)))
+    return out[0] if len(out) == 1 else torch.cat(out)
 
 
 def split_heads(x: Tensor, heads: int) -> tuple[Tensor, ...]:
@@ -390,3 +401,13 @@ def act_loss(cfg: ModelConfig, out: Output, labels: Sequence[Tensor]) -> Loss:
         q_right=((out.q_halt >= 0) == exact) & labelled,
         labelled=labelled,
     )
+
+
+def think(params: Params, cfg: ModelConfig, encode: Encode, batch: Batch, dtype: torch.dtype, act_steps: int) -> Output:
+    """Evaluation: every slot for `act_steps` ACT steps from the initial states; the context is computed once."""
+    with torch.no_grad():
+        carry = fresh_carry(cfg, batch.inputs, dtype)
+        context = encode(params.encoder, batch, len(carry.steps))
+        for _ in range(act_steps):
+            carry, out = act_step(params, cfg, lambda *_: context, carry, batch, None)
+        return out

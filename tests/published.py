@@ -9,7 +9,15 @@ def sub(tensors, prefix):
 
 
 def block(sd, p, kind=Block):
-    names = [p + n for n in ("self_attn.qkv_proj.weight", "self_attn.o_proj.weight", "mlp.gate_up_proj.weight", "mlp.down_proj.weight")]
+    names = [
+        p + n
+        for n in (
+            "self_attn.qkv_proj.weight",
+            "self_attn.o_proj.weight",
+            "mlp.gate_up_proj.weight",
+            "mlp.down_proj.weight",
+        )
+    ]
     scales = (sd.get(p + "gamma_1"), sd.get(p + "gamma_2")) if kind is CellBlock else ()
     return kind(*(sd[n] for n in names), *scales)
 

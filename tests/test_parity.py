@@ -25,7 +25,7 @@ def batch_of(inputs, labels, demos=()):
 
 def all_demos(inputs, outputs, mask):
     owner, place = torch.nonzero(mask, as_tuple=True)
-    return (Demos(inputs[owner, place].long(), outputs[owner, place].long(), owner, place),)
+    return (Demos(inputs[owner, place].long(), outputs[owner, place].long(), owner, place, mask.shape[1]),)
 
 
 def published_sums(loss, steps, counted):
@@ -61,7 +61,12 @@ def test_core(golden):
             close(loss, t["loss.total"])
             (loss / 4).backward()
     ours = {k.replace("blocks", "L_level.layers"): v.grad for k, v in leaves(p).items()}
-    names = {"qkv": "self_attn.qkv_proj", "o": "self_attn.o_proj", "gate_up": "mlp.gate_up_proj", "down": "mlp.down_proj"}
+    names = {
+        "qkv": "self_attn.qkv_proj",
+        "o": "self_attn.o_proj",
+        "gate_up": "mlp.gate_up_proj",
+        "down": "mlp.down_proj",
+    }
     checked = 0
     for name, grad in ours.items():
         head, _, last = name.rpartition(".")
@@ -170,7 +175,12 @@ def test_standard_encoder(golden):
 @pytest.mark.parametrize("variant", ["pre", "layerscale", "pre_layerscale", "attnpool", "set2", "weightedpool"])
 def test_standard_options(golden, variant):
     t, meta = golden("enc_standard_options")
-    names = {"norm_style": "norm", "layer_scale_init": "layer_scale", "pooling_method": "pooling", "set_encoder_layers": "set_layers"}
+    names = {
+        "norm_style": "norm",
+        "layer_scale_init": "layer_scale",
+        "pooling_method": "pooling",
+        "set_encoder_layers": "set_layers",
+    }
     options = {names[k]: v for k, v in meta["variants"][variant].items()}
     sd = {**sub(golden("enc_standard")[0], "sd."), **sub(t, f"{variant}.sd.")}
     p = standard(sd, options.get("set_layers", 1))
@@ -262,5 +272,5 @@ def test_crop(golden):
 
 
 def test_to_slots_puts_each_demo_at_its_place():
-    groups = [Demos(torch.zeros(2, 1), torch.zeros(2, 1), torch.tensor([1, 0]), torch.tensor([0, 1]))]
+    groups = [Demos(torch.zeros(2, 1), torch.zeros(2, 1), torch.tensor([1, 0]), torch.tensor([0, 1]), 2)]
     assert to_slots([torch.tensor([5.0, 7.0])], groups, 2, -1).tolist() == [[-1, 7], [5, -1]]

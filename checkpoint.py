@@ -1,0 +1,101 @@
+"""Our format: one safetensors file of weights, EMA, config, data hash and the guard's finding."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import safetensors
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .data import UserError
+from .encoders import init_params
+from .etrm import ModelConfig, Params, leaves, rebuild
+from .sources import Finding
+
+FORMAT = 1
+
+
+class Checkpoint(NamedTuple):
+    path: Path
+    params: Params
+    ema: Params
+    model: ModelConfig
+    meta: dict[str, Any]  # config, step, data (hash of the training set), finding, score
+
+
+def write_file(path: Path, tensors: dict[str, Tensor], meta: dict[str, str]) -> None:
+    """Written aside, synced, renamed: a reader sees the old file or the new one, whole."""
+    aside = path.with_name(f".{path.name}.writing")
+    try:
+        save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, aside, metadata=meta)
+        with open(aside, "rb") as f:
+            os.fsync(f.fileno())
+        aside.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except (OSError, safetensors.SafetensorError) as e:
+        aside.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written: {getattr(e, 'strerror', None) or e}") from None
+
+
+def save(path: Path, params: Params, ema: Params, meta: dict[str, Any]) -> None:
+    """Write a checkpoint that `load` reads back bit for bit. `meta` must hold the config (as a dict)."""
+    tensors = {f"{name}.{k}": v for name, tree in (("params", params), ("ema", ema)) for k, v in leaves(tree).items()}
+    write_file(path, tensors, {"etrm": json.dumps({"format": FORMAT, **meta})})
+
+
+def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata). Raises UserError when the file is missing, truncated or no safetensors file."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint")
+    try:
+        with safetensors.safe_open(path, framework="pt") as f:
+            return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}  # noqa: SIM118 (not a mapping)
+    except (safetensors.SafetensorError, OSError, ValueError) as e:
+        raise UserError(f"{path}: truncated or no safetensors file: {e}") from None
+
+
+def find(path: str | Path) -> Path:
+    """The checkpoint meant by a file or by a run folder (its best, else its last)."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    found = [p for p in (path / "best.safetensors", path / "last.safetensors") if p.is_file()]
+    if not found:
+        raise UserError(f"{path}: holds neither best.safetensors nor last.safetensors")
+    return found[0]
+
+
+def load(path: str | Path) -> Checkpoint:
+    """Read a checkpoint, or the best one of a run folder. Raises UserError on anything that is not ours and whole."""
+    file = find(path)
+    tensors, raw = read_file(file)
+    if "etrm" not in raw:
+        raise UserError(f"{file}: a safetensors file, but not a checkpoint of ETRM")
+    try:
+        meta = json.loads(raw["etrm"])
+        if meta["format"] != FORMAT:
+            raise UserError(f"{file}: format {meta['format']}, this version reads {FORMAT}")
+        model = msgspec.convert(meta["config"]["model"], ModelConfig)
+        msgspec.convert(meta["finding"], Finding)
+        like = init_params(model, 0)
+    except (ValueError, KeyError, TypeError, msgspec.ValidationError) as e:
+        raise UserError(f"{file}: its config cannot be read: {e}") from None
+    trees = []
+    for name in ("params", "ema"):
+        for key, want in leaves(like).items():
+            got = tensors.pop(f"{name}.{key}", None)
+            if got is None or got.shape != want.shape:
+                is_ = "missing" if got is None else f"of shape {tuple(got.shape)}, must be {tuple(want.shape)}"
+                raise UserError(f"{file}: {name}.{key} is {is_}")
+            tensors[f" {name}.{key}"] = got.float()
+        trees.append(rebuild(like, {k: tensors.pop(f" {name}.{k}") for k in leaves(like)}))
+    if tensors:
+        raise UserError(f"{file}: unknown tensor {min(tensors)}")
+    return Checkpoint(file, trees[0], trees[1], model, meta)

@@ -1,0 +1,249 @@
+"""The command `etrm`. Commands are thin; heavy imports stand inside them, so that --help needs neither torch nor numpy."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any, Optional
+
+import typer
+
+app = typer.Typer(
+    help="Train and evaluate an encoder-based Tiny Recursive Model on ARC-AGI.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
+Set = Annotated[Optional[list[str]], typer.Option("--set", help="Override a config field: a.b=value (repeatable).")]  # noqa: UP045
+PALETTE = ["#000000", "#0074D9", "#FF4136", "#2ECC40", "#FFDC00", "#AAAAAA", "#F012BE", "#FF851B", "#7FDBFF", "#870C25"]
+
+
+def friendly(command: Callable[..., None]) -> Callable[..., None]:
+    """A user's mistake is one line and exit code 2; so is running out of memory."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        from .data import UserError
+
+        try:
+            command(*args, **kwargs)
+        except UserError as e:
+            typer.echo(f"etrm: {e}", err=True)
+            raise typer.Exit(2) from None
+        except (MemoryError, RuntimeError) as e:
+            if not isinstance(e, MemoryError) and "memory" not in str(e):
+                raise
+            typer.echo("etrm: out of memory: raise train.shards, or lower train.batch, eval.tokens or model.hidden", err=True)
+            raise typer.Exit(2) from None
+
+    return run
+
+
+def last_line(as_json: bool, result: dict[str, Any]) -> None:
+    if as_json:
+        typer.echo(json.dumps(result))
+
+
+def percent(x: float) -> str:
+    return f"{100 * x:.1f} %"
+
+
+def interval(result: dict[str, Any], key: str, n: int) -> str:
+    low, high = result["wilson95"][key]
+    return f"{percent(result[key])} (n = {n}, 95 % {100 * low:.1f} to {100 * high:.1f})"
+
+
+@app.command(name="data")
+@friendly
+def data_command(sources: list[str], as_json: Json = False) -> None:
+    """Describe task sources: arc1:training, arc1:evaluation, arc1:dev, arc2:..., folders and files."""
+    from . import sources as source
+
+    tasks = source.load(sources)
+    found = source.describe(tasks)
+    pools = "; ".join(f"{rule}: {', '.join(f'{k}: {v}' for k, v in p.items())}" for rule, p in found["pools"].items())
+    typer.echo(
+        f"{found['tasks']} tasks, {found['pairs']} pairs, {found['queries']} queries"
+        f" ({found['hidden_outputs']} outputs hidden), {found['bytes'] / len(tasks):.0f} bytes a task\n"
+        f"demos per task: {', '.join(f'{k}: {v}' for k, v in found['demos_per_task'].items())}\n"
+        f"largest side of a pair: median {found['side']['median']}, at most {found['side']['max']}\n"
+        f"queries per pool, {pools}\nhash {found['hash']}"
+    )
+    last_line(as_json, found)
+
+
+def progress(total: int) -> Callable[[dict[str, Any]], None]:
+    """A live line on a terminal, a plain line per row elsewhere."""
+    from rich.console import Console
+    from rich.live import Live
+
+    console = Console(stderr=True)
+    live = Live(console=console, refresh_per_second=4, transient=False) if console.is_terminal else None
+    if live:
+        live.start()
+
+    def say(row: dict[str, Any]) -> None:
+        if "all/lm_loss" in row:
+            rate = row["samples_per_s"]
+            left = (total - row["step"]) * row["samples"] / row["step"] / rate
+            text = (
+                f"step {row['step']}/{total}  loss {row['all/lm_loss']:.3f}  exact {percent(row['all/exact'])}"
+                f"  ACT steps {row.get('halted/steps', 0):.1f}  {rate:.1f} samples/s  {left / 60:.0f} min left"
+            )
+            live.update(text) if live else console.print(text)
+        else:
+            own = {k: v for k, v in row.items() if "/" in k}
+            console.print(f"step {row['step']}  " + "  ".join(f"{k} {v:.3f}" for k, v in own.items()))
+        if live and row["step"] == total:
+            live.stop()
+
+    say.stop = live.stop if live else (lambda: None)  # type: ignore[attr-defined]
+    return say
+
+
+def fit_aloud(cfg: Any) -> dict[str, Any]:
+    from . import train
+
+    say = progress(cfg.train.steps)
+    try:
+        return train.fit(cfg, say)
+    finally:
+        say.stop()  # type: ignore[attr-defined]
+
+
+@app.command(name="train")
+@friendly
+def train_command(
+    recipe: Annotated[str, typer.Argument(metavar="CONFIG", help="A TOML file, or the name of a shipped one.")],
+    fast: Annotated[bool, typer.Option("--fast", help="The config's quick setting.")] = False,
+    sets: Set = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it would take, train nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train from a TOML recipe; a shipped one may be named without its path."""
+    from . import config, train
+
+    cfg = config.load_config(recipe, sets or [], fast)
+    plan = train.plan(cfg, timed=dry_run)
+    typer.echo(plan.pop("text"))
+    result = plan if dry_run else fit_aloud(cfg)
+    if not dry_run:
+        typer.echo(f"done: {cfg.run.dir} after {result['step']} steps, {result['seconds']:.0f} s")
+    last_line(as_json, result)
+
+
+@app.command(name="eval")
+@friendly
+def eval_command(
+    checkpoint: str,
+    sources: Annotated[Optional[list[str]], typer.Option("--data", help="Default: the dev split.")] = None,  # noqa: UP045
+    views: Annotated[int, typer.Option(min=1, help="Symmetries and demo orders to vote over.")] = 1,
+    raw: Annotated[bool, typer.Option("--raw", help="Raw weights instead of their average (EMA).")] = False,
+    as_json: Json = False,
+) -> None:
+    """Score a checkpoint (file or run folder) on tasks with known outputs."""
+    from rich.progress import Progress
+
+    from . import solve
+
+    with Progress(transient=True) as bar:
+        task = bar.add_task("views", total=1.0)
+        result = solve.evaluate(
+            checkpoint, sources or (), views, "raw" if raw else "ema", lambda done: bar.update(task, completed=done)
+        )
+    held = {
+        True: "held out",
+        False: "NOT held out: shares pairs with the training set",
+        None: "unknown whether held out",
+    }
+    n, q = result["n_tasks"], result["n_queries"]
+    typer.echo(
+        f"{', '.join(result['data'])}: {held[result['held_out']]}; {result['views']} views; guard: {result['guard']}\n"
+        f"pass@1 {interval(result, 'pass@1', n)}\npass@2 {interval(result, 'pass@2', n)}\n"
+        f"exact match, one view {interval(result, 'exact_match', q)}\n"
+        f"cell accuracy, one view {percent(result['cell_accuracy'])} (n = {q})"
+    )
+    if "look" in result:
+        count = "could not be counted (folder not writable)" if result["look"] is None else f"number {result['look']}"
+        typer.echo(f"look at this held-out set from this run: {count}")
+    last_line(as_json, result)
+
+
+@app.command()
+@friendly
+def overfit(
+    groups: Annotated[int, typer.Option(min=2, help="The first tasks in order of their ids.")] = 32,
+    augment: Annotated[bool, typer.Option("--augment", help="With symmetries and translation.")] = False,
+    sets: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Can the model learn a few real tasks by heart? Every pair of them is asked, raw weights are scored."""
+    from . import config
+    from . import solve as solver
+
+    extra = [f"data.max_train_tasks={groups}"]
+    extra += ["data.dihedral=true", 'data.colours="keep_black"', "data.translate=true"] if augment else []
+    cfg = config.load_config("overfit-augment" if augment else "overfit", [*extra, *(sets or [])])
+    result = solver.overfit(cfg, fit_aloud)
+    typer.echo(result.pop("text"))
+    last_line(as_json, result)
+
+
+@app.command()
+@friendly
+def solve(
+    checkpoint: str,
+    task: str,
+    views: Annotated[int, typer.Option(min=1, help="Symmetries and demo orders to vote over.")] = 8,
+    as_json: Json = False,
+) -> None:
+    """Answer the queries of a task file: demos, answer and confidence in colour."""
+    from rich.console import Console
+
+    from . import solve as solver
+
+    console, made = Console(), []
+    for each, queries in solver.answers(checkpoint, task, views):
+        console.print(f"[bold]{each.name}[/bold]")
+        for x, y in each.demos:
+            console.print(beside(x, y))
+        for p, ranked in queries:
+            best = ranked[0] if ranked else None
+            console.print(beside(each.queries[p.query][0], best.grid if best else None))
+            if p.too_large:
+                said = f"no answer: it needs a canvas of {p.too_large}, larger than any the model was trained on"
+            elif best is None:
+                said = f"no answer: none of {views} views gave a whole grid"
+            else:
+                said = f"{best.count} of {views} views agree, confidence {percent(best.q)}"
+            console.print(f"query {p.query + 1}: {said}")
+            tries = [{"grid": c.grid.tolist(), "views": c.count, "confidence": c.q} for c in ranked[:2]]
+            made.append({"task": p.task, "query": p.query, "answers": tries})
+    last_line(as_json, {"queries": made, "views": views})
+
+
+def beside(left: Any, right: Any) -> Any:
+    """Two grids in ARC's colours with an arrow between them."""
+    from rich.text import Text
+
+    text = Text()
+    for r in range(max(len(left), 0 if right is None else len(right))):
+        for part, gap in ((left, "  -> " if r == 0 else "     "), (right, "\n")):
+            row = part[r] if part is not None and r < len(part) else []
+            for cell in row:
+                text.append("  ", style=f"on {PALETTE[int(cell)]}")
+            if part is left:
+                text.append(" " * 2 * (left.shape[1] - len(row)))
+            text.append("  ->  ?" if part is left and right is None and r == 0 else gap)
+    return text
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

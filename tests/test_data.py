@@ -1,0 +1,750 @@
+"""Laws of the data path: symmetries, tokens, painting, queries, pools, episodes, loading and the held-out guard."""
+
+import json
+
+import hypothesis.strategies as st
+import msgspec
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+
+from etrm_arc import data, sources
+from etrm_arc.data import DataConfig, Symmetry, Task, UserError
+from etrm_arc.tests import puzzles
+from etrm_arc.tests.puzzles import generators
+
+RULES = ("leave_one_out", "test")
+CANVASES = (3, 4, 6)
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def one(s, i):
+    return Symmetry(s.dihedral[i], s.colours[i])
+
+
+def equal_pairs(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+# ---------------------------------------------------------------- symmetries
+
+
+@given(generators)
+def test_symmetries_are_a_group(g):
+    a, b, c = (puzzles.symmetry(g, 16) for _ in range(3))
+    e = data.identity(16)
+    assert same(data.compose(e, a), a) and same(data.compose(a, e), a)
+    assert same(data.compose(a, data.inverse(a)), e) and same(data.compose(data.inverse(a), a), e)
+    assert same(data.compose(data.compose(a, b), c), data.compose(a, data.compose(b, c)))
+
+
+@given(generators)
+def test_compose_is_apply_after_apply(g):
+    a, b, x = puzzles.symmetry(g), puzzles.symmetry(g), puzzles.grid(g)
+    assert np.array_equal(data.apply(data.compose(a, b), x), data.apply(b, data.apply(a, x)))
+    assert np.array_equal(data.apply(data.inverse(a), data.apply(a, x)), x)
+    assert np.array_equal(data.apply(data.identity(), x), x)
+
+
+@given(generators)
+def test_batched_symmetries_are_single_ones(g):
+    a, b = puzzles.symmetry(g, 5), puzzles.symmetry(g, 5)
+    both, back = data.compose(a, b), data.inverse(a)
+    for i in range(5):
+        assert same(one(both, i), data.compose(one(a, i), one(b, i)))
+        assert same(one(back, i), data.inverse(one(a, i)))
+
+
+@given(generators, st.booleans(), st.sampled_from(["fixed", "keep_black", "all"]))
+def test_drawn_symmetries_keep_what_they_must(g, dihedral, colours):
+    s = data.draw_symmetry(torch.rand(64, 11, generator=g, dtype=torch.float64), dihedral, colours)
+    assert torch.equal(s.colours.sort(-1).values, torch.arange(10).expand(64, 10))
+    assert set(s.dihedral.tolist()) <= (set(range(8)) if dihedral else {0})
+    kept = {"fixed": 10, "keep_black": 1, "all": 0}[colours]
+    assert torch.equal(s.colours[:, :kept], torch.arange(kept).expand(64, kept))
+
+
+def test_every_symmetry_is_drawn():
+    u = torch.rand(1000, 11, generator=torch.Generator().manual_seed(0))
+    s = data.draw_symmetry(u, True, "keep_black")
+    assert len(s.dihedral.unique()) == 8
+    for colour in range(1, 10):
+        assert len(s.colours[:, colour].unique()) == 9
+    assert len(data.draw_symmetry(u, True, "all").colours[:, 0].unique()) == 10
+
+
+# ---------------------------------------------------------------- tokens and painting
+
+
+@given(generators, st.integers(1, 30), st.integers(0, 6))
+@example(torch.Generator(), 30, 0)
+def test_untokenise_inverts_tokenise(g, side, room):
+    x = puzzles.grid(g, side, side) if room == 0 else puzzles.grid(g, 1, side)
+    canvas = min(30, side + room)
+    assert np.array_equal(data.untokenise(data.tokenise(x, canvas)), x)
+
+
+@given(generators, st.integers(2, 8), st.booleans())
+def test_a_colour_on_the_border_is_no_answer(g, side, below):
+    x = puzzles.grid(g, 2, side)
+    h, w = x.shape
+    tokens = data.tokenise(x, side + 1)
+    at = (h, puzzles.integer(g, 0, w - 1)) if below else (puzzles.integer(g, 0, h - 1), w)
+    tokens[at] = puzzles.integer(g, 2, 11)
+    assert data.untokenise(tokens) is None
+
+
+def test_an_empty_canvas_is_no_answer():
+    for token in (data.PAD, data.EOS):
+        assert data.untokenise(np.full((4, 4), token, np.uint8)) is None
+
+
+# The ends of the range too: the last share of the room must not leave the canvas.
+shares = st.one_of(st.sampled_from([0.0, 0.5, 1 - 2.0**-53]), st.floats(0, 1, exclude_max=True))
+
+
+@given(generators, st.integers(6, 30), st.lists(st.tuples(shares, shares), min_size=8, max_size=8))
+@settings(max_examples=50)
+def test_painting_is_apply_then_tokenise(g, canvas, shift):
+    some = puzzles.tasks(g, 4, hidden=True)
+    packed, pairs = data.pack(some), [p for t in some for p in (*t.demos, *t.queries)]
+    pair = torch.randint(0, len(pairs), (8,), generator=g)
+    s = puzzles.symmetry(g, 8)
+    share = torch.tensor(shift, dtype=torch.float64)
+    painted = data.paint(packed, pair, s, share, canvas)
+    for i in range(8):
+        grids = [None if x is None else data.apply(one(s, i), x) for x in pairs[pair[i]]]
+        size = np.max([x.shape for x in grids if x is not None], axis=0)
+        room = [int(canvas - n) for n in size]
+        offset = tuple(int(u * (r + 1)) for u, r in zip(shift[i], room, strict=True))
+        assert all(0 <= o <= r for o, r in zip(offset, room, strict=True))
+        for tokens, x in zip(painted, grids, strict=True):
+            want = np.zeros((canvas, canvas), np.uint8) if x is None else data.tokenise(x, canvas, offset)
+            assert np.array_equal(tokens[i].view(canvas, canvas).numpy(), want)
+            assert (tokens[i] >= data.FIRST_COLOUR).sum() == (0 if x is None else x.size)
+
+
+@given(generators)
+@settings(max_examples=50)
+def test_a_batch_paints_each_episode_on_its_canvas(g):
+    packed, cfg = data.pack(puzzles.tasks(g, 6)), DataConfig(demo_canvases=(3, 6), canvases=CANVASES)
+    made = data.pools(data.queries(packed, "leave_one_out", CANVASES), 8)
+    e = puzzles.episodes(packed, made, cfg, 1, torch.arange(8))
+    b = data.batch(packed, e, [(p.canvas, p.slots) for p in made], cfg.demo_canvases)
+    slot = 0
+    for p, x, y in zip(made, b.inputs, b.labels, strict=True):
+        for i in range(p.slots):
+            s, at = data.Symmetry(*(v[slot : slot + 1] for v in e.symmetry)), e.shift[slot : slot + 1, 0]
+            want = data.paint(packed, e.query[slot : slot + 1], s, at, p.canvas)
+            assert torch.equal(x[i], want[0][0])
+            assert torch.equal(y[i], torch.where(want[1][0] == data.PAD, data.IGNORE, want[1][0]))
+            slot += 1
+    seen = set()
+    for d in b.demos:
+        for x, y, owner, place in zip(d.inputs, d.outputs, d.owner.tolist(), d.place.tolist(), strict=True):
+            pair = e.demos[owner, place]
+            side, canvas = int(packed.grids[pair, :, 1:].max()), int(len(x) ** 0.5)
+            assert canvas == (3 if side <= 3 else 6)
+            s, at = Symmetry(*(v[owner : owner + 1] for v in e.symmetry)), e.shift[owner : owner + 1, 1 + place]
+            assert same((x[None], y[None]), data.paint(packed, pair[None], s, at, canvas))
+            seen.add((owner, place))
+    assert seen == {tuple(at) for at in torch.nonzero(e.demos >= 0).tolist()}
+
+
+# ---------------------------------------------------------------- queries and pools
+
+
+@given(generators, st.sampled_from(RULES), st.sampled_from([(3, 4, 6), (4,), (2, 5), (6,)]))
+def test_a_pool_is_the_smallest_canvas_for_demos_and_input(g, rule, canvases):
+    some = puzzles.tasks(g, 5, hidden=True)
+    packed = data.pack(some)
+    asked = data.queries(packed, rule, canvases)
+    pairs = [(t, p) for t in range(5) for p in (*some[t].demos, *some[t].queries)]
+    expected = []
+    for q, (t, (x, y)) in enumerate(pairs):
+        if rule == "test":
+            demos, is_query = some[t].demos, q - int(packed.first[t]) >= len(some[t].demos)
+        else:
+            demos = [p for i, (u, p) in enumerate(pairs) if u == t and i != q and p[1] is not None]
+            is_query = y is not None
+        if is_query and demos:
+            side = max(max(grid.shape) for grid in (x, *(grid for p in demos for grid in p)))
+            canvas = min((c for c in canvases if c >= side), default=0)
+            expected.append((q, t, canvas, canvas > 0 and (y is None or max(y.shape) <= canvas)))
+    found = zip(*(v.tolist() for v in (asked.pair, asked.task, asked.canvas, asked.fits)), strict=True)
+    assert list(found) == expected
+
+
+@given(generators, st.sampled_from(RULES))
+def test_a_pool_knows_nothing_of_the_output(g, rule):
+    some = puzzles.tasks(g, 4)
+    before = data.queries(data.pack(some), rule, CANVASES)
+    which = puzzles.integer(g, 0, len(before.pair) - 1)
+    t = int(before.task[which])
+    place = int(before.pair[which] - data.pack(some).first[t])
+    pairs = [*some[t].demos, *some[t].queries]
+    others = [puzzles.grid(g, 1, 2), puzzles.grid(g, 1, 30)] + [None] * (rule == "test")
+    for output in others:
+        changed = [*pairs[:place], (pairs[place][0], output), *pairs[place + 1 :]]
+        n = len(some[t].demos)
+        after = data.queries(data.pack([*some[:t], Task("t", changed[:n], changed[n:]), *some[t + 1 :]]), rule, CANVASES)
+        assert torch.equal(after.pair, before.pair)
+        assert after.canvas[which] == before.canvas[which]
+        too_large = output is not None and max(output.shape) > int(after.canvas[which])
+        assert bool(after.fits[which]) == (after.canvas[which] > 0 and not too_large)
+
+
+@given(generators, st.sampled_from(RULES), st.integers(3, 64))
+def test_pools_share_the_batch_by_tasks(g, rule, slots):
+    packed = data.pack([*puzzles.tasks(g, 7, high=4), puzzles.task(g, high=3)])
+    asked = data.queries(packed, rule, CANVASES[:2])  # 3 and 4: some outputs do not fit
+    made = data.pools(asked, slots)
+    assert sum(p.slots for p in made) == slots and all(p.slots >= 1 for p in made)
+    assert torch.equal(torch.cat([p.pair for p in made]).sort().values, asked.pair[asked.fits])
+    # A task's sample-steps: its chance in each pool times what the pool's slots weigh.
+    chance = torch.zeros(8, dtype=torch.float64)
+    for p in made:
+        each = torch.diff(p.cdf, prepend=torch.zeros(1)) * p.weight * p.slots / slots
+        chance.scatter_add_(0, packed.task_of[p.pair], each)
+        assert p.cdf[-1] == 1
+        assert set(asked.canvas[torch.isin(asked.pair, p.pair)].tolist()) == {p.canvas}
+    asked_tasks = asked.task[asked.fits].unique()
+    torch.testing.assert_close(chance[asked_tasks], torch.full_like(chance[asked_tasks], 1 / len(asked_tasks)))
+
+
+def test_pools_refuse_what_they_cannot_serve():
+    g = torch.Generator().manual_seed(0)
+    asked = data.queries(data.pack([puzzles.task(g, low=n, high=n) for n in (3, 4, 6)]), "test", CANVASES)
+    assert len(data.pools(asked, 3)) == 3
+    with pytest.raises(UserError, match="train.batch: 2 slots cannot serve 3 pools"):
+        data.pools(asked, 2)
+    with pytest.raises(UserError, match="no query to train on"):
+        data.pools(data.queries(data.pack([puzzles.task(g, low=5)]), "test", (3,)), 3)
+
+
+def chi_square(counts, expected):
+    counts, expected = counts.double(), expected.double()
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_queries_are_drawn_task_by_task(rule):
+    g = torch.Generator().manual_seed(3)
+    packed = data.pack(puzzles.tasks(g, 6))
+    (pool,) = data.pools(data.queries(packed, rule, (6,)), 1)
+    n = torch.arange(6000)
+    query = data.draw(packed, pool, DataConfig(query=rule), 5, torch.zeros_like(n), n).query
+    assert chi_square(torch.bincount(packed.task_of[query], minlength=6), torch.full((6,), 1000)) < 25  # 5 degrees
+    asked = torch.bincount(query, minlength=len(packed.task_of))[pool.pair]
+    each = torch.diff(pool.cdf, prepend=torch.zeros(1)) * 6000
+    assert chi_square(asked, each) < 3 * len(asked) + 15
+
+
+# ---------------------------------------------------------------- randomness
+
+
+@given(st.integers(-(2**62), 2**62), st.integers(0, 2**40), st.integers(1, 30), st.integers(1, 30))
+def test_a_lane_ignores_how_many_there_are(seed, n, few, many):
+    few, many = sorted((few, many))
+    u = data.uniform(many, seed, torch.arange(4), n)
+    assert torch.equal(data.uniform(few, seed, torch.arange(4), n), u[:, :few])
+    assert torch.equal(data.uniform(many, seed, torch.tensor([2]), n), u[2:3])
+    assert u.dtype == torch.float64 and (u >= 0).all() and (u < 1).all()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 12345])
+def test_uniform_is_uniform(seed):
+    """Each counter, each lane and neighbouring pairs fill their bins evenly: 15 or 63 degrees of freedom."""
+    line = torch.arange(8192)
+    for u in (
+        data.uniform(1, seed, 0, line, 0)[:, 0],
+        data.uniform(1, seed, 0, 0, line)[:, 0],
+        data.uniform(1, line, 0, 0, 0)[:, 0],
+        data.uniform(8192, seed, 0, 0, 0),
+    ):
+        assert chi_square(torch.bincount((u * 16).long(), minlength=16), torch.full((16,), 512)) < 50
+        both = (u[:-1] * 8).long() * 8 + (u[1:] * 8).long()
+        assert chi_square(torch.bincount(both, minlength=64), torch.full((64,), 8191 / 64)) < 120
+
+
+# ---------------------------------------------------------------- episodes
+
+
+def drawn(g, rule, **options):
+    """Tasks and six episodes of each of their pools."""
+    some = puzzles.tasks(g, 5, hidden=True)
+    packed, cfg = data.pack(some), DataConfig(query=rule, canvases=CANVASES, **options)
+    asked = data.queries(packed, rule, (6,))
+    (pool,) = data.pools(asked, 6)
+    slot, n = torch.arange(6) * 7, torch.randint(0, 10**9, (6,), generator=g)
+    return some, packed, pool, cfg, slot, n
+
+
+@given(generators, st.sampled_from(RULES), st.integers(1, 6))
+def test_an_episode_never_shows_its_query(g, rule, most):
+    """Its demos are other pairs of the task, known, none twice, and all of them where `max_demos` allows."""
+    some, packed, pool, cfg, slot, n = drawn(g, rule, max_demos=most)
+    e = data.draw(packed, pool, cfg, 11, slot, n)
+    for query, row in zip(e.query.tolist(), e.demos.tolist(), strict=True):
+        shown = [d for d in row if d >= 0]
+        task = int(packed.task_of[query])
+        assert query in pool.pair.tolist()
+        assert row[: len(shown)] == shown and len(set(shown)) == len(shown)
+        first, t = int(packed.first[task]), some[task]
+        pairs = [*t.demos, *t.queries]
+        allowed = range(len(t.demos)) if rule == "test" else [i for i, p in enumerate(pairs) if p[1] is not None]
+        allowed = {first + i for i in allowed} - {query}
+        assert set(shown) <= allowed and len(shown) == min(most, len(allowed))
+
+
+@given(generators, st.sampled_from(RULES), st.integers(1, 4), st.integers(1, 4))
+def test_demo_subsets_have_the_size_asked_for(g, rule, least, most):
+    least, most = sorted((least, most))
+    _, packed, pool, cfg, slot, n = drawn(g, rule, max_demos=most, min_demos=least)
+    e = data.draw(packed, pool, cfg, 2, slot, n)
+    there = (data.candidates(packed, e.query, rule) >= 0).sum(-1).clamp(max=most)
+    shown = (e.demos >= 0).sum(-1)
+    assert (shown <= there).all() and (shown >= there.clamp(max=least)).all()
+
+
+def test_every_size_order_and_demo_occurs():
+    possible = torch.tensor([[10, 11, 12, -1]]).expand(600, 4)
+    u = data.uniform(5, 1, torch.arange(600))
+    subsets = {tuple(d for d in row if d >= 0) for row in data.choose_demos(possible, u, 10, 1).tolist()}
+    assert len(subsets) == 3 + 6 + 6  # ordered choices of one, two and three of three
+    assert len({tuple(row) for row in data.choose_demos(possible, u, 2).tolist()}) == 6
+
+
+@given(generators, st.sampled_from(RULES))
+def test_episodes_are_a_pure_function_of_seed_slot_and_n(g, rule):
+    """Whoever asks, and with whomever: the slots of two ranks are the rows of the whole."""
+    _, packed, pool, cfg, slot, n = drawn(g, rule, min_demos=1)
+    whole = data.draw(packed, pool, cfg, 3, slot, n)
+    order = torch.randperm(6, generator=g)
+    cut = puzzles.integer(g, 1, 5)
+    for part in (order[:cut], order[cut:]):
+        e = data.draw(packed, pool, cfg, 3, slot[part], n[part])
+        k = e.demos.shape[1]
+        assert same((e.query, *e.symmetry), (whole.query[part], *(v[part] for v in whole.symmetry)))
+        assert torch.equal(e.demos, whole.demos[part, :k]) and (whole.demos[part, k:] == -1).all()
+        assert torch.equal(e.shift, whole.shift[part, : 1 + k])
+    for other in (data.draw(packed, pool, cfg, 4, slot, n), data.draw(packed, pool, cfg, 3, slot + 1, n)):
+        assert not torch.equal(other.shift[:, 0], whole.shift[:, 0])
+
+
+@given(generators)
+@settings(max_examples=30)
+def test_joined_episodes_paint_what_they_did_apart(g):
+    packed, cfg = data.pack(puzzles.tasks(g, 6)), DataConfig(canvases=CANVASES, demo_canvases=(6,), min_demos=1)
+    made = data.pools(data.queries(packed, "leave_one_out", CANVASES), 6)
+    n, at = torch.arange(6), 0
+    whole = data.batch(packed, puzzles.episodes(packed, made, cfg, 9, n), [(p.canvas, p.slots) for p in made], (6,))
+    for i, p in enumerate(made):
+        e = data.draw(packed, p, cfg, 9, torch.arange(at, at + p.slots), n[at : at + p.slots])
+        alone = data.batch(packed, e, [(p.canvas, p.slots)], (6,))
+        assert torch.equal(alone.inputs[0], whole.inputs[i]) and torch.equal(alone.labels[0], whole.labels[i])
+        mine = (whole.demos[0].owner >= at) & (whole.demos[0].owner < at + p.slots)
+        assert same(alone.demos[0][:2], [v[mine] for v in whole.demos[0][:2]])
+        at += p.slots
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_one_demo_and_one_query_are_enough(rule):
+    g = torch.Generator().manual_seed(0)
+    packed = data.pack([Task("t", [puzzles.pair(g)], [puzzles.pair(g)])])
+    (pool,) = data.pools(data.queries(packed, rule, (6,)), 2)
+    e = data.draw(packed, pool, DataConfig(query=rule), 0, torch.arange(20), torch.zeros(20, dtype=torch.int64))
+    assert set(e.query.tolist()) == ({0, 1} if rule == "leave_one_out" else {1})
+    assert [[d for d in row if d >= 0] for row in e.demos.tolist()] == (1 - e.query[:, None]).tolist()
+    assert len(data.batch(packed, e, [(6, 20)], (6,)).demos[0].owner) == 20
+
+
+def test_without_translation_grids_lie_at_the_corner():
+    _, packed, pool, cfg, slot, n = drawn(torch.Generator().manual_seed(0), "test", translate=False)
+    assert not data.draw(packed, pool, cfg, 0, slot, n).shift.any()
+
+
+# ---------------------------------------------------------------- loading
+
+
+def raw_pair(p):
+    return {"input": p[0].tolist()} | ({} if p[1] is None else {"output": p[1].tolist()})
+
+
+def raw_task(t):
+    return {"train": [raw_pair(p) for p in t.demos], "test": [raw_pair(p) for p in t.queries]}
+
+
+def write(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+    return path
+
+
+def without_outputs(t):
+    return t._replace(queries=[(x, None) for x, _ in t.queries])
+
+
+def as_folder(root, some):
+    for t in some:
+        write(root / f"{t.name}.json", raw_task(t))
+    return root
+
+
+def as_nested_folder(root, some):
+    write(root / "LICENSE", "")
+    write(root / "submission.json", "not for us")
+    for i, t in enumerate(some):
+        write(root / "data" / f"part{i % 2}" / f"{t.name}.json", raw_task(t))
+    return root
+
+
+def as_one_file(root, some):
+    return write(root / "all.json", {t.name: raw_task(t) for t in some})
+
+
+def as_kaggle(root, some, line="_"):
+    path = write(root / f"arc-agi_evaluation{line}challenges.json", {t.name: raw_task(without_outputs(t)) for t in some})
+    answers = {t.name: [y.tolist() for _, y in t.queries] for t in some}
+    write(root / f"arc-agi_evaluation{line}solutions.json", answers)
+    return path
+
+
+def as_hyphenated_kaggle(root, some):
+    return as_kaggle(root, some, "-")
+
+
+def as_kaggle_folder(root, some):
+    return as_kaggle(root, some).parent
+
+
+def as_jsonl(root, some):
+    return write(root / "all.jsonl", "\n".join(json.dumps({"id": t.name} | raw_task(t)) + "\n" for t in some))
+
+
+FORMS = [as_folder, as_nested_folder, as_one_file, as_kaggle, as_hyphenated_kaggle, as_kaggle_folder, as_jsonl]
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_format_gives_the_same_tasks(form, tmp_path):
+    some = puzzles.tasks(generator(), 5)
+    found = sources.load([str(form(tmp_path, some))])
+    assert [t.name for t in found] == [t.name for t in some]
+    assert [sources.task_digest(t) for t in found] == [sources.task_digest(t) for t in some]
+    assert all(g.dtype == np.uint8 for t in found for p in (*t.demos, *t.queries) for g in p)
+
+
+def test_the_task_beside_the_tests(request):
+    (task,) = sources.load([str(request.path.parent / "data" / "task.json")])
+    assert task.name == "task" and task.demos[0][0].tolist() == [[1, 0, 0], [2, 2, 0], [0, 0, 3]]
+
+
+def test_challenges_without_solutions_have_hidden_outputs(tmp_path):
+    some = puzzles.tasks(generator(), 3)
+    path = as_kaggle(tmp_path, some)
+    path.with_name("arc-agi_evaluation_solutions.json").unlink()
+    found = sources.load([str(path)])
+    assert sources.set_hash(found) == sources.set_hash(map(without_outputs, some))
+    assert len(data.queries(data.pack(found), "test", (6,)).pair) == sum(len(t.queries) for t in some)
+
+
+def test_a_bare_list_of_pairs_is_all_demos(tmp_path):
+    pairs = [puzzles.pair(generator(i)) for i in range(7)]
+    (task,) = sources.load([str(write(tmp_path / "abc.json", [raw_pair(p) for p in pairs]))])
+    assert task.name == "abc" and task.queries == [] and len(task.demos) == 7
+    assert all(map(equal_pairs, task.demos, pairs))
+
+
+def test_lines_without_a_name_are_named_by_their_number(tmp_path):
+    some = puzzles.tasks(generator(), 2)
+    path = write(tmp_path / "x.jsonl", "\n\n".join(json.dumps(raw_task(t)) for t in some))
+    assert [t.name for t in sources.load([str(path)])] == ["x:1", "x:3"]
+
+
+@pytest.mark.parametrize("source, count, content", [
+    ("arc1:training", 400, "1614cf3cf2555ad5"),
+    ("arc1:evaluation", 400, "55bf54add07f5157"),
+    ("arc2:training", 1000, "5a960a2809f5d1f9"),
+    ("arc2:evaluation", 120, "7c7c04918d663f7c"),
+    ("arc1:dev", 80, "50eb316c413f8ee8"),
+])  # fmt: skip
+def test_embedded_sets(source, count, content):
+    found = sources.load([source])
+    assert len(found) == count and sources.set_hash(found) == content
+
+
+def test_the_dev_split_is_part_of_training():
+    training = {t.name: sources.task_digest(t) for t in sources.load(["arc1:training"])}
+    dev = sources.load(["arc1:dev"])
+    assert all(training[t.name] == sources.task_digest(t) for t in dev)
+    assert sources.dev_split(reversed(sorted(training))) == [t.name for t in dev]
+
+
+def test_sources_combine(tmp_path):
+    a, b, other = puzzles.tasks(generator(), 3), puzzles.tasks(generator(), 5), puzzles.tasks(generator(9), 1)
+    paths = [str(as_folder(tmp_path / n, some)) for n, some in (("a", a), ("b", b), ("c", other))]
+    found = sources.load(paths)
+    # equal copies once; another task of the same name stays, under a name of its own
+    assert [t.name for t in found] == ["t0", "t0#2", "t1", "t2", "t3", "t4"]
+    assert sources.set_hash(found) == sources.set_hash([*b, *other])
+    assert sources.set_hash(sources.load([*paths, *paths])) == sources.set_hash(found)
+    assert [t.name for t in sources.load(paths, 2)] == ["t0", "t0#2"]
+
+
+@given(generators)
+def test_the_set_hash_is_of_content(g):
+    some = puzzles.tasks(g, 4, hidden=True)
+    order = torch.randperm(4, generator=g).tolist()
+    assert sources.set_hash([some[i]._replace(name=f"n{i}") for i in order]) == sources.set_hash(some)
+    assert sources.set_hash(some[1:]) != sources.set_hash(some)
+    demos = list(some[0].demos)
+    demos[0] = (demos[0][0], (demos[0][1] + 1) % 10)
+    assert sources.set_hash([some[0]._replace(demos=demos), *some[1:]]) != sources.set_hash(some)
+
+
+def test_describe_counts():
+    some = [puzzles.task(generator(i), hidden=True) for i in range(6)]
+    said = sources.describe(some, (3, 6))
+    assert said["tasks"] == 6 and said["pairs"] == sum(len(t.demos) + len(t.queries) for t in some)
+    assert said["hidden_outputs"] == sum(y is None for t in some for _, y in t.queries) > 0
+    assert sum(said["demos_per_task"].values()) == 6
+    assert sum(said["pools"]["test"].values()) - said["pools"]["test"]["too_large"] == said["queries"]
+    json.dumps(said)
+
+
+# ---------------------------------------------------------------- bad input
+
+GOOD = {"input": [[1, 2]], "output": [[3]]}
+
+
+def task_with(grid):
+    return {"train": [GOOD, {"input": grid, "output": [[1]]}], "test": [GOOD]}
+
+
+BAD = {
+    "ragged": (task_with([[1, 2], [3]]), ["bad.json", "task bad", "train[1].input", "ragged"]),
+    "colour 12": (task_with([[12]]), ["task bad", "train[1].input", "colour 12"]),
+    "colour -1": (task_with([[-1]]), ["task bad", "train[1].input", "colour -1"]),
+    "float": (task_with([[1.0]]), ["task bad", "train[1].input", "whole number"]),
+    "string": (task_with([["1"]]), ["task bad", "train[1].input", "whole number"]),
+    "bool": (task_with([[True]]), ["task bad", "train[1].input", "whole number"]),
+    "null cell": (task_with([[None]]), ["task bad", "train[1].input", "whole number"]),
+    "31 x 31": (task_with([[0] * 31] * 31), ["task bad", "train[1].input", "31 x 31", "1..30"]),
+    "no cell": (task_with([[]]), ["task bad", "train[1].input", "1 x 0"]),
+    "no row": (task_with([]), ["task bad", "train[1].input", "list of rows"]),
+    "no grid": (task_with(7), ["task bad", "train[1].input", "list of rows"]),
+    "no demos": ({"train": [], "test": [GOOD]}, ["bad.json", "task bad", "no demos"]),
+    "empty list": ([], ["bad.json", "task bad", "no demos"]),
+    "no train": ({"x": {"test": [GOOD]}}, ["bad.json", "task x", '"train"']),
+    "test no list": ({"train": [GOOD], "test": GOOD}, ["bad.json", "task bad", '"test"']),
+    "no input": ({"train": [GOOD], "test": [{"output": [[1]]}]}, ["task bad", "test[0]", '"input"']),
+    "no output": ({"train": [{"input": [[1]]}], "test": []}, ["task bad", "train[0]", '"output"']),
+    "null output": ({"train": [{"input": [[1]], "output": None}], "test": []}, ["task bad", "train[0]", '"output"']),
+    "number": (7, ["bad.json", "neither a task"]),
+    "text": ('{"train": [', ["bad.json", "broken JSON"]),
+    "no task": ({}, ["no task found"]),
+}
+
+
+def complaint(source):
+    with pytest.raises(UserError) as caught:
+        sources.load([str(source)])
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files_are_refused_by_name(name, tmp_path):
+    value, words = BAD[name]
+    said = complaint(write(tmp_path / "bad.json", value))
+    assert all(word in said for word in words), said
+
+
+def test_missing_and_empty_sources(tmp_path):
+    assert "gone.json: no such file" in complaint(tmp_path / "gone.json")
+    (tmp_path / "empty").mkdir()
+    assert "empty: no task found" in complaint(tmp_path / "empty")
+    with pytest.raises(UserError, match="no source: no task found"):
+        sources.load([])
+    with pytest.raises(UserError, match="nothing.json: no such file"):
+        sources.read_json(tmp_path / "nothing.json")
+
+
+def test_an_unknown_embedded_set_names_the_nearest():
+    assert "did you mean arc1:training?" in complaint("arc1:trainig")
+    assert "did you mean arc2:evaluation?" in complaint("arc2:evaluatoin")
+    assert "arc2:dev: no such embedded set" in complaint("arc2:dev")
+
+
+def test_solutions_must_match_their_queries(tmp_path):
+    some = puzzles.tasks(generator(), 2)
+    path = as_kaggle(tmp_path, some)
+    beside = path.with_name("arc-agi_evaluation_solutions.json")
+    answers = json.loads(beside.read_text())
+    write(beside, answers | {"t1": answers["t1"] + [[[1]]]})
+    said = complaint(path)
+    assert "challenges.json" in said and "task t1" in said and "one grid per query" in said
+    write(beside, answers | {"t1": [[[11]]] * len(some[1].queries)})
+    said = complaint(path)
+    assert "task t1" in said and "test[0].output" in said and "colour 11" in said
+    write(beside, [1])
+    assert "solutions.json" in complaint(path)
+
+
+def test_a_broken_line_is_named_by_its_number(tmp_path):
+    good = json.dumps(raw_task(puzzles.task(generator())))
+    path = write(tmp_path / "x.jsonl", f"{good}\n\n{good[:-4]}\n{good}")
+    said = complaint(path)
+    assert "x.jsonl" in said and "line 3" in said and "broken JSON" in said
+    path.write_bytes(b"\xff\xfe{}")
+    assert "x.jsonl" in complaint(path)
+
+
+# ---------------------------------------------------------------- held-out guard
+
+
+@given(generators)
+def test_pair_digest_ignores_symmetry(g):
+    pair = puzzles.pair(g)
+    turned = puzzles.moved(puzzles.symmetry(g), pair)
+    assert sources.pair_digest(turned) == sources.pair_digest(pair)
+    assert sources._rough(turned) == sources._rough(pair)
+
+
+def equal_up_to_symmetry(a, b):
+    """The plain way: some turn of a becomes b by a one-to-one change of colours."""
+    for k in range(8):
+        turned = puzzles.moved(data.identity()._replace(dihedral=torch.tensor(k)), a)
+        if all(x.shape == y.shape for x, y in zip(turned, b, strict=True)):
+            change = {(p, q) for x, y in zip(turned, b, strict=True) for p, q in zip(x.flat, y.flat, strict=True)}
+            if len(change) == len({p for p, _ in change}) == len({q for _, q in change}):
+                return True
+    return False
+
+
+@given(generators, st.integers(1, 3), st.integers(2, 3))
+@settings(max_examples=200)
+def test_pair_digest_tells_orbits_apart(g, side, colours):
+    """Small grids of few colours, of which many are equal up to symmetry and many are nearly so."""
+    pairs = [puzzles.pair(g, max(1, side - 1), side, colours) for _ in range(3)]
+    for a in pairs:
+        for b in pairs:
+            same = equal_up_to_symmetry(a, b)
+            assert (sources.pair_digest(a) == sources.pair_digest(b)) == same
+            assert sources._rough(a) == sources._rough(b) or not same
+
+
+@given(generators)
+def test_pair_digest_sees_every_cell(g):
+    x, y = puzzles.pair(g, colours=9)
+    at = tuple(puzzles.integer(g, 0, n - 1) for n in x.shape)
+    y[0, 0] = x[at]  # the old colour stays in the pair, the new one is new: no symmetry can undo it
+    changed = x.copy()
+    changed[at] = 9
+    assert sources.pair_digest((changed, y)) != sources.pair_digest((x, y))
+
+
+def names(some):
+    return [t.name for t in some]
+
+
+def large(g, name):
+    return puzzles.task(g, name, low=4)  # 32 cells a pair at least
+
+
+def shared(g, task, other, place):
+    """The task with a pair of the other one, moved, put among its demos."""
+    pairs = [*other.demos, *other.queries]
+    return task._replace(demos=[*task.demos, puzzles.moved(puzzles.symmetry(g), pairs[place])])
+
+
+@given(generators, st.sampled_from(["demos", "queries"]))
+@settings(max_examples=50)
+def test_no_pair_of_a_held_out_or_dev_task_is_trained_on(g, part):
+    train, dev, held_out = ([large(g, f"{kind}{i}") for i in range(3)] for kind in ("train", "dev", "held"))
+    of = {"demos": 0, "queries": -1}[part]
+    mixed = [shared(g, train[0], held_out[1], of), shared(g, train[1], dev[2], of), train[2]]
+    kept, found = sources.guard(mixed, dev, held_out, "drop", 20)
+    assert names(kept) == ["train2"]
+    assert found == sources.Finding("drop", (("train0", "held1"),), set_aside=1)
+    with pytest.raises(UserError, match="train0 shares a pair with held-out task held1"):
+        sources.guard(mixed, dev, held_out, "refuse", 20)
+    assert names(sources.guard(mixed[1:], dev, held_out, "refuse", 20)[0]) == ["train2"]
+
+    kept, found = sources.guard(mixed, dev, held_out, "demos", 20)
+    admitted = ["held0#demos", "held1#demos", "held2#demos"]
+    assert names(kept) == [*(["train0"] if part == "demos" else []), "train2", *admitted]
+    assert all(k.demos == t.demos and not k.queries for k, t in zip(kept[-3:], held_out, strict=True))
+    assert found.admitted == 3 and found.set_aside == 1
+    assert found.dropped == (() if part == "demos" else (("train0", "held1"),))
+    assert "TRAINED ON" in str(found)
+
+
+@given(generators)
+@settings(max_examples=30)
+def test_dev_tasks_are_never_trained_on_whatever_the_policy(g):
+    dev, train = [large(g, f"d{i}") for i in range(3)], [large(g, "t")]
+    for policy in ("refuse", "drop", "demos"):
+        kept, _ = sources.guard([*train, *dev], dev, dev, policy, 20)
+        assert names(kept) == ["t"]
+
+
+@given(generators)
+def test_one_tiny_pair_is_chance_and_several_or_all_are_not(g):
+    tiny = [(np.array([[0, 1], [2, 3]], np.uint8), np.full((1, n), 4, np.uint8)) for n in (1, 2, 3)]  # 5, 6, 7 cells
+    other = Task("h", [*tiny, *puzzles.task(g).demos], [])
+    task = large(g, "t")
+    for count, cells, hit in (
+        (1, 6, False),
+        (1, 5, True),
+        (2, 12, False),
+        (2, 11, True),
+        (3, 20, False),
+        (3, 18, True),
+    ):
+        moved = [puzzles.moved(puzzles.symmetry(g), p) for p in tiny[:count]]
+        # twice the same pair is no more evidence than once
+        train = [task._replace(demos=[*moved, moved[0], *task.demos]), large(g, "u")]
+        kept, found = sources.guard(train, [], [other], "drop", cells)
+        assert len(kept) == 1 + (not hit)
+        assert found.dropped == ((("t", "h"),) if hit else ()) and found.tiny == (0 if hit else count)
+    moved = [puzzles.moved(puzzles.symmetry(g), p) for p in tiny[:1]]
+    kept, found = sources.guard([Task("t", moved, []), train[1]], [], [other], "drop", 20)
+    assert names(kept) == ["u"] and found.dropped == (("t", "h"),)
+
+
+def test_a_guard_that_leaves_nothing_says_so():
+    some = [large(generator(), "t")]
+    with pytest.raises(UserError, match="data.train: no task is left"):
+        sources.guard(some, [], some, "drop", 20)
+
+
+def test_the_guard_on_arc():
+    cfg = DataConfig()
+    train, dev, found = sources.prepare(cfg)
+    assert found.dropped == (("40853293", "070dd51e"), ("caa06a1f", "50a16a69"))
+    assert found.set_aside == len(dev) == 80  # also those of nothing but 3 x 3 grids
+    assert len(train) == 400 - 80 - 2
+    forbidden = {sources.pair_digest(p) for t in dev for p in (*t.demos, *t.queries) if p[0].size + p[1].size >= 20}
+    assert not forbidden & {sources.pair_digest(p) for t in train for p in (*t.demos, *t.queries)}
+    with pytest.raises(UserError, match="40853293 shares a pair with held-out task 070dd51e"):
+        sources.prepare(msgspec.structs.replace(cfg, policy="refuse"))
+    few, dev, _ = sources.prepare(msgspec.structs.replace(cfg, max_train_tasks=3, max_eval_tasks=2))
+    assert names(few) == names(train)[:3] and len(dev) == 2
+
+
+def test_the_guard_on_arc_2():
+    """376 of the held-out tasks are in it: none gets through, nor any dev task."""
+    train, dev, found = sources.prepare(DataConfig(train=("arc2:training",)))
+    held_out = {t.name for t in sources.load(["arc1:evaluation"])}
+    assert not {t.name for t in train} & (held_out | {t.name for t in dev})
+    assert len(found.dropped) == 377 and found.set_aside == 80

@@ -1,0 +1,348 @@
+"""The optimizer, the config, the dealing of slots, the loop and its checkpoints."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from etrm_arc import checkpoint, config, data, train
+from etrm_arc.data import Batch, UserError
+from etrm_arc.encoders import ENCODERS, encoder_of, init_params
+from etrm_arc.etrm import EncoderConfig, ModelConfig, Params, act_loss, act_step, fresh_carry, leaves, rebuild
+from etrm_arc.tests import published
+
+TINY = {
+    "data": {"dev": [], "held_out": [], "train": ["tests"], "canvases": [6, 10]},
+    "model": {
+        "hidden": 32,
+        "heads": 2,
+        "expansion": 1.0,
+        "H_cycles": 2,
+        "L_cycles": 1,
+        "context_tokens": 4,
+        "halt_max_steps": 3,
+    },
+    "optimizer": {"warmup": 2, "lr": 3e-3},
+    "train": {"batch": 6, "steps": 6, "dtype": "fp32", "log_every": 2, "save_every": 3},
+    "eval": {"on": "train", "every": 3, "act_steps": 2},
+}
+
+
+def tiny(folder, **changes):
+    raw = json.loads(json.dumps(TINY))
+    raw["data"]["train"] = [str(Path(__file__).parent / "data" / "set")]
+    raw["run"] = {"dir": str(folder)}
+    for key, value in changes.items():
+        config.override(raw, key.replace("__", "."), value)
+    return config.parse_config(raw, "test")
+
+
+# ---------------------------------------------------------------- optimizer
+
+
+def test_training_trace_of_the_published_trainer(golden):
+    """Six steps of Adam-atan2, warm-up and cosine, EMA, with the published puzzle table in the encoder's place."""
+    t, meta = golden("trm_train_trace")
+    hyper = meta["hyper"]
+    cfg = published.config()
+    sd = published.sub(golden("trm_core")[0], "sd.inner.")
+    like = Params((), published.core({**sd, "q_head.bias": torch.tensor([0.25, 0.1])}))
+    opt = config.OptimizerConfig(
+        kind="adam_atan2", lr=hyper["lr"], warmup=hyper["lr_warmup_steps"], final_lr=hyper["lr_min_ratio"],
+        betas=(hyper["beta1"], hyper["beta2"]), weight_decay=hyper["weight_decay"], clip=0.0,
+    )  # fmt: skip
+    params = {k: v.clone().requires_grad_(not train.is_frozen(opt, k)) for k, v in leaves(like).items()}
+    trained = {k: v for k, v in params.items() if v.requires_grad}
+    opts, ema = train.optimizers(opt, params), {k: v.detach().clone() for k, v in params.items()}
+    table, carry, now = sd["puzzle_emb.weights"].clone(), None, None
+    for i in range(6):
+        offered = published.sub(t, f"t{i}.batch.")
+        carry = carry or fresh_carry(cfg, (offered["inputs"],), torch.float32)
+        now = now or offered
+        now = {k: torch.where(carry.halted.view(-1, *[1] * (v.ndim - 1)), v, now[k]) for k, v in offered.items()}
+        ids = now["puzzle_identifiers"].long()
+        rows = table[ids].clone().requires_grad_()
+        least = (t[f"t{i}.rand"] < cfg.exploration) * t[f"t{i}.randint"]
+        batch = Batch((now["inputs"].long(),), (now["labels"].long(),), ())
+        carry, out = act_step(rebuild(like, params), cfg, lambda *_, r=rows: r.view(-1, 16, 64), carry, batch, least)
+        total = act_loss(cfg, out, batch.labels).total.sum() / 6
+        *grads, row_grads = torch.autograd.grad(total, [*trained.values(), rows])
+        lr = train.learning_rate(opt, i + 1, hyper["total_steps"])
+        assert abs(lr - float(t[f"t{i}.reported.lr"])) < 1e-9
+        table_lr = lr * hyper["puzzle_emb_lr"] / hyper["lr"]
+        touched, where = ids.unique(return_inverse=True)
+        summed = torch.zeros(len(touched), 1024).index_add_(0, where, row_grads)
+        decayed = table[touched] * (1 - table_lr * hyper["puzzle_emb_weight_decay"])
+        table[touched] = decayed - table_lr * torch.sign(summed)
+        train.update(opts, list(trained.values()), grads, lr, 0.0)
+        torch._foreach_lerp_(list(ema.values()), list(params.values()), 1 - hyper["ema_rate"])
+        assert torch.equal(carry.halted, t[f"t{i}.halted"])
+        for k, v in published.sub(t, f"t{i}.param_norm.inner.").items():
+            assert abs(float(published_leaf(params, k).detach().norm() - v)) <= 2e-5 * (1 + float(v))
+    for which, ours in (("final.inner.", params), ("final_ema.inner.", ema)):
+        for k, v in published.sub(t, which).items():
+            if not k.startswith("puzzle_emb"):
+                assert ((published_leaf(ours, k) - v).abs() / (1 + v.abs())).max() <= 2e-5
+
+
+def published_leaf(params, name):
+    renamed = name.removesuffix(".weight").removesuffix(".embedding_weight").replace("L_level.layers", "blocks")
+    for theirs, ours in (
+        ("self_attn.qkv_proj", "qkv"), ("self_attn.o_proj", "o"), ("mlp.gate_up_proj", "gate_up"), ("mlp.down_proj", "down"),
+        ("embed_tokens", "embed"), ("lm_head", "head"), ("q_head.bias", "q_bias"), ("q_head", "q_weight"),
+    ):  # fmt: skip
+        renamed = renamed.replace(theirs, ours)
+    return params[f"core.{renamed}"]
+
+
+def test_muon_takes_matrices_and_adamw_the_rest():
+    for kind in ENCODERS:
+        cfg = ModelConfig(hidden=32, heads=2, tied_head=False, encoder=EncoderConfig(kind=kind))
+        params = leaves(init_params(cfg, 0))
+        params = {k: v.requires_grad_("_init" not in k) for k, v in params.items()}
+        muon, adam = train.optimizers(config.OptimizerConfig(kind="muon"), params)
+        own = {id(p) for g in muon.param_groups for p in g["params"]}
+        chosen = {k for k, p in params.items() if id(p) in own}
+        assert all(params[k].ndim == 2 for k in chosen)
+        assert not any("embed" in k or "queries" in k or "q_weight" in k for k in chosen)
+        assert {k for k in params if k.endswith((".qkv", ".o", ".gate_up", ".down"))} <= chosen
+        assert sum(len(g["params"]) for o in (muon, adam) for g in o.param_groups) == len(params) - 2
+
+
+def test_patterns_freeze_and_scale():
+    cfg = config.OptimizerConfig(
+        kind="adamw",
+        freeze=(r"core\.[HL]_init", r"encoder\..*"),
+        lr_scale={r"core\.embed": 0.5},
+        decay_scale={r".*bias": 0.0},
+    )
+    like = init_params(ModelConfig(hidden=32, heads=2), 0)
+    params = {k: v.clone().requires_grad_(not train.is_frozen(cfg, k)) for k, v in leaves(like).items()}
+    assert not any(v.requires_grad for k, v in params.items() if k.startswith("encoder") or k.endswith("_init"))
+    trained = [v for v in params.values() if v.requires_grad]
+    before = {k: v.detach().clone() for k, v in params.items()}
+    opts = train.optimizers(cfg, params)
+    train.update(opts, trained, [torch.ones_like(p) for p in trained], 0.1, 0.0)
+    moved = {k: float((v.detach() - before[k] * (1 - 0.1 * 0.1)).abs().max()) for k, v in params.items()}
+    assert moved["core.blocks.0.o"] == pytest.approx(0.1, rel=1e-3)
+    by_scale = {g["scale"]: g for o in opts for g in o.param_groups}
+    assert any(p is params["core.embed"] for p in by_scale[0.5]["params"])
+    decays = {g["weight_decay"] for o in opts for g in o.param_groups if any(p is params["core.q_bias"] for p in g["params"])}
+    assert decays == {0.0}
+    assert torch.equal(params["encoder.queries"], before["encoder.queries"])
+
+
+def test_clipping_bounds_the_step_and_reports_the_norm_before():
+    p = torch.zeros(4, requires_grad=True)
+    opt = [torch.optim.SGD([{"params": [p], "scale": 1.0}], lr=1.0)]
+    norm = train.update(opt, [p], [torch.tensor([3.0, 0, 4.0, 0])], 1.0, 1.0)
+    assert float(norm) == pytest.approx(5) and float(p.detach().norm()) == pytest.approx(1, rel=1e-4)
+    kept = p.detach().clone()
+    assert math.isnan(train.update(opt, [p], [torch.full((4,), math.nan)], 1.0, 1.0)) and torch.equal(p, kept)
+
+
+# ---------------------------------------------------------------- config
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        ({"train": {"bach": 3}}, "unknown key train.bach (did you mean batch?)"),
+        ({"optimiser": {}}, "unknown key optimiser (did you mean optimizer?)"),
+        ({"model": {"encoder": {"layer": 3}}}, "unknown key model.encoder.layer (did you mean layers?)"),
+        ({"train": {"batch": "many"}}, "train.batch: expected `int`, got `str`"),
+        ({"model": {"loss": "hinge"}}, "model.loss: invalid enum value 'hinge'"),
+    ],
+)
+def test_a_wrong_key_or_type_is_named(raw, said):
+    with pytest.raises(UserError) as e:
+        config.parse_config(raw, "x.toml")
+    assert str(e.value) == f"x.toml: {said}"
+
+
+def test_every_shipped_config_parses_also_fast():
+    folder = Path(config.__file__).parent / "configs"
+    files = sorted(folder.glob("*.toml"))
+    assert files
+    for file in files:
+        cfg = config.load_config(file)
+        if cfg.fast:
+            assert config.load_config(file, fast=True) != cfg
+
+
+def test_overrides_are_toml_or_plain_strings(tmp_path):
+    file = tmp_path / "a.toml"
+    file.write_text('[train]\nbatch = 3\n[fast]\n"train.batch" = 2\n"train.steps" = 5\n')
+    cfg = config.load_config(file, ["train.batch=7", "run.dir=some/where", 'data.train=["a", "b"]'], fast=True)
+    assert (cfg.train.batch, cfg.train.steps, cfg.run.dir, cfg.data.train) == (7, 5, "some/where", ("a", "b"))
+    with pytest.raises(UserError, match="must be key=value"):
+        config.load_config(file, ["train.batch"])
+    with pytest.raises(UserError, match="broken TOML"):
+        (tmp_path / "b.toml").write_text("[train")
+        config.load_config(tmp_path / "b.toml")
+
+
+# ---------------------------------------------------------------- dealing
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(1, 4))
+def test_shards_partition_the_slots_and_share_the_work(counts, parts):
+    pools = [data.Pool(6 + 4 * i, n, torch.tensor([0]), torch.tensor([1.0]), 1.0) for i, n in enumerate(counts)]
+    cfg = ModelConfig()
+    if sum(counts) < parts:
+        with pytest.raises(UserError, match="cannot fill"):
+            train.deal(pools, cfg, parts)
+        return
+    shards = train.deal(pools, cfg, parts)
+    seen = [(p.canvas, int(s)) for shard in shards for p, slots in zip(*shard, strict=True) for s in slots]
+    want = [p.canvas for p in pools for _ in range(p.slots)]
+    assert sorted(seen, key=lambda x: x[1]) == list(zip(want, range(len(want)), strict=True))
+    cost = [sum((cfg.context_tokens + p.canvas**2) * len(s) for p, s in zip(*x, strict=True)) for x in shards]
+    assert max(cost) - min(cost) <= cfg.context_tokens + max(p.canvas for p in pools) ** 2
+
+
+def test_gradients_of_shards_sum_to_those_of_the_whole(tmp_path):
+    """Slices of a step and processes alike: each slot belongs to one shard, the reduced gradient is the batch's."""
+    total = {}
+    for shards in (1, 3):
+        cfg = tiny(tmp_path, train__shards=shards)
+        s = train.setup(cfg)
+        grads, ids = [], []
+        for shard in s.shards:
+            carry = train.start_carry(cfg, shard, s.device, s.dtype)
+            carry, batch, least = train.next_batch(s.tasks, shard, cfg, carry, s.device)
+            weight = train.slot_weights(shard, cfg.train.batch)
+            grads.append(train.train_step(s.params, s.like, cfg.model, s.encode, s.dtype, carry, batch, least, weight)[1])
+            ids += torch.cat(shard.slots).tolist()
+        assert sorted(ids) == list(range(cfg.train.batch))
+        total[shards] = torch.cat([g.flatten() for g in train.reduce(grads)])
+    assert total[1].abs().max() > 1e-4
+    torch.testing.assert_close(total[1], total[3], rtol=1e-4, atol=1e-6)
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def test_fit_learns_logs_and_leaves_a_checkpoint(tmp_path):
+    cfg = tiny(tmp_path / "run", train__steps=30, eval__every=30, train__log_every=10)
+    rows = []
+    last = train.fit(cfg, rows.append)
+    written = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert written == rows and [r["step"] for r in rows] == [10, 20, 30, 30]
+    assert rows[2]["all/lm_loss"] < rows[0]["all/lm_loss"]
+    assert rows[0]["all/count"] == 60 and 1 <= rows[-2]["halted/steps"] <= 3
+    assert {"train/ema/own/loss", "train/ema/foreign/loss"} <= last.keys()
+    c = checkpoint.load(tmp_path / "run")
+    assert c.meta["step"] == 30 and c.model == cfg.model
+    assert config.parse_config(c.meta["config"], "checkpoint") == cfg
+    assert any(not torch.equal(a, b) for a, b in zip(leaves(c.params).values(), leaves(c.ema).values(), strict=True))
+
+
+def test_the_same_config_gives_the_same_bits(tmp_path):
+    saved = []
+    for name in "ab":
+        train.fit(tiny(tmp_path / name))
+        saved.append(checkpoint.load(tmp_path / name / "last.safetensors"))
+    for tree in ("params", "ema"):
+        for a, b in zip(*(leaves(getattr(c, tree)).values() for c in saved), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_training_stops_at_the_wanted_exact_match(tmp_path, monkeypatch):
+    exact = iter((0.5, 0.9, 0.95))
+    monkeypatch.setattr(train, "watch", lambda *_: {"train/ema/own/exact": next(exact), "train/ema/own/loss": 1.0})
+    last = train.fit(tiny(tmp_path, eval__stop_at=0.9, train__steps=9))
+    assert last["step"] == 6 and checkpoint.load(tmp_path / "last.safetensors").meta["step"] == 6
+
+
+def test_a_diverged_run_stops_and_names_the_step(tmp_path):
+    cfg = tiny(tmp_path, optimizer__kind="adamw", optimizer__lr=1e30, optimizer__clip=0)
+    with pytest.raises(UserError, match=r"step \d: the gradient is not finite"):
+        train.fit(cfg)
+
+
+def test_fp16_halves_its_scale_on_overflow_and_goes_on(tmp_path):
+    last = train.fit(tiny(tmp_path, train__dtype="fp16"))
+    assert math.isfinite(last["train/ema/own/loss"])
+
+
+def test_foreign_demos_never_come_from_the_same_task():
+    task = torch.tensor([0, 0, 3, 5, 5, 5, 9])
+    for seed in range(20):
+        assert (task[train.donors(task, seed)] != task).all()
+    assert torch.equal(train.donors(task, 1), train.donors(task, 1))
+    with pytest.raises(UserError, match="needs two tasks"):
+        train.donors(torch.tensor([4, 4]), 0)
+
+
+def test_plan_counts_work_and_memory(tmp_path):
+    plan = train.plan(tiny(tmp_path), timed=True)
+    assert plan["parameters"] > 1e4 and sum(plan["slots"].values()) == 6
+    more = train.plan(tiny(tmp_path, train__batch=12), timed=True)
+    assert 1.5 < more["gflop_per_step"] / plan["gflop_per_step"] < 2.7
+    assert more["memory_gb"] > plan["memory_gb"]
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def saved(tmp_path):
+    cfg = tiny(tmp_path)
+    s = train.setup(cfg)
+    tree = rebuild(s.like, s.params)
+    checkpoint.save(tmp_path / "last.safetensors", tree, tree, {**s.meta, "step": 0})
+    return tmp_path / "last.safetensors", tree
+
+
+def test_a_checkpoint_round_trips_bit_for_bit(tmp_path):
+    file, tree = saved(tmp_path)
+    for a, b in zip(leaves(tree).values(), leaves(checkpoint.load(file).params).values(), strict=True):
+        assert torch.equal(a, b)
+    assert checkpoint.load(tmp_path).path == file
+
+
+@pytest.mark.parametrize("cut", [0, 5, 100, 4000, -1])
+def test_a_truncated_checkpoint_is_refused(tmp_path, cut):
+    file, _ = saved(tmp_path)
+    file.write_bytes(file.read_bytes()[:cut])
+    with pytest.raises(UserError, match="truncated or no safetensors file"):
+        checkpoint.load(file)
+
+
+def test_foreign_and_misshapen_checkpoints_are_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    other = tmp_path / "other.safetensors"
+    save_file({"x": torch.zeros(2)}, other)
+    with pytest.raises(UserError, match="not a checkpoint of ETRM"):
+        checkpoint.load(other)
+    file, tree = saved(tmp_path)
+    tensors, meta = checkpoint.read_file(file)
+    for change, said in (
+        ({"params.core.embed": torch.zeros(3, 3)}, r"params.core.embed is of shape \(3, 3\)"),
+        ({"params.more": torch.zeros(1)}, "unknown tensor params.more"),
+    ):
+        checkpoint.write_file(other, {**tensors, **change}, meta)
+        with pytest.raises(UserError, match=said):
+            checkpoint.load(other)
+    checkpoint.write_file(other, {k: v for k, v in tensors.items() if k != "ema.core.q_bias"}, meta)
+    with pytest.raises(UserError, match="ema.core.q_bias is missing"):
+        checkpoint.load(other)
+    with pytest.raises(UserError, match="no such checkpoint"):
+        checkpoint.load(tmp_path / "nothing.safetensors")
+    with pytest.raises(UserError, match="neither best"):
+        (tmp_path / "empty").mkdir()
+        checkpoint.load(tmp_path / "empty")
+
+
+def test_encode_is_the_table_entry():
+    cfg = ModelConfig(hidden=32, heads=2, context_tokens=4)
+    params = init_params(cfg, 0)
+    demos = data.Demos(torch.full((1, 36), 2), torch.full((1, 36), 3), torch.tensor([0]), torch.tensor([0]), 1)
+    context = encoder_of(cfg)(params.encoder, Batch((), (), (demos,)), 1)
+    assert context.shape == (1, 4, 32)
+    assert torch.allclose(context.square().mean(-1), torch.ones(1, 4), atol=1e-3)
