@@ -27,7 +27,6 @@ def config(encoder=("perceiver", "mean", "post"), **options):
     return ModelConfig(**{**small, "halt_max_steps": 4, "encoder": e, **options})
 
 
-encoders = st.sampled_from(ENCODERS)
 cycles = st.integers(1, 2)
 
 
@@ -106,9 +105,10 @@ def total(world, out, batch=None):
 # ---------------------------------------------------------------- the carry
 
 
-@given(generators, cycles, encoders)
-@settings(max_examples=15)
-def test_no_gradient_reaches_an_earlier_step(g, H_cycles, encoder):
+@pytest.mark.parametrize("encoder", ENCODERS)
+@given(generators, cycles)
+@settings(max_examples=3)
+def test_no_gradient_reaches_an_earlier_step(encoder, g, H_cycles):
     """The gradient of a second step is the same whether or not the first left a graph behind."""
     w = World(g, config(encoder, H_cycles=H_cycles))
     together, alone, carry = w.trainable(), w.trainable(), w.running(g)
@@ -132,9 +132,10 @@ def test_no_gradient_reaches_the_carry_given(g, H_cycles):
     assert carry.z_H.grad is None and carry.z_L.grad is None
 
 
-@given(generators, encoders)
-@settings(max_examples=20)
-def test_every_slot_trains_the_encoder_in_every_step(g, encoder):
+@pytest.mark.parametrize("encoder", ENCODERS)
+@given(generators)
+@settings(max_examples=4)
+def test_every_slot_trains_the_encoder_in_every_step(encoder, g):
     w = World(g, config(encoder))
     params, carry, contexts = w.trainable(), w.start(), []
 
@@ -182,9 +183,10 @@ def test_a_halted_slot_forgets(g, garbage):
             assert got.steps[slot] == carry.steps[slot] + 1
 
 
-@given(generators, encoders)
-@settings(max_examples=20)
-def test_evaluation_is_the_same_steps_with_the_context_computed_once(g, encoder):
+@pytest.mark.parametrize("encoder", ENCODERS)
+@given(generators)
+@settings(max_examples=4)
+def test_evaluation_is_the_same_steps_with_the_context_computed_once(encoder, g):
     w = World(g, config(encoder))
     carry = w.start()
     for _ in range(3):
@@ -206,9 +208,10 @@ def mix(slot, mine, others):
     return data.Episodes(both.query[row], both.demos[row], data.Symmetry(*(x[row] for x in both.symmetry)), both.shift[row])
 
 
-@given(generators, encoders)
-@settings(max_examples=20)
-def test_a_slot_is_untouched_by_what_others_hold(g, encoder):
+@pytest.mark.parametrize("encoder", ENCODERS)
+@given(generators)
+@settings(max_examples=4)
+def test_a_slot_is_untouched_by_what_others_hold(encoder, g):
     w = World(g, config(encoder))
     carry, others = w.running(g), w.draw(torch.arange(1, 1 + SLOTS))
     before = w.step(carry)
@@ -220,9 +223,10 @@ def test_a_slot_is_untouched_by_what_others_hold(g, encoder):
         close(w.of(slot, w.step(changed, batch=batch)), w.of(slot, before))
 
 
-@given(generators, encoders)
-@settings(max_examples=20)
-def test_a_row_alone_is_the_row_in_the_batch(g, encoder):
+@pytest.mark.parametrize("encoder", ENCODERS)
+@given(generators)
+@settings(max_examples=4)
+def test_a_row_alone_is_the_row_in_the_batch(encoder, g):
     w = World(g, config(encoder))
     together, slot = w.step(w.start()), 0
     for canvas, slots in w.canvases:
@@ -237,9 +241,10 @@ def test_a_row_alone_is_the_row_in_the_batch(g, encoder):
             slot += 1
 
 
-@given(generators, encoders)
-@settings(max_examples=15)
-def test_the_demos_of_others_get_exactly_no_gradient(g, encoder):
+@pytest.mark.parametrize("encoder", ENCODERS)
+@given(generators)
+@settings(max_examples=4)
+def test_the_demos_of_others_get_exactly_no_gradient(encoder, g):
     """One slot's demos are written in colours of their own: only its loss may move the embeddings of these."""
     w = World(g, config(encoder))
     e = w.params.encoder
@@ -262,9 +267,10 @@ def test_the_demos_of_others_get_exactly_no_gradient(g, encoder):
 # ---------------------------------------------------------------- encoders
 
 
-@given(generators, encoders)
-@settings(max_examples=25)
-def test_the_order_of_demos_does_not_matter(g, encoder):
+@pytest.mark.parametrize("encoder", ENCODERS)
+@given(generators)
+@settings(max_examples=4)
+def test_the_order_of_demos_does_not_matter(encoder, g):
     w = World(g, config(encoder))
     e, k = w.episodes, w.episodes.demos.shape[1]
     order = torch.rand(SLOTS, k, generator=g).argsort(-1)  # also moves the empty places to the front
@@ -273,17 +279,19 @@ def test_the_order_of_demos_does_not_matter(g, encoder):
     close([w.context(other)], [w.context()])
 
 
-@given(generators, encoders, st.integers(1, 3), st.integers(0, 3))
-@settings(max_examples=25)
-def test_empty_places_do_not_matter(g, encoder, stride, more):
+@pytest.mark.parametrize("encoder", ENCODERS)
+@given(generators, st.integers(1, 3), st.integers(0, 3))
+@settings(max_examples=6)
+def test_empty_places_do_not_matter(encoder, g, stride, more):
     w = World(g, config(encoder))
     demos = tuple(d._replace(place=d.place * stride, most=d.most * stride + more) for d in w.batch.demos)
     close([w.context(w.batch._replace(demos=demos))], [w.context()])
 
 
-@given(generators, encoders, st.sampled_from(["rope", "rope2d"]))
-@settings(max_examples=25)
-def test_the_canvas_of_a_demo_does_not_matter(g, encoder, positions):
+@pytest.mark.parametrize("encoder", ENCODERS)
+@given(generators, st.sampled_from(["rope", "rope2d"]))
+@settings(max_examples=6)
+def test_the_canvas_of_a_demo_does_not_matter(encoder, g, positions):
     """Where padding does not attend, and there is room for the end-of-grid marks (grids here are 7 a side at most)."""
     w = World(g, config(encoder, positions=positions), translate=False)
     pair_sides = w.packed.grids[:, :, 1:].amax()
@@ -292,9 +300,10 @@ def test_the_canvas_of_a_demo_does_not_matter(g, encoder, positions):
     close([w.context(w.batch._replace(demos=small))], [w.context(w.batch._replace(demos=large))])
 
 
-@given(generators, encoders)
-@settings(max_examples=15)
-def test_the_groups_of_demos_do_not_matter(g, encoder):
+@pytest.mark.parametrize("encoder", ENCODERS)
+@given(generators)
+@settings(max_examples=4)
+def test_the_groups_of_demos_do_not_matter(encoder, g):
     """Grouped by size or one by one, in any order of groups."""
     w = World(g, config(encoder))
     singles = [data.Demos(*(x[i : i + 1] for x in d[:4]), d.most) for d in w.batch.demos for i in range(len(d.owner))]
@@ -319,9 +328,10 @@ def test_merged_attention_is_one_softmax_over_all_cells_of_a_slot(g):
         close([got[slot]], [want.transpose(0, 1).flatten(1)], 1e-4)
 
 
-@given(generators, encoders)
-@settings(max_examples=15)
-def test_the_context_depends_on_every_demo(g, encoder):
+@pytest.mark.parametrize("encoder", ENCODERS)
+@given(generators)
+@settings(max_examples=4)
+def test_the_context_depends_on_every_demo(encoder, g):
     w = World(g, config(encoder))
     before = w.context()
     for d in range(len(w.batch.demos)):
@@ -335,9 +345,10 @@ def test_the_context_depends_on_every_demo(g, encoder):
         assert changed[torch.arange(SLOTS) != group.owner[i]].max() < 1e-4
 
 
-@given(generators, encoders)
-@settings(max_examples=15)
-def test_the_context_has_rms_one(g, encoder):
+@pytest.mark.parametrize("encoder", ENCODERS)
+@given(generators)
+@settings(max_examples=4)
+def test_the_context_has_rms_one(encoder, g):
     context = World(g, config(encoder)).context()
     assert context.shape == (SLOTS, 4, 32)
     close([context.square().mean(-1)], [torch.ones(SLOTS, 4)], 1e-3)
