@@ -18,7 +18,7 @@ check: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	ln -sfn '$(CURDIR)' $(VENV)/etrm_arc
-	cd $(VENV) && bin/mypy --config-file etrm_arc/pyproject.toml etrm_arc/*.py etrm_arc/tests
+	cd $(VENV) && bin/mypy --config-file etrm_arc/pyproject.toml etrm_arc/*.py
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

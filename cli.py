@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import sys
 from collections.abc import Callable
 from typing import Annotated, Any, Optional
 
@@ -218,9 +217,9 @@ def solve(
             elif best is None:
                 said = f"no answer: none of {views} views gave a whole grid"
             else:
-                said = f"{best.count} of {views} views agree, confidence {percent(best.q)}"
+                said = f"{best.views} of {views} views agree, confidence {percent(best.q)}"
             console.print(f"query {p.query + 1}: {said}")
-            tries = [{"grid": c.grid.tolist(), "views": c.count, "confidence": c.q} for c in ranked[:2]]
+            tries = [{"grid": c.grid.tolist(), "views": c.views, "confidence": c.q} for c in ranked[:2]]
             made.append({"task": p.task, "query": p.query, "answers": tries})
     last_line(as_json, {"queries": made, "views": views})
 
@@ -246,4 +245,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -76,7 +76,8 @@ def parse_config(raw: dict[str, Any], where: str) -> Config:
         return msgspec.convert(raw, Config)
     except msgspec.ValidationError as e:
         text = str(e)
-    path = (re.search(r"`\$\.?([^`]*)`$", text) or [None, ""])[1]
+    at = re.search(r"`\$\.?([^`]*)`$", text)
+    path = at[1] if at else ""
     if unknown := re.search(r"unknown field `([^`]+)`", text):
         owner: Any = Config
         for name in filter(None, path.split(".")):

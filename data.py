@@ -151,6 +151,7 @@ class Queries(NamedTuple):
     task: Tensor  # (Q,)
     fits: Tensor  # (Q,) bool, whether the output (known or hidden: height 0) fits the canvas; false where there is none
     canvas: Tensor  # (Q,) side of the pool, 0 where no pool holds its demos and input
+    known: Tensor  # (Q,) bool, whether the output is known
 
 
 def queries(tasks: Tasks, rule: str, canvases: Sequence[int]) -> Queries:
@@ -178,7 +179,7 @@ def queries(tasks: Tasks, rule: str, canvases: Sequence[int]) -> Queries:
     side = torch.maximum(others[pair], sides[pair, 0])
     sizes = torch.tensor([*sorted(canvases), 0])  # 0: larger than every pool, never fits
     canvas = sizes[torch.searchsorted(sizes[:-1], side)]
-    return Queries(pair, tasks.task_of[pair], (sides[pair, 1] <= canvas) & (canvas > 0), canvas)
+    return Queries(pair, tasks.task_of[pair], (sides[pair, 1] <= canvas) & (canvas > 0), canvas, known[pair])
 
 
 class Pool(NamedTuple):
@@ -193,7 +194,7 @@ class Pool(NamedTuple):
 
 def pools(asked: Queries, batch: int) -> tuple[Pool, ...]:
     """Deal the slots of a batch to the pools by their share of tasks, at least one each; weights correct the rounding."""
-    keep = asked.fits
+    keep = asked.fits & asked.known
     pair, task, canvas = asked.pair[keep], asked.task[keep], asked.canvas[keep]
     if not len(pair):
         raise UserError("data: no query to train on: every task needs two pairs and an output that fits its canvas")

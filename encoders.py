@@ -8,6 +8,7 @@ T context tokens, D hidden, h heads.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -71,7 +72,8 @@ def init_cell_block(cfg: ModelConfig, g: torch.Generator) -> CellBlock:
 
 def init_set_block(cfg: ModelConfig, g: torch.Generator) -> SetBlock:
     d, f = cfg.hidden, inner_width(cfg.hidden, cfg.expansion)
-    return SetBlock(*(normal(g, d, d) for _ in range(4)), normal(g, 2 * f, d), normal(g, d, f), *_scales(cfg))
+    q, k, v, o = (normal(g, d, d) for _ in range(4))
+    return SetBlock(q, k, v, o, normal(g, 2 * f, d), normal(g, d, f), *_scales(cfg))
 
 
 def residual(cfg: ModelConfig, x: Tensor, f: Callable[[Tensor], Tensor], scale: Tensor | None) -> Tensor:
@@ -170,11 +172,11 @@ def apply_standard(p: Standard, cfg: ModelConfig, demos: Sequence[Demos], slots:
     each = to_slots(vectors, demos, slots)
     context = p.queries.expand(slots, -1, -1)
     for s in p.sets:
-        context = set_block(s, cfg, context, lambda c, s=s: attend_vectors(s, cfg, c, each, seen))
+        context = set_block(s, cfg, context, functools.partial(attend_vectors, s, cfg, each, seen))
     return rms(context)
 
 
-def attend_vectors(p: SetBlock, cfg: ModelConfig, context: Tensor, each: Tensor, seen: Tensor) -> Tensor:
+def attend_vectors(p: SetBlock, cfg: ModelConfig, each: Tensor, seen: Tensor, context: Tensor) -> Tensor:
     q, k, v = context @ p.q.T, each @ p.k.T, each @ p.v.T
     q, k, v = (rearrange(t, "b s (h d) -> b h s d", h=cfg.heads) for t in (q, k, v))
     return rearrange(attention(q, k, v, seen[:, None, None]), "b h t d -> b t (h d)")
@@ -221,17 +223,12 @@ def apply_perceiver(p: Perceiver, cfg: ModelConfig, demos: Sequence[Demos], slot
         masks.append(mask)
     context = p.queries.expand(slots, -1, -1)
     for s in p.sets:
-        context = set_block(s, cfg, context, lambda c, s=s: attend_tokens(s, cfg, c, tokens, masks, demos))
+        context = set_block(s, cfg, context, functools.partial(attend_tokens, s, cfg, tokens, masks, demos))
     return rms(context)
 
 
 def attend_tokens(
-    p: SetBlock,
-    cfg: ModelConfig,
-    context: Tensor,
-    tokens: Sequence[Tensor],
-    masks: Sequence[Tensor],
-    demos: Sequence[Demos],
+    p: SetBlock, cfg: ModelConfig, tokens: Sequence[Tensor], masks: Sequence[Tensor], demos: Sequence[Demos], context: Tensor
 ) -> Tensor:
     """Exact softmax over all cells of all demos of a slot, though demos lie in groups of different sizes.
 

@@ -176,15 +176,13 @@ def rotation(
         cells = torch.cat([torch.stack((1 + r + k * raster, 1 + c), -1) for k in range(copies)])
         position = torch.cat((cells.new_zeros(context, 2), cells))
     cos, sin = rotary(position, head)
+    sin[:, : head // 2] *= -1
     return cos.to(device, dtype), sin.to(device, dtype)
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor] | None) -> Tensor:
-    """(..., S, head) turned by its positions."""
-    if table is None:
-        return x
-    a, b = x.chunk(2, -1)
-    return x * table[0] + torch.cat((-b, a), -1) * table[1]
+    """(..., S, head) turned by its positions; the sine's first half comes negated, so that a roll serves both halves."""
+    return x if table is None else torch.addcmul(x * table[0], x.roll(x.shape[-1] // 2, -1), table[1])
 
 
 SCORES = 4_000_000  # numbers in the score matrices that attention makes at once
@@ -247,7 +245,7 @@ def block(p: Block, heads: int, x: Tensor, layout: Layout, tables: Tables) -> Te
 # ---------------------------------------------------------------- the recursive core
 
 
-def reason(p: Core, cfg: ModelConfig, z_H: Tensor, z_L: Tensor, e: Tensor, layout: Layout, tables: Tables):
+def reason(p: Core, cfg: ModelConfig, z_H: Tensor, z_L: Tensor, e: Tensor, layout: Layout, tables: Tables) -> tuple[Tensor, Tensor]:
     """H_cycles of (L_cycles updates of z_L, one of z_H), all by the same blocks; only the last cycle has gradient."""
 
     def level(z: Tensor) -> Tensor:

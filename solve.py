@@ -105,7 +105,7 @@ def predict(
 
 class Candidate(NamedTuple):
     grid: np.ndarray
-    count: int  # views that gave it
+    views: int  # that gave it
     q: float  # their mean sigmoid(q)
 
 

@@ -225,8 +225,8 @@ def guard(
     """
     rough: dict[tuple, list] = defaultdict(list)
     shown = [(t, (*(() if policy == "demos" else t.demos), *t.queries)) for t in held_out]
-    for task, pairs in (*shown, *((t, (*t.demos, *t.queries)) for t in dev)):
-        for pair in _known(pairs):
+    for task, compared in (*shown, *((t, (*t.demos, *t.queries)) for t in dev)):
+        for pair in _known(compared):
             rough[_rough(pair)].append((pair, task.name))
     exact: dict[tuple, dict[bytes, set[str]]] = {}
     dev_names = {t.name for t in dev}
@@ -265,6 +265,10 @@ def guard(
 
 def prepare(cfg: DataConfig) -> tuple[list[Task], list[Task], Finding]:
     """(training tasks, dev tasks, the guard's finding) of a config."""
+    if cfg.demo_canvases[-1:] != (MAX_SIDE,):
+        raise UserError(f"data.demo_canvases: must end with {MAX_SIDE}, the largest demo")
+    if cfg.policy == "demos" and cfg.query == "test":
+        raise UserError("data.policy: held-out demos are asked one by one, which needs data.query = leave_one_out")
     dev = load(cfg.dev, cfg.max_eval_tasks) if cfg.dev else []
     held_out = load(cfg.held_out) if cfg.held_out else []
     train, finding = guard(load(cfg.train), load(cfg.dev) if cfg.dev else [], held_out, cfg.policy, cfg.guard_min_cells)

@@ -6,6 +6,7 @@ on its shards one after the other, each with a carry of its own, and gradients a
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
@@ -35,7 +36,7 @@ def device_of(wanted: str) -> torch.device:
     name = next(k for k, v in there.items() if v) if wanted == "auto" else wanted
     if not there[name]:
         raise UserError(f"train.device: {name} is not available here; there is {', '.join(k for k in there if there[k])}")
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -47,7 +48,7 @@ def dtype_of(wanted: str, device: torch.device) -> torch.dtype:
         return DTYPES[wanted]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-    able = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
     return torch.bfloat16 if able.get("amx_bf16") or able.get("avx512_bf16") else torch.float32
 
 
@@ -91,6 +92,17 @@ def min_steps(cfg: ModelConfig, seed: int, slots: Tensor, n: Tensor, step: Tenso
     u = data.uniform(2, seed, data.EXPLORE, slots, n, step)
     least = 2 + (u[:, 1] * (cfg.halt_max_steps - 1)).long()
     return torch.where(u[:, 0] < cfg.exploration, least, 0)
+
+
+def keep_pages() -> None:
+    """Let glibc reuse freed memory instead of returning it: fresh pages cost more than the product written to them
+    (20,000 x 128 x 1,024 in bf16: 17 against 7 ms; a training step: 3.9 against 3.3 s)."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    except (OSError, AttributeError):
+        pass  # not glibc
 
 
 def to_device(tree: Any, device: torch.device) -> Any:
@@ -160,17 +172,18 @@ class AdamAtan2(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             lr, (b1, b2) = group["lr"], group["betas"]
             for p in (p for p in group["params"] if p.grad is not None):
-                s = self.state[p] or {"step": 0, "m": torch.zeros_like(p), "v": torch.zeros_like(p)}
+                s = self.state[p] or {"step": torch.zeros(()), "m": torch.zeros_like(p), "v": torch.zeros_like(p)}
                 self.state[p] = s
                 s["step"] += 1
                 p.mul_(1 - lr * group["weight_decay"])
                 s["m"].lerp_(p.grad, 1 - b1)
                 s["v"].mul_(b2).addcmul_(p.grad, p.grad, value=1 - b2)
-                p.sub_(torch.atan2(s["m"], (s["v"] / (1 - b2 ** s["step"])).sqrt()), alpha=lr / (1 - b1 ** s["step"]))
+                t = int(s["step"])
+                p.sub_(torch.atan2(s["m"], (s["v"] / (1 - b2**t)).sqrt()), alpha=lr / (1 - b1**t))
 
 
 def first_match(rules: dict[str, float], path: str) -> float:
@@ -310,7 +323,7 @@ def probe(params: Params, cfg: Config, tasks: data.Tasks, rule: str, dtype: torc
 def watch(params: Params, ema: Params, cfg: Config, tasks: data.Tasks, dtype: torch.dtype) -> dict[str, float]:
     """All probes of the config, e.g. dev/ema/own/loss."""
     rule = cfg.data.query if cfg.eval.on == "train" else "test"
-    found = {}
+    found: dict[str, float] = {}
     for weights in cfg.eval.weights:
         tree = ema if weights == "ema" else params
         for whose in ("own", "foreign") if cfg.eval.foreign else ("own",):
@@ -365,6 +378,7 @@ class Setup(NamedTuple):
 
 
 def setup(cfg: Config, rank: int = 0, world: int = 1) -> Setup:
+    keep_pages()
     device = device_of(cfg.train.device)
     train, dev, finding = sources.prepare(cfg.data)
     tasks = data.pack(train)
@@ -412,7 +426,7 @@ def fit(cfg: Config, say: Callable[[dict[str, Any]], None] = lambda row: None) -
     weights = [slot_weights(shard, cfg.train.batch).to(s.device) for shard in s.shards]
     sums = torch.zeros(2, len(SUMS), device=s.device)
     scale = 2.0**16 if s.dtype == torch.float16 else 1.0  # of the loss; halved when gradients overflow
-    best, last = math.inf, {}
+    best, last = math.inf, dict[str, float]()
     since = begun = time.monotonic()
 
     def write(row: dict[str, Any]) -> None:
@@ -423,8 +437,8 @@ def fit(cfg: Config, say: Callable[[dict[str, Any]], None] = lambda row: None) -
 
     def save(name: str, step: int) -> None:
         if rank == 0:
-            trees = (rebuild(s.like, x) for x in (s.params, ema))
-            checkpoint.save(folder / f"{name}.safetensors", *trees, {**s.meta, "step": step, "score": last})
+            raw, mean = rebuild(s.like, s.params), rebuild(s.like, ema)
+            checkpoint.save(folder / f"{name}.safetensors", raw, mean, {**s.meta, "step": step, "score": last})
 
     for step in range(1, cfg.train.steps + 1):
         grads = []
@@ -464,8 +478,8 @@ def fit(cfg: Config, say: Callable[[dict[str, Any]], None] = lambda row: None) -
             sums.zero_()
             since = now
         if step % cfg.eval.every == 0 or done:
-            trees = [rebuild(s.like, {k: v.detach() for k, v in x.items()}) for x in (s.params, ema)]
-            last = watch(*trees, cfg, s.watched, s.dtype)
+            raw, mean = (rebuild(s.like, {k: v.detach() for k, v in x.items()}) for x in (s.params, ema))
+            last = watch(raw, mean, cfg, s.watched, s.dtype)
             write({"step": step, "samples": step * cfg.train.batch, "seconds": round(time.monotonic() - begun, 3), **last})
             first = f"{cfg.eval.on}/{cfg.eval.weights[0]}/own"
             if last[f"{first}/loss"] < best:

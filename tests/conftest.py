@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import settings
 from safetensors import safe_open
 from torch import Tensor
@@ -16,6 +17,7 @@ Golden = tuple[dict[str, Tensor], dict[str, Any]]
 # No deadline: the first call of a torch function can take seconds.
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+torch.set_num_threads(1)  # tensors are tiny here; two threads would only wait for each other
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 

@@ -117,6 +117,8 @@ def test_a_bad_task_file_is_one_line(tmp_path, content, said):
         (["train", "cpu", "--set", "model.encoder.kind=perciever"], "did you mean perceiver?"),
         (["train", "cpu", "--set", "train.device=cuda"], "train.device: cuda is not available here"),
         (["train", "cpu", "--set", "model.heads=5"], "model.heads"),
+        (["train", "cpu", "--set", "data.demo_canvases=[10]"], "data.demo_canvases"),
+        (["train", "cpu", "--set", "data.policy=demos", "--set", "data.query=test"], "data.policy"),
         (["train", "cpu", "--set", "train.batch=2"], "2 slots cannot serve"),
         (["train", "cpu", "--set", "optimizer.freeze=['nothing']"], "matches no parameter"),
         (["train", "overfit", "--fast"], "has no [fast] table"),

@@ -38,9 +38,9 @@ def test_ranking_ignores_the_order_of_views_and_counts_first(votes, random):
     shuffled = list(votes)
     random.shuffle(shuffled)
     again = solve.rank(shuffled)
-    assert [(c.count, c.q, c.grid.tolist()) for c in ranked] == [(c.count, c.q, c.grid.tolist()) for c in again]
-    assert sum(c.count for c in ranked) == sum(g is not None for g, _ in votes)
-    assert all((a.count, a.q) >= (b.count, b.q) for a, b in zip(ranked, ranked[1:], strict=False))
+    assert [(c.views, c.q, c.grid.tolist()) for c in ranked] == [(c.views, c.q, c.grid.tolist()) for c in again]
+    assert sum(c.views for c in ranked) == sum(g is not None for g, _ in votes)
+    assert all((a.views, a.q) >= (b.views, b.q) for a, b in zip(ranked, ranked[1:], strict=False))
 
 
 def test_votes_agree_with_the_published_ones(golden):
@@ -54,7 +54,7 @@ def test_votes_agree_with_the_published_ones(golden):
                 if w["identifier_index"] and w["identifier"].split("|||")[0] == name and w["test_input"] == pair["input"]
             ]
             ranked = solve.rank(votes)
-            keys = [(c.count, c.q) for c in ranked]
+            keys = [(c.views, c.q) for c in ranked]
             if votes and len(set(keys)) == len(keys):  # full ties: theirs by arrival, ours by content
                 tries = [c.grid.tolist() for c in ranked[:2]]
                 tries += tries[:1] * (2 - len(tries))
