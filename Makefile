@@ -6,6 +6,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: demo test check
 
 demo: $(INSTALLED)
+	rm -rf runs/demo
 	$(VENV)/bin/etrm train configs/cpu.toml --fast --set run.dir=runs/demo
 	$(VENV)/bin/etrm eval runs/demo
 	$(VENV)/bin/etrm solve runs/demo tests/data/task.json

@@ -1,9 +1,12 @@
-"""Our format: one safetensors file of weights, EMA, config, data hash and the guard's finding."""
+"""Our format: one safetensors file of weights, EMA, config, data hash and the guard's finding; beside it, the full
+state of a run, from which it goes on as if it had never stopped."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,19 +32,34 @@ class Checkpoint(NamedTuple):
 
 
 def write_file(path: Path, tensors: dict[str, Tensor], meta: dict[str, str]) -> None:
-    """Written aside, synced, renamed: a reader sees the old file or the new one, whole."""
+    """As `commit`, of tensors; they are copied first, for safetensors refuses tensors that share memory."""
+    own = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    commit(path, lambda aside: save_file(own, aside, metadata=meta))
+
+
+def write_text(path: Path, text: str) -> None:
+    commit(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def commit(path: Path, write: Callable[[Path], Any]) -> None:
+    """Written aside, synced, renamed: a reader sees the old file or the new one, whole. Raises UserError on a full disk."""
     aside = path.with_name(f".{path.name}.writing")
     try:
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, aside, metadata=meta)
-        with open(aside, "rb") as f:
-            os.fsync(f.fileno())
+        write(aside)
+        sync(aside)
         aside.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        sync(path.parent)
     except (OSError, safetensors.SafetensorError) as e:
         aside.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written: {getattr(e, 'strerror', None) or e}") from None
+
+
+def sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def save(path: Path, params: Params, ema: Params, meta: dict[str, Any]) -> None:
@@ -89,13 +107,56 @@ def load(path: str | Path) -> Checkpoint:
         raise UserError(f"{file}: its config cannot be read: {e}") from None
     trees = []
     for name in ("params", "ema"):
+        found: dict[str, Tensor] = {}
         for key, want in leaves(like).items():
             got = tensors.pop(f"{name}.{key}", None)
             if got is None or got.shape != want.shape:
                 is_ = "missing" if got is None else f"of shape {tuple(got.shape)}, must be {tuple(want.shape)}"
                 raise UserError(f"{file}: {name}.{key} is {is_}")
-            tensors[f" {name}.{key}"] = got.float()
-        trees.append(rebuild(like, {k: tensors.pop(f" {name}.{k}") for k in leaves(like)}))
+            found[key] = got.float()
+        trees.append(rebuild(like, found))
     if tensors:
         raise UserError(f"{file}: unknown tensor {min(tensors)}")
     return Checkpoint(file, trees[0], trees[1], model, meta)
+
+
+# ---------------------------------------------------------------- the full state of a run
+
+
+def save_state(folder: Path, step: int, rank: int, tensors: dict[str, Tensor], wait: Callable[[], None], meta: dict[str, Any]) -> None:
+    """Each process writes its file; when all have, rank 0 commits them by a manifest and drops all but two states.
+
+    A state without its manifest does not exist; one whose files differ from the manifest's checksums is not whole.
+    """
+    write_file(folder / f"state-{step:08d}-{rank}.safetensors", tensors, {})
+    wait()
+    if rank:
+        return
+    files = {p.name: digest(p) for p in sorted(folder.glob(f"state-{step:08d}-*.safetensors"))}
+    write_text(folder / f"state-{step:08d}.json", json.dumps({**meta, "step": step, "files": files}))
+    for old in sorted(folder.glob("state-*.json"))[:-2]:
+        old.unlink()
+        for file in folder.glob(f"{old.stem}-*.safetensors"):
+            file.unlink()
+
+
+def digest(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(f.read()).hexdigest()
+
+
+def load_state(folder: Path) -> tuple[dict[str, Any] | None, list[dict[str, Tensor]], list[str]]:
+    """(manifest, tensors of each rank, what was skipped and why) of the newest whole state; None where there is none."""
+    skipped: list[str] = []
+    for path in sorted(folder.glob("state-*.json"), reverse=True):
+        try:
+            manifest = json.loads(path.read_text())
+            for name, want in manifest["files"].items():
+                if not (folder / name).is_file():
+                    raise UserError(f"{name} is missing")
+                if digest(folder / name) != want:
+                    raise UserError(f"{name} differs from its checksum")
+            return manifest, [read_file(folder / name)[0] for name in manifest["files"]], skipped
+        except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+            skipped.append(f"{path.name}: {e}")
+    return None, [], skipped

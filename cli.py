@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import math
+import re
 from collections.abc import Callable
 from typing import Annotated, Any, Optional
 
@@ -85,7 +87,9 @@ def progress(total: int) -> Callable[[dict[str, Any]], None]:
         live.start()
 
     def say(row: dict[str, Any]) -> None:
-        if "all/lm_loss" in row:
+        if "skipped" in row:
+            console.print(f"skipped {row['skipped']}")
+        elif "all/lm_loss" in row:
             rate = row["samples_per_s"]
             left = (total - row["step"]) * row["samples"] / row["step"] / rate
             text = (
@@ -103,12 +107,22 @@ def progress(total: int) -> Callable[[dict[str, Any]], None]:
     return say
 
 
-def fit_aloud(cfg: Any) -> dict[str, Any]:
+def seconds(text: str) -> float:
+    """8h50m, 90m, 30s or a number of seconds."""
+    from .data import UserError
+
+    found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text)
+    if not text or not found:
+        raise UserError(f"--time-limit {text}: must look like 8h50m, 90m or 3600")
+    return sum(int(n or 0) * unit for n, unit in zip(found.groups(), (3600, 60, 1), strict=True))
+
+
+def fit_aloud(cfg: Any, resume: bool = False, limit: float = math.inf) -> dict[str, Any]:
     from . import train
 
     say = progress(cfg.train.steps)
     try:
-        return train.fit(cfg, say)
+        return train.fit(cfg, say, resume, limit)
     finally:
         say.stop()  # type: ignore[attr-defined]
 
@@ -119,6 +133,8 @@ def train_command(
     recipe: Annotated[str, typer.Argument(metavar="CONFIG", help="A TOML file, or the name of a shipped one.")],
     fast: Annotated[bool, typer.Option("--fast", help="The config's quick setting.")] = False,
     sets: Set = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole state of run.dir.")] = False,
+    time_limit: Annotated[str, typer.Option(help="Save and stop after 8h50m, 90m or seconds; exit code 75.")] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it would take, train nothing.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -128,10 +144,13 @@ def train_command(
     cfg = config.load_config(recipe, sets or [], fast)
     plan = train.plan(cfg, timed=dry_run)
     typer.echo(plan.pop("text"))
-    result = plan if dry_run else fit_aloud(cfg)
+    result = plan if dry_run else fit_aloud(cfg, resume, seconds(time_limit) if time_limit else math.inf)
     if not dry_run:
-        typer.echo(f"done: {cfg.run.dir} after {result['step']} steps, {result['seconds']:.0f} s")
+        why = f"stopped ({result['stopped']})" if "stopped" in result else "done"
+        typer.echo(f"{why}: {cfg.run.dir} after {result['step']} steps, {result['seconds']:.0f} s")
     last_line(as_json, result)
+    if result.get("stopped") not in (None, "eval.stop_at"):
+        raise typer.Exit(75)  # EX_TEMPFAIL: run again with --resume
 
 
 @app.command(name="eval")

@@ -232,6 +232,8 @@ PUBLISHED = "published, 32 tasks, augmented, from a pretrained decoder: 86 % of 
 
 def overfit(cfg: Config, fit: Callable[[Config], dict[str, Any]]) -> dict[str, Any]:
     """Train as the config says, then ask every pair of the training set with the raw weights, and name the wrong ones."""
+    for old in Path(cfg.run.dir).glob("state-*"):
+        old.unlink()  # a measurement starts anew
     ran = fit(cfg)
     c = checkpoint.load(Path(cfg.run.dir) / "last.safetensors")
     tasks, _, _ = sources.prepare(cfg.data)

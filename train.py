@@ -1,4 +1,4 @@
-"""Optimizer, EMA and the hand-written loop. The step is pure and importable; only `fit` knows clocks and files.
+"""EMA and the hand-written loop. The step is pure and importable; only `fit` knows clocks and files.
 
 One optimizer step is one ACT step of every slot of the global batch. Slots are dealt to shards by cost; a process works
 on its shards one after the other, each with a carry of its own, and gradients are summed in the order of shards.
@@ -7,10 +7,12 @@ on its shards one after the other, each with a carry of its own, and gradients a
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import json
 import math
 import os
-import re
+import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,10 +24,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import checkpoint, data, etrm, sources
-from .config import Config, OptimizerConfig
+from .config import Config
 from .data import DataConfig, UserError
 from .encoders import encoder_of, init_params
 from .etrm import Carry, Encode, ModelConfig, Params, act_loss, act_step, fresh_carry, leaves, rebuild, tree_map
+from .optim import is_frozen, learning_rate, load_optimizers, optimizer_tensors, optimizers, update
 
 # ---------------------------------------------------------------- where and in what numbers
 
@@ -152,100 +155,6 @@ def train_step(
         table = torch.stack([r.float() for r in rows]) * loss.labelled
         sums = torch.stack((table.sum(-1), (table * carry.halted).sum(-1)))
     return carry, [torch.zeros_like(p) if g is None else g for p, g in zip(trained, grads, strict=True)], sums
-
-
-def learning_rate(cfg: OptimizerConfig, step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine to final_lr of it. The first step is 1 and already counts, as published."""
-    if step < cfg.warmup:
-        return cfg.lr * step / cfg.warmup
-    done = min(1.0, (step - cfg.warmup) / max(1, steps - cfg.warmup))
-    return cfg.lr * (cfg.final_lr + (1 - cfg.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
-
-
-class AdamAtan2(torch.optim.Optimizer):
-    """Adam-atan2 as adam-atan2 0.0.3 has it: p -= lr / (1 - b1^t) * atan2(m, sqrt(v / (1 - b2^t))), decoupled decay.
-
-    The bias correction of the first moment scales the step instead of m inside the arctangent; there is no epsilon.
-    """
-
-    def __init__(self, params: Any, lr: float, betas: tuple[float, float], weight_decay: float) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            lr, (b1, b2) = group["lr"], group["betas"]
-            for p in (p for p in group["params"] if p.grad is not None):
-                s = self.state[p] or {"step": torch.zeros(()), "m": torch.zeros_like(p), "v": torch.zeros_like(p)}
-                self.state[p] = s
-                s["step"] += 1
-                p.mul_(1 - lr * group["weight_decay"])
-                s["m"].lerp_(p.grad, 1 - b1)
-                s["v"].mul_(b2).addcmul_(p.grad, p.grad, value=1 - b2)
-                t = int(s["step"])
-                p.sub_(torch.atan2(s["m"], (s["v"] / (1 - b2**t)).sqrt()), alpha=lr / (1 - b1**t))
-
-
-def first_match(rules: dict[str, float], path: str) -> float:
-    return next((v for pattern, v in rules.items() if re.fullmatch(pattern, path)), 1.0)
-
-
-def is_frozen(cfg: OptimizerConfig, path: str) -> bool:
-    return any(re.fullmatch(pattern, path) for pattern in cfg.freeze)
-
-
-def is_matrix(path: str, p: Tensor) -> bool:
-    """What Muon orthogonalises: products inside blocks; not embeddings, queries, heads and positions."""
-    return p.ndim == 2 and not re.search(r"embed|queries|head|q_weight|position|pool\.0$", path)
-
-
-def optimizers(cfg: OptimizerConfig, params: dict[str, Tensor]) -> list[torch.optim.Optimizer]:
-    """Optimizers over the trained leaves; each group carries `scale`, its share of the learning rate."""
-    for pattern in (*cfg.freeze, *cfg.lr_scale, *cfg.decay_scale):
-        try:
-            if not any(re.fullmatch(pattern, path) for path in params):
-                raise UserError(f"optimizer: pattern {pattern!r} matches no parameter; paths look like {min(params)}")
-        except re.error as e:
-            raise UserError(f"optimizer: pattern {pattern!r} is no regular expression: {e}") from None
-    groups: dict[tuple[bool, float, float], list[Tensor]] = {}
-    for path, p in params.items():
-        if p.requires_grad:
-            muon = cfg.kind == "muon" and is_matrix(path, p)
-            key = (muon, first_match(cfg.lr_scale, path), first_match(cfg.decay_scale, path))
-            groups.setdefault(key, []).append(p)
-    made: list[torch.optim.Optimizer] = []
-    for muon in (True, False):
-        own = [
-            {"params": ps, "scale": lr, "weight_decay": cfg.weight_decay * decay} for (m, lr, decay), ps in groups.items() if m == muon
-        ]
-        if not own:
-            continue
-        if muon:
-            made.append(torch.optim.Muon(own, lr=cfg.lr, adjust_lr_fn="match_rms_adamw"))
-        elif cfg.kind == "adam_atan2":
-            made.append(AdamAtan2(own, cfg.lr, cfg.betas, cfg.weight_decay))
-        else:
-            made.append(torch.optim.AdamW(own, lr=cfg.lr, betas=cfg.betas, foreach=True))
-    return made
-
-
-def update(
-    opts: Sequence[torch.optim.Optimizer], trained: Sequence[Tensor], grads: Sequence[Tensor], lr: float, clip: float,
-) -> Tensor:  # fmt: skip
-    """Clip by the global norm, then step, in place; the norm before clipping. A non-finite norm changes nothing."""
-    norm = torch.stack(torch._foreach_norm(list(grads))).norm()
-    if not math.isfinite(float(norm)):
-        return norm
-    if clip:
-        torch._foreach_mul_(list(grads), (clip / (norm + 1e-6)).clamp(max=1.0))
-    for p, g in zip(trained, grads, strict=True):
-        p.grad = g
-    for opt in opts:
-        for group in opt.param_groups:
-            group["lr"] = lr * group["scale"]
-        opt.step()
-        opt.zero_grad(set_to_none=True)
-    return norm
 
 
 def reduce(per_shard: Sequence[Sequence[Tensor]]) -> list[Tensor]:
@@ -390,7 +299,7 @@ def setup(cfg: Config, rank: int = 0, world: int = 1) -> Setup:
     shards = deal(data.pools(asked, cfg.train.batch), cfg.model, cfg.train.shards)
     like = init_params(cfg.model, cfg.run.seed)
     params = {k: v.to(device).requires_grad_(not is_frozen(cfg.optimizer, k)) for k, v in leaves(like).items()}
-    meta = {"config": msgspec.to_builtins(cfg), "data": sources.set_hash(train), "finding": msgspec.to_builtins(finding)}
+    meta = {"config": json.loads(msgspec.json.encode(cfg)), "data": sources.set_hash(train), "finding": msgspec.to_builtins(finding)}
     return Setup(
         tasks, tasks if cfg.eval.on == "train" else data.pack(dev), {**meta, "tasks": len(train)},
         shards[rank::world], int((~asked.fits).sum()), device, dtype_of(cfg.train.dtype, device), params, like,
@@ -403,97 +312,223 @@ def start_carry(cfg: Config, shard: Shard, device: torch.device, dtype: torch.dt
     return fresh_carry(cfg.model, shapes, dtype)
 
 
-def fit(cfg: Config, say: Callable[[dict[str, Any]], None] = lambda row: None) -> dict[str, Any]:
+def carry_tensors(cfg: ModelConfig, shard: Shard, carry: Carry) -> dict[int, dict[str, Tensor]]:
+    """The carry slot by slot (global ids), so that any number of shards and processes can take it up."""
+    spans = [cfg.context_tokens + p.canvas**2 for p, slots in zip(*shard, strict=True) for _ in slots]
+    rows = zip(carry.z_H.split(spans), carry.z_L.split(spans), carry.steps, carry.halted, carry.n, strict=True)
+    return {int(i): dict(zip(Carry._fields, row, strict=True)) for i, row in zip(torch.cat(shard.slots), rows, strict=True)}
+
+
+def carry_from(slots: dict[int, dict[str, Tensor]], shard: Shard, device: torch.device) -> Carry:
+    """The carry of a shard from its slots."""
+    mine = [slots[int(i)] for i in torch.cat(shard.slots)]
+    joined = {k: (torch.cat if k in ("z_H", "z_L") else torch.stack)([s[k] for s in mine]).to(device) for k in Carry._fields}
+    return Carry(**joined)
+
+
+class Run:
+    """A run folder held by one process (or one group of processes): its lock, its metrics, what ends it early."""
+
+    def __init__(self, folder: Path, rank: int, resume: bool) -> None:
+        self.folder, self.rank, self.stop = folder, rank, ""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if rank == 0:
+                self.lock = open(folder / "lock", "w")  # noqa: SIM115 (held for the life of the run)
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"run.dir: {folder} is held by a live process") from None
+        except OSError as e:
+            raise UserError(f"run.dir: {folder}: {e.strerror}") from None
+        if not resume and any(folder.glob("state-*.json")):
+            raise UserError(f"run.dir: {folder} holds a run already: go on with --resume, or choose another --set run.dir=...")
+
+    def open_log(self, step: int) -> None:
+        """metrics.jsonl, cut back to the rows of steps up to `step`."""
+        path = self.folder / "metrics.jsonl"
+        kept = []
+        if step and path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line + "\n")
+                except ValueError:
+                    break  # the line being written when the run was killed
+        checkpoint.write_text(path, "".join(kept))
+        self.log = open(path, "a", encoding="utf-8")  # noqa: SIM115
+
+    def write(self, row: dict[str, Any]) -> None:
+        self.log.write(json.dumps(row) + "\n")
+        self.log.flush()
+
+    def __enter__(self) -> Run:
+        def ask(signum: int, frame: Any) -> None:
+            self.stop = signal.Signals(signum).name
+
+        main = threading.current_thread() is threading.main_thread()
+        self.before = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)} if main else {}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+        for name in ("log", "lock"):
+            if file := getattr(self, name, None):
+                file.close()
+
+
+MAY_CHANGE = {"run": {"dir"}, "train": {"steps", "shards", "log_every", "save_every"}, "eval": None, "fast": None}
+
+
+def check_same(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises UserError when a field that decides the course of a run differs from the one that is resumed."""
+    for table, fields in now.items():
+        free = MAY_CHANGE.get(table, set())
+        if free is not None:
+            for key in fields:
+                if key not in free and saved.get(table, {}).get(key) != fields[key]:
+                    raise UserError(f"--resume: {table}.{key} is {fields[key]}, the run has {saved.get(table, {}).get(key)}")
+
+
+def fit(
+    cfg: Config, say: Callable[[dict[str, Any]], None] = lambda row: None, resume: bool = False, limit: float = math.inf
+) -> dict[str, Any]:
     """Train as the config says; rows of metrics go to `say` and to metrics.jsonl. Returns the last evaluation's row.
 
-    Raises UserError on a non-finite loss or gradient, naming the step; the last checkpoint stays.
+    resume: go on from the newest whole state of the run folder, to the same bits as if never interrupted. SIGTERM,
+    SIGINT and `limit` (seconds) finish the step and save; "stopped" then says why. Raises UserError on a non-finite
+    loss or gradient, naming the step; the state before it stays.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     s = setup(cfg, rank, world)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if s.device.type == "cuda" else "gloo")
     folder = Path(cfg.run.dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        log = open(folder / "metrics.jsonl", "w", encoding="utf-8") if rank == 0 else None  # noqa: SIM115
-    except OSError as e:
-        raise UserError(f"run.dir: {folder}: {e.strerror}") from None
+    with Run(folder, rank, resume) as run:
+        return _fit(cfg, s, run, say if rank == 0 else lambda row: None, resume, limit, world)
 
+
+def _fit(
+    cfg: Config, s: Setup, run: Run, say: Callable[[dict[str, Any]], None], resume: bool, limit: float, world: int
+) -> dict[str, Any]:
     trained = [p for p in s.params.values() if p.requires_grad]
     opts = optimizers(cfg.optimizer, s.params)
     ema = {k: v.detach().clone() for k, v in s.params.items()}
     carries = [start_carry(cfg, shard, s.device, s.dtype) for shard in s.shards]
     weights = [slot_weights(shard, cfg.train.batch).to(s.device) for shard in s.shards]
     sums = torch.zeros(2, len(SUMS), device=s.device)
-    scale = 2.0**16 if s.dtype == torch.float16 else 1.0  # of the loss; halved when gradients overflow
-    best, last = math.inf, dict[str, float]()
-    since = begun = time.monotonic()
+    state: dict[str, Any] = {"step": 0, "best": math.inf, "seconds": 0.0, "last": {}}
+    state["scale"] = 2.0**16 if s.dtype == torch.float16 else 1.0  # of the loss; halved when gradients overflow
 
-    def write(row: dict[str, Any]) -> None:
-        if log:
-            log.write(json.dumps(row) + "\n")
-            log.flush()
+    if resume:
+        manifest, parts, skipped = checkpoint.load_state(run.folder)
+        for reason in skipped:
+            say({"skipped": reason})
+        if manifest is None:
+            raise UserError(f"--resume: {run.folder} holds no whole state; skipped: {'; '.join(skipped) or 'nothing'}")
+        check_same(manifest["config"], s.meta["config"])
+        if manifest["data"] != s.meta["data"]:
+            raise UserError(f"--resume: the training set is not the one of {run.folder}")
+        state = {k: manifest[k] for k in state}
+        with torch.no_grad():
+            for k, p in s.params.items():
+                p.copy_(parts[0][f"params.{k}"])
+                ema[k].copy_(parts[0][f"ema.{k}"])
+        load_optimizers(opts, parts[0])
+        slots: dict[int, dict[str, Tensor]] = {}
+        for saved in parts:
+            for key, value in saved.items():
+                if key.startswith("slot."):
+                    _, slot, field = key.split(".")
+                    slots.setdefault(int(slot), {})[field] = value
+        carries = [carry_from(slots, shard, s.device) for shard in s.shards]
+        if len(parts) == world:
+            sums = parts[run.rank]["sums"].to(s.device)
+        elif run.rank == 0:
+            sums = torch.stack([p["sums"] for p in parts]).sum(0).to(s.device)
+    if run.rank == 0:
+        run.open_log(state["step"])
+    begun = time.monotonic() - state["seconds"]
+    deadline, since, since_step = time.monotonic() + limit, time.monotonic(), state["step"]
+
+    def note(row: dict[str, Any]) -> None:
+        row = {"step": step, "samples": step * cfg.train.batch, "seconds": round(time.monotonic() - begun, 3), **row}
+        if run.rank == 0:
+            run.write(row)
         say(row)
 
-    def save(name: str, step: int) -> None:
-        if rank == 0:
+    def weights_file(name: str) -> None:
+        if run.rank == 0:
             raw, mean = rebuild(s.like, s.params), rebuild(s.like, ema)
-            checkpoint.save(folder / f"{name}.safetensors", raw, mean, {**s.meta, "step": step, "score": last})
+            checkpoint.save(run.folder / f"{name}.safetensors", raw, mean, {**s.meta, "step": step, "score": state["last"]})
 
-    for step in range(1, cfg.train.steps + 1):
+    def save() -> None:
+        weights_file("last")
+        tensors = {"sums": sums}
+        for shard, carry in zip(s.shards, carries, strict=True):
+            for slot, fields in carry_tensors(cfg.model, shard, carry).items():
+                tensors |= {f"slot.{slot}.{k}": v for k, v in fields.items()}
+        if run.rank == 0:
+            checkpoint.sync(run.folder / "metrics.jsonl")
+            tensors |= {f"params.{k}": v for k, v in s.params.items()} | {f"ema.{k}": v for k, v in ema.items()}
+            tensors |= optimizer_tensors(opts)
+        meta = {**state, "seconds": time.monotonic() - begun, **s.meta}
+        checkpoint.save_state(run.folder, step, run.rank, tensors, dist.barrier if world > 1 else lambda: None, meta)
+
+    step, stopped = state["step"], ""
+    while step < cfg.train.steps and not stopped:
+        step += 1
         grads = []
         for i, shard in enumerate(s.shards):
             carries[i], batch, least = next_batch(s.tasks, shard, cfg, carries[i], s.device)
             carries[i], g, part = train_step(
-                s.params, s.like, cfg.model, s.encode, s.dtype, carries[i], batch, least, weights[i], scale
+                s.params, s.like, cfg.model, s.encode, s.dtype, carries[i], batch, least, weights[i], state["scale"]
             )
-            grads.append(g)
+            grads.append([*g, g[0].new_tensor([float(bool(run.stop) or time.monotonic() > deadline)])])
             sums += part
-        total = reduce(grads)
-        if scale != 1:
-            torch._foreach_mul_(total, 1 / scale)
+        *total, vote = reduce(grads)
+        if state["scale"] != 1:
+            torch._foreach_mul_(total, 1 / state["scale"])
         lr = learning_rate(cfg.optimizer, step, cfg.train.steps)
         norm = float(update(opts, trained, total, lr, cfg.optimizer.clip))
-        if not math.isfinite(norm):
-            if scale > 1:
-                scale /= 2
-                continue
-            raise UserError(f"step {step}: the gradient is not finite; {folder} keeps the checkpoint before it")
-        torch._foreach_lerp_(list(ema.values()), list(s.params.values()), 1 - cfg.train.ema)
+        if math.isfinite(norm):
+            torch._foreach_lerp_(list(ema.values()), list(s.params.values()), 1 - cfg.train.ema)
+        elif state["scale"] > 1:
+            state["scale"] /= 2
+        else:
+            raise UserError(f"step {step}: the gradient is not finite; {run.folder} keeps the state before it")
 
-        done = step == cfg.train.steps
+        state["step"], done = step, step == cfg.train.steps
+        if float(vote) > 0 and not done:
+            stopped = run.stop or "time limit"
         if step % cfg.train.log_every == 0 or done:
-            now = time.monotonic()
             every = sums.clone()
             if world > 1:
                 dist.all_reduce(every)
-            steps_since = step % cfg.train.log_every or cfg.train.log_every
-            row = {"step": step, "samples": step * cfg.train.batch, "seconds": round(now - begun, 3), "lr": lr,
-                   "grad_norm": norm, "samples_per_s": steps_since * cfg.train.batch / (now - since)}  # fmt: skip
+            now = time.monotonic()
+            row = {"lr": lr, "grad_norm": norm, "samples_per_s": (step - since_step) * cfg.train.batch / (now - since)}
             for which, values in zip(("all", "halted"), every.tolist(), strict=True):
                 count = values[-1]
                 row |= {f"{which}/{k}": v / count for k, v in zip(SUMS[:-1], values, strict=False) if count}
                 row[f"{which}/count"] = count
-            write(row)
+            note(row)
             sums.zero_()
-            since = now
+            since, since_step = now, step
         if step % cfg.eval.every == 0 or done:
             raw, mean = (rebuild(s.like, {k: v.detach() for k, v in x.items()}) for x in (s.params, ema))
-            last = watch(raw, mean, cfg, s.watched, s.dtype)
-            write({"step": step, "samples": step * cfg.train.batch, "seconds": round(time.monotonic() - begun, 3), **last})
+            state["last"] = watch(raw, mean, cfg, s.watched, s.dtype)
+            note(state["last"])
             first = f"{cfg.eval.on}/{cfg.eval.weights[0]}/own"
-            if last[f"{first}/loss"] < best:
-                best = last[f"{first}/loss"]
-                save("best", step)
-            done |= cfg.eval.stop_at > 0 and last[f"{first}/exact"] >= cfg.eval.stop_at
-            since = time.monotonic()
-        if step % cfg.train.save_every == 0 or done:
-            save("last", step)
-        if done:
-            break
-    if log:
-        log.close()
-    return {**last, "step": step, "samples": step * cfg.train.batch, "seconds": round(time.monotonic() - begun, 1)}
+            if state["last"][f"{first}/loss"] < state["best"]:
+                state["best"] = state["last"][f"{first}/loss"]
+                weights_file("best")
+            if 0 < cfg.eval.stop_at <= state["last"][f"{first}/exact"]:
+                stopped = "eval.stop_at"
+            since, since_step = time.monotonic(), step
+        if step % cfg.train.save_every == 0 or done or stopped:
+            save()
+    result = {"step": step, "samples": step * cfg.train.batch, "seconds": round(time.monotonic() - begun, 1)}
+    return {**state["last"], **result, **({"stopped": stopped} if stopped else {})}
 
 
 def plan(cfg: Config, timed: bool) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from etrm_arc import checkpoint, config, data, train
+from etrm_arc import checkpoint, config, data, optim, train
 from etrm_arc.data import Batch, UserError
 from etrm_arc.encoders import ENCODERS, encoder_of, init_params
 from etrm_arc.etrm import EncoderConfig, ModelConfig, Params, act_loss, act_step, fresh_carry, leaves, rebuild
@@ -55,9 +57,9 @@ def test_training_trace_of_the_published_trainer(golden):
         kind="adam_atan2", lr=hyper["lr"], warmup=hyper["lr_warmup_steps"], final_lr=hyper["lr_min_ratio"],
         betas=(hyper["beta1"], hyper["beta2"]), weight_decay=hyper["weight_decay"], clip=0.0,
     )  # fmt: skip
-    params = {k: v.clone().requires_grad_(not train.is_frozen(opt, k)) for k, v in leaves(like).items()}
+    params = {k: v.clone().requires_grad_(not optim.is_frozen(opt, k)) for k, v in leaves(like).items()}
     trained = {k: v for k, v in params.items() if v.requires_grad}
-    opts, ema = train.optimizers(opt, params), {k: v.detach().clone() for k, v in params.items()}
+    opts, ema = optim.optimizers(opt, params), {k: v.detach().clone() for k, v in params.items()}
     table, carry, now = sd["puzzle_emb.weights"].clone(), None, None
     for i in range(6):
         offered = published.sub(t, f"t{i}.batch.")
@@ -71,14 +73,14 @@ def test_training_trace_of_the_published_trainer(golden):
         carry, out = act_step(rebuild(like, params), cfg, lambda *_, r=rows: r.view(-1, 16, 64), carry, batch, least)
         total = act_loss(cfg, out, batch.labels).total.sum() / 6
         *grads, row_grads = torch.autograd.grad(total, [*trained.values(), rows])
-        lr = train.learning_rate(opt, i + 1, hyper["total_steps"])
+        lr = optim.learning_rate(opt, i + 1, hyper["total_steps"])
         assert abs(lr - float(t[f"t{i}.reported.lr"])) < 1e-9
         table_lr = lr * hyper["puzzle_emb_lr"] / hyper["lr"]
         touched, where = ids.unique(return_inverse=True)
         summed = torch.zeros(len(touched), 1024).index_add_(0, where, row_grads)
         decayed = table[touched] * (1 - table_lr * hyper["puzzle_emb_weight_decay"])
         table[touched] = decayed - table_lr * torch.sign(summed)
-        train.update(opts, list(trained.values()), grads, lr, 0.0)
+        optim.update(opts, list(trained.values()), grads, lr, 0.0)
         torch._foreach_lerp_(list(ema.values()), list(params.values()), 1 - hyper["ema_rate"])
         assert torch.equal(carry.halted, t[f"t{i}.halted"])
         for k, v in published.sub(t, f"t{i}.param_norm.inner.").items():
@@ -104,7 +106,7 @@ def test_muon_takes_matrices_and_adamw_the_rest():
         cfg = ModelConfig(hidden=32, heads=2, tied_head=False, encoder=EncoderConfig(kind=kind))
         params = leaves(init_params(cfg, 0))
         params = {k: v.requires_grad_("_init" not in k) for k, v in params.items()}
-        muon, adam = train.optimizers(config.OptimizerConfig(kind="muon"), params)
+        muon, adam = optim.optimizers(config.OptimizerConfig(kind="muon"), params)
         own = {id(p) for g in muon.param_groups for p in g["params"]}
         chosen = {k for k, p in params.items() if id(p) in own}
         assert all(params[k].ndim == 2 for k in chosen)
@@ -121,12 +123,12 @@ def test_patterns_freeze_and_scale():
         decay_scale={r".*bias": 0.0},
     )
     like = init_params(ModelConfig(hidden=32, heads=2), 0)
-    params = {k: v.clone().requires_grad_(not train.is_frozen(cfg, k)) for k, v in leaves(like).items()}
+    params = {k: v.clone().requires_grad_(not optim.is_frozen(cfg, k)) for k, v in leaves(like).items()}
     assert not any(v.requires_grad for k, v in params.items() if k.startswith("encoder") or k.endswith("_init"))
     trained = [v for v in params.values() if v.requires_grad]
     before = {k: v.detach().clone() for k, v in params.items()}
-    opts = train.optimizers(cfg, params)
-    train.update(opts, trained, [torch.ones_like(p) for p in trained], 0.1, 0.0)
+    opts = optim.optimizers(cfg, params)
+    optim.update(opts, trained, [torch.ones_like(p) for p in trained], 0.1, 0.0)
     moved = {k: float((v.detach() - before[k] * (1 - 0.1 * 0.1)).abs().max()) for k, v in params.items()}
     assert moved["core.blocks.0.o"] == pytest.approx(0.1, rel=1e-3)
     by_scale = {g["scale"]: g for o in opts for g in o.param_groups}
@@ -139,10 +141,10 @@ def test_patterns_freeze_and_scale():
 def test_clipping_bounds_the_step_and_reports_the_norm_before():
     p = torch.zeros(4, requires_grad=True)
     opt = [torch.optim.SGD([{"params": [p], "scale": 1.0}], lr=1.0)]
-    norm = train.update(opt, [p], [torch.tensor([3.0, 0, 4.0, 0])], 1.0, 1.0)
+    norm = optim.update(opt, [p], [torch.tensor([3.0, 0, 4.0, 0])], 1.0, 1.0)
     assert float(norm) == pytest.approx(5) and float(p.detach().norm()) == pytest.approx(1, rel=1e-4)
     kept = p.detach().clone()
-    assert math.isnan(train.update(opt, [p], [torch.full((4,), math.nan)], 1.0, 1.0)) and torch.equal(p, kept)
+    assert math.isnan(optim.update(opt, [p], [torch.full((4,), math.nan)], 1.0, 1.0)) and torch.equal(p, kept)
 
 
 # ---------------------------------------------------------------- config
@@ -250,6 +252,120 @@ def test_the_same_config_gives_the_same_bits(tmp_path):
     for tree in ("params", "ema"):
         for a, b in zip(*(leaves(getattr(c, tree)).values() for c in saved), strict=True):
             assert torch.equal(a, b)
+
+
+WALL_CLOCK = ("seconds", "samples_per_s")
+
+
+def outcome(folder):
+    """Everything a run leaves that must not depend on how often it was interrupted."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    tensors = {n: checkpoint.read_file(folder / f"{n}.safetensors")[0] for n in ("last", "best")}
+    _, parts, _ = checkpoint.load_state(folder)
+    tensors["state"] = {k: v for part in parts for k, v in part.items()}
+    return [{k: v for k, v in r.items() if k not in WALL_CLOCK} for r in rows], tensors
+
+
+def same(a, b):
+    assert a[0] == b[0]
+    for name, tensors in a[1].items():
+        assert tensors.keys() == b[1][name].keys()
+        for k, v in tensors.items():
+            assert torch.equal(v, b[1][name][k]), k
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw", "adam_atan2"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_a_run_stopped_after_every_step_ends_in_the_same_bits(tmp_path, kind, dtype):
+    options = {"optimizer__kind": kind, "train__dtype": dtype, "train__log_every": 4, "eval__every": 3, "train__steps": 7}
+    train.fit(tiny(tmp_path / "whole", **options))
+    cfg, steps = tiny(tmp_path / "pieces", **options), []
+    while not steps or "stopped" in steps[-1]:
+        steps.append(train.fit(cfg, resume=bool(steps), limit=-1))
+        assert steps[-1]["step"] == len(steps)
+    assert len(steps) == 7
+    same(outcome(tmp_path / "whole"), outcome(tmp_path / "pieces"))
+
+
+def test_a_killed_run_loses_only_what_came_after_its_newest_whole_state(tmp_path):
+    train.fit(tiny(tmp_path / "whole"))
+    cfg = tiny(tmp_path / "killed")
+    train.fit(cfg)
+    (tmp_path / "killed" / "state-00000006.json").unlink()  # killed before the commit
+    with open(tmp_path / "killed" / "metrics.jsonl", "a") as f:
+        f.write('{"step": 7, "lr"')  # and in the middle of a line
+    train.fit(cfg, resume=True)
+    same(outcome(tmp_path / "whole"), outcome(tmp_path / "killed"))
+
+
+def test_resume_skips_a_broken_state_and_says_so(tmp_path):
+    cfg, said = tiny(tmp_path), []
+    train.fit(cfg)
+    newest = tmp_path / "state-00000006-0.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1] + b"x")
+    assert train.fit(cfg, said.append, resume=True)["step"] == 6
+    assert said[0] == {"skipped": "state-00000006.json: state-00000006-0.safetensors differs from its checksum"}
+    for manifest in tmp_path.glob("state-*.json"):
+        manifest.write_text("{")
+    with pytest.raises(UserError, match="holds no whole state"):
+        train.fit(cfg, resume=True)
+
+
+def test_resuming_with_other_shards_deals_the_carry_anew(tmp_path):
+    cfg = tiny(tmp_path, train__steps=3)
+    train.fit(cfg)
+    _, before, _ = checkpoint.load_state(tmp_path)
+    more = tiny(tmp_path, train__steps=4, train__shards=2)
+    s = train.setup(more)
+    slots = {}
+    for key, value in before[0].items():
+        if key.startswith("slot."):
+            slots.setdefault(int(key.split(".")[1]), {})[key.split(".")[2]] = value
+    seen = {}
+    for shard in s.shards:
+        seen |= train.carry_tensors(more.model, shard, train.carry_from(slots, shard, s.device))
+    assert sorted(seen) == list(range(6))
+    assert all(torch.equal(seen[i][k], slots[i][k]) for i in slots for k in slots[i])
+    assert train.fit(more, resume=True)["step"] == 4
+
+
+def test_what_may_not_change_on_resume_is_refused(tmp_path):
+    train.fit(tiny(tmp_path, train__steps=1))
+    with pytest.raises(UserError, match=r"--resume: optimizer.lr is 0.5, the run has 0.003"):
+        train.fit(tiny(tmp_path, optimizer__lr=0.5), resume=True)
+    with pytest.raises(UserError, match="holds a run already: go on with --resume"):
+        train.fit(tiny(tmp_path))
+
+
+def test_a_folder_held_by_a_live_run_is_refused(tmp_path):
+    with train.Run(tmp_path, 0, False), pytest.raises(UserError, match="held by a live process"):
+        train.fit(tiny(tmp_path))
+
+
+def test_a_signal_finishes_the_step_and_saves(tmp_path):
+    rows = []
+
+    def interrupt(row):
+        rows.append(row)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    last = train.fit(tiny(tmp_path, train__log_every=1), interrupt)
+    assert last["stopped"] == "SIGTERM" and last["step"] == 2
+    assert checkpoint.load_state(tmp_path)[0]["step"] == 2
+
+
+def test_a_full_disk_leaves_the_state_before_it(tmp_path, monkeypatch):
+    train.fit(tiny(tmp_path, train__steps=3))
+    before = sorted(p.name for p in tmp_path.iterdir())
+
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "sync", full)
+    with pytest.raises(UserError, match="cannot be written: No space left on device"):
+        train.fit(tiny(tmp_path, train__steps=6), resume=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+    assert checkpoint.load_state(tmp_path)[0]["step"] == 3
 
 
 def test_training_stops_at_the_wanted_exact_match(tmp_path, monkeypatch):

@@ -1,0 +1,128 @@
+"""Optimizers over a flat dict of parameters: AdamW, Muon beside AdamW, Adam-atan2; schedule, patterns, clipping."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import OptimizerConfig
+from .data import UserError
+
+
+def learning_rate(cfg: OptimizerConfig, step: int, steps: int) -> float:
+    """Linear warm-up, then a cosine to final_lr of it. The first step is 1 and already counts, as published."""
+    if step < cfg.warmup:
+        return cfg.lr * step / cfg.warmup
+    done = min(1.0, (step - cfg.warmup) / max(1, steps - cfg.warmup))
+    return cfg.lr * (cfg.final_lr + (1 - cfg.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+class AdamAtan2(torch.optim.Optimizer):
+    """Adam-atan2 as adam-atan2 0.0.3 has it: p -= lr / (1 - b1^t) * atan2(m, sqrt(v / (1 - b2^t))), decoupled decay.
+
+    The bias correction of the first moment scales the step instead of m inside the arctangent; there is no epsilon.
+    """
+
+    def __init__(self, params: Any, lr: float, betas: tuple[float, float], weight_decay: float) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            lr, (b1, b2) = group["lr"], group["betas"]
+            for p in (p for p in group["params"] if p.grad is not None):
+                s = self.state[p] or {"step": torch.zeros(()), "m": torch.zeros_like(p), "v": torch.zeros_like(p)}
+                self.state[p] = s
+                s["step"] += 1
+                p.mul_(1 - lr * group["weight_decay"])
+                s["m"].lerp_(p.grad, 1 - b1)
+                s["v"].mul_(b2).addcmul_(p.grad, p.grad, value=1 - b2)
+                t = int(s["step"])
+                p.sub_(torch.atan2(s["m"], (s["v"] / (1 - b2**t)).sqrt()), alpha=lr / (1 - b1**t))
+
+
+def first_match(rules: dict[str, float], path: str) -> float:
+    return next((v for pattern, v in rules.items() if re.fullmatch(pattern, path)), 1.0)
+
+
+def is_frozen(cfg: OptimizerConfig, path: str) -> bool:
+    return any(re.fullmatch(pattern, path) for pattern in cfg.freeze)
+
+
+def is_matrix(path: str, p: Tensor) -> bool:
+    """What Muon orthogonalises: products inside blocks; not embeddings, queries, heads and positions."""
+    return p.ndim == 2 and not re.search(r"embed|queries|head|q_weight|position|pool\.0$", path)
+
+
+def optimizers(cfg: OptimizerConfig, params: dict[str, Tensor]) -> list[torch.optim.Optimizer]:
+    """Optimizers over the trained leaves; each group carries `scale`, its share of the learning rate."""
+    for pattern in (*cfg.freeze, *cfg.lr_scale, *cfg.decay_scale):
+        try:
+            if not any(re.fullmatch(pattern, path) for path in params):
+                raise UserError(f"optimizer: pattern {pattern!r} matches no parameter; paths look like {min(params)}")
+        except re.error as e:
+            raise UserError(f"optimizer: pattern {pattern!r} is no regular expression: {e}") from None
+    groups: dict[tuple[bool, float, float], list[Tensor]] = {}
+    for path, p in params.items():
+        if p.requires_grad:
+            muon = cfg.kind == "muon" and is_matrix(path, p)
+            key = (muon, first_match(cfg.lr_scale, path), first_match(cfg.decay_scale, path))
+            groups.setdefault(key, []).append(p)
+    made: list[torch.optim.Optimizer] = []
+    for muon in (True, False):
+        own = [
+            {"params": ps, "scale": lr, "weight_decay": cfg.weight_decay * decay} for (m, lr, decay), ps in groups.items() if m == muon
+        ]
+        if not own:
+            continue
+        if muon:
+            made.append(torch.optim.Muon(own, lr=cfg.lr, adjust_lr_fn="match_rms_adamw"))
+        elif cfg.kind == "adam_atan2":
+            made.append(AdamAtan2(own, cfg.lr, cfg.betas, cfg.weight_decay))
+        else:
+            made.append(torch.optim.AdamW(own, lr=cfg.lr, betas=cfg.betas, foreach=True))
+    return made
+
+
+def update(
+    opts: Sequence[torch.optim.Optimizer], trained: Sequence[Tensor], grads: Sequence[Tensor], lr: float, clip: float,
+) -> Tensor:  # fmt: skip
+    """Clip by the global norm, then step, in place; the norm before clipping. A non-finite norm changes nothing."""
+    norm = torch.stack(torch._foreach_norm(list(grads))).norm()
+    if not math.isfinite(float(norm)):
+        return norm
+    if clip:
+        torch._foreach_mul_(list(grads), (clip / (norm + 1e-6)).clamp(max=1.0))
+    for p, g in zip(trained, grads, strict=True):
+        p.grad = g
+    for opt in opts:
+        for group in opt.param_groups:
+            group["lr"] = lr * group["scale"]
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+    return norm
+
+
+def optimizer_tensors(opts: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """All state of the optimizers, by optimizer, parameter and name."""
+    found: dict[str, Tensor] = {}
+    for i, opt in enumerate(opts):
+        for k, fields in opt.state_dict()["state"].items():
+            found |= {f"opt.{i}.{k}.{name}": v for name, v in fields.items()}
+    return found
+
+
+def load_optimizers(opts: Sequence[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` gave, on optimizers built from the same config."""
+    for i, opt in enumerate(opts):
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith(f"opt.{i}."):
+                _, _, k, name = key.split(".")
+                state.setdefault(int(k), {})[name] = value
+        opt.load_state_dict({"state": state, "param_groups": opt.state_dict()["param_groups"]})
