@@ -123,7 +123,9 @@ def load(path: str | Path) -> Checkpoint:
 # ---------------------------------------------------------------- the full state of a run
 
 
-def save_state(folder: Path, step: int, rank: int, tensors: dict[str, Tensor], wait: Callable[[], None], meta: dict[str, Any]) -> None:
+def save_state(
+    folder: Path, step: int, rank: int, world: int, tensors: dict[str, Tensor], wait: Callable[[], None], meta: dict[str, Any]
+) -> None:
     """Each process writes its file; when all have, rank 0 commits them by a manifest and drops all but two states.
 
     A state without its manifest does not exist; one whose files differ from the manifest's checksums is not whole.
@@ -132,7 +134,10 @@ def save_state(folder: Path, step: int, rank: int, tensors: dict[str, Tensor], w
     wait()
     if rank:
         return
-    files = {p.name: digest(p) for p in sorted(folder.glob(f"state-{step:08d}-*.safetensors"))}
+    parts = [folder / f"state-{step:08d}-{r}.safetensors" for r in range(world)]
+    if missing := [p.name for p in parts if not p.is_file()]:
+        raise UserError(f"{folder}: {missing[0]} is not there: all processes must share run.dir")
+    files = {p.name: digest(p) for p in parts}
     write_text(folder / f"state-{step:08d}.json", json.dumps({**meta, "step": step, "files": files}))
     for old in sorted(folder.glob("state-*.json"))[:-2]:
         old.unlink()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 import re
 from collections.abc import Callable
 from typing import Annotated, Any, Optional
@@ -35,7 +36,7 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
             typer.echo(f"etrm: {e}", err=True)
             raise typer.Exit(2) from None
         except (MemoryError, RuntimeError) as e:
-            if not isinstance(e, MemoryError) and "memory" not in str(e):
+            if not isinstance(e, MemoryError) and not re.search("out of memory|can't allocate memory", str(e)):
                 raise
             typer.echo("etrm: out of memory: raise train.shards, or lower train.batch, eval.tokens or model.hidden", err=True)
             raise typer.Exit(2) from None
@@ -100,8 +101,6 @@ def progress(total: int) -> Callable[[dict[str, Any]], None]:
         else:
             own = {k: v for k, v in row.items() if "/" in k}
             console.print(f"step {row['step']}  " + "  ".join(f"{k} {v:.3f}" for k, v in own.items()))
-        if live and row["step"] == total:
-            live.stop()
 
     say.stop = live.stop if live else (lambda: None)  # type: ignore[attr-defined]
     return say
@@ -139,16 +138,21 @@ def train_command(
     as_json: Json = False,
 ) -> None:
     """Train from a TOML recipe; a shipped one may be named without its path."""
-    from . import config, train
+    from . import config
+    from . import plan as planner
 
     cfg = config.load_config(recipe, sets or [], fast)
-    plan = train.plan(cfg, timed=dry_run)
-    typer.echo(plan.pop("text"))
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
+    plan = planner.plan(cfg, timed=dry_run) if first else {}
+    if first:
+        typer.echo(plan.pop("text"))
+    elif dry_run:
+        return
     result = plan if dry_run else fit_aloud(cfg, resume, seconds(time_limit) if time_limit else math.inf)
-    if not dry_run:
+    if not dry_run and first:
         why = f"stopped ({result['stopped']})" if "stopped" in result else "done"
         typer.echo(f"{why}: {cfg.run.dir} after {result['step']} steps, {result['seconds']:.0f} s")
-    last_line(as_json, result)
+    last_line(as_json and first, result)
     if result.get("stopped") not in (None, "eval.stop_at"):
         raise typer.Exit(75)  # EX_TEMPFAIL: run again with --resume
 
@@ -158,8 +162,9 @@ def train_command(
 def eval_command(
     checkpoint: str,
     sources: Annotated[Optional[list[str]], typer.Option("--data", help="Default: the dev split.")] = None,  # noqa: UP045
-    views: Annotated[int, typer.Option(min=1, help="Symmetries and demo orders to vote over.")] = 1,
+    views: Annotated[int, typer.Option(min=1, help="Symmetries and demo orders to vote over.")] = 8,
     raw: Annotated[bool, typer.Option("--raw", help="Raw weights instead of their average (EMA).")] = False,
+    sets: Set = None,
     as_json: Json = False,
 ) -> None:
     """Score a checkpoint (file or run folder) on tasks with known outputs."""
@@ -170,7 +175,7 @@ def eval_command(
     with Progress(transient=True) as bar:
         task = bar.add_task("views", total=1.0)
         result = solve.evaluate(
-            checkpoint, sources or (), views, "raw" if raw else "ema", lambda done: bar.update(task, completed=done)
+            checkpoint, sources or (), views, "raw" if raw else "ema", lambda done: bar.update(task, completed=done), sets or []
         )
     held = {
         True: "held out",
@@ -216,6 +221,7 @@ def solve(
     checkpoint: str,
     task: str,
     views: Annotated[int, typer.Option(min=1, help="Symmetries and demo orders to vote over.")] = 8,
+    sets: Set = None,
     as_json: Json = False,
 ) -> None:
     """Answer the queries of a task file: demos, answer and confidence in colour."""
@@ -224,13 +230,14 @@ def solve(
     from . import solve as solver
 
     console, made = Console(), []
-    for each, queries in solver.answers(checkpoint, task, views):
+    for each, queries in solver.answers(checkpoint, task, views, sets or []):
         console.print(f"[bold]{each.name}[/bold]")
         for x, y in each.demos:
-            console.print(beside(x, y))
+            console.print(beside(x, y), no_wrap=True, overflow="ignore", crop=False)
         for p, ranked in queries:
             best = ranked[0] if ranked else None
-            console.print(beside(each.queries[p.query][0], best.grid if best else None))
+            shown = beside(each.queries[p.query][0], best.grid if best else None)
+            console.print(shown, no_wrap=True, overflow="ignore", crop=False)
             if p.too_large:
                 said = f"no answer: it needs a canvas of {p.too_large}, larger than any the model was trained on"
             elif best is None:
@@ -252,7 +259,7 @@ def beside(left: Any, right: Any) -> Any:
         for part, gap in ((left, "  -> " if r == 0 else "     "), (right, "\n")):
             row = part[r] if part is not None and r < len(part) else []
             for cell in row:
-                text.append("  ", style=f"on {PALETTE[int(cell)]}")
+                text.append(f"{cell} ", style=f"{'black' if cell in (4, 8) else 'white'} on {PALETTE[int(cell)]}")
             if part is left:
                 text.append(" " * 2 * (left.shape[1] - len(row)))
             text.append("  ->  ?" if part is left and right is None and r == 0 else gap)

@@ -8,13 +8,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import tomli
 
 from .data import DataConfig, UserError, nearest
 from .etrm import ModelConfig
+
+Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -38,26 +40,26 @@ class OptimizerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    batch: int = 64  # slots of all processes together
-    steps: int = 2000
-    shards: int = 1  # parts of a step, worked on one after the other (memory) or by several processes
+    batch: Count = 64  # slots of all processes together
+    steps: Count = 2000
+    shards: Count = 1  # parts of a step, worked on one after the other (memory) or by several processes
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     ema: float = 0.999
-    log_every: int = 10
-    save_every: int = 200
+    log_every: Count = 10
+    save_every: Count = 200
 
 
 class EvalConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What is watched during training, on the dev split (official queries) or on the training set (its own rule)."""
 
-    every: int = 500
+    every: Count = 500
     on: Literal["dev", "train"] = "dev"
-    weights: tuple[Literal["ema", "raw"], ...] = ("ema",)  # the first decides what is best
-    act_steps: int = 16
+    weights: Annotated[tuple[Literal["ema", "raw"], ...], msgspec.Meta(min_length=1)] = ("ema",)  # the first decides what is best
+    act_steps: Count = 16
     foreign: bool = True  # also with another task's demos: is the encoder used?
     stop_at: float = 0.0  # exact match with the task's own demos at which training ends; 0: never
-    tokens: int = 16384  # of a batch
+    tokens: Count = 16384  # of a batch
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -96,6 +98,18 @@ def override(raw: dict[str, Any], key: str, value: Any) -> None:
     raw[last] = value
 
 
+def set_item(raw: dict[str, Any], item: str) -> None:
+    """Apply one 'a.b=value', the value in TOML's notation or else a plain string."""
+    key, equals, text = item.partition("=")
+    if not equals:
+        raise UserError(f"--set {item}: must be key=value, for instance train.steps=100")
+    try:
+        value = tomli.loads(f"x = {text}")["x"]
+    except tomli.TOMLDecodeError:
+        value = text
+    override(raw, key.strip(), value)
+
+
 def load_config(path: str | Path, sets: Sequence[str] = (), fast: bool = False) -> Config:
     """Read a TOML recipe; --fast applies its [fast] table, then each 'a.b=value' (TOML, else a plain string)."""
     shipped = {p.stem: p for p in sorted((Path(__file__).parent / "configs").glob("*.toml"))}
@@ -115,12 +129,5 @@ def load_config(path: str | Path, sets: Sequence[str] = (), fast: bool = False) 
         for key, value in quick.items():
             override(raw, key, value)
     for item in sets:
-        key, equals, text = item.partition("=")
-        if not equals:
-            raise UserError(f"--set {item}: must be key=value, for instance train.steps=100")
-        try:
-            value = tomli.loads(f"x = {text}")["x"]
-        except tomli.TOMLDecodeError:
-            value = text
-        override(raw, key.strip(), value)
+        set_item(raw, item)
     return parse_config(raw, str(path))

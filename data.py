@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -32,7 +32,7 @@ class DataConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     policy: Literal["refuse", "drop", "demos"] = "drop"
     guard_min_cells: int = 20  # fewer cells in the pairs that two tasks share are taken for chance
     query: Literal["leave_one_out", "test"] = "leave_one_out"
-    max_demos: int = 10
+    max_demos: Annotated[int, msgspec.Meta(ge=1)] = 10
     min_demos: int = 0  # 0: all demos; else each episode draws a subset of at least that many
     canvases: tuple[int, ...] = (10, 15, 20, 30)
     demo_canvases: tuple[int, ...] = (6, 10, 13, 16, 20, 25, 30)
@@ -180,6 +180,11 @@ def queries(tasks: Tasks, rule: str, canvases: Sequence[int]) -> Queries:
     sizes = torch.tensor([*sorted(canvases), 0])  # 0: larger than every pool, never fits
     canvas = sizes[torch.searchsorted(sizes[:-1], side)]
     return Queries(pair, tasks.task_of[pair], (sides[pair, 1] <= canvas) & (canvas > 0), canvas, known[pair])
+
+
+def known_only(asked: Queries) -> Queries:
+    """Those whose output is known."""
+    return Queries(*(x[asked.known] for x in asked))
 
 
 class Pool(NamedTuple):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import msgspec
 import torch
@@ -20,6 +20,9 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from .data import Batch
+
+
+Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class EncoderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -37,18 +40,18 @@ class EncoderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Shape and behaviour of the model. Each switch named `published` reproduces the published code."""
 
-    hidden: int = 128
-    heads: int = 2
+    hidden: Count = 128
+    heads: Count = 2
     expansion: float = 4.0
-    layers: int = 2
-    H_cycles: int = 3
-    L_cycles: int = 4
-    context_tokens: int = 16
+    layers: Count = 2
+    H_cycles: Count = 3
+    L_cycles: Count = 4
+    context_tokens: Count = 16
     positions: Literal["rope", "rope2d", "learned", "none"] = "rope2d"
-    raster: int = 30  # position codes are those of a raster x raster canvas, whatever the pool
+    raster: Count = 30  # position codes are those of a raster x raster canvas, whatever the pool
     tied_head: bool = True  # logits from the query's own token embedding
     context_scale: Literal["gain", "published"] = "gain"
-    halt_max_steps: int = 16
+    halt_max_steps: Count = 16
     exploration: float = 0.1
     loss: Literal["stablemax", "softmax"] = "stablemax"
     q_weight: float = 0.5

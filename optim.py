@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -54,6 +54,19 @@ def is_frozen(cfg: OptimizerConfig, path: str) -> bool:
     return any(re.fullmatch(pattern, path) for pattern in cfg.freeze)
 
 
+def check_patterns(cfg: OptimizerConfig, params: Iterable[str]) -> None:
+    """Raises UserError when a pattern is malformed or matches no parameter, or when everything is frozen."""
+    params = list(params)
+    for pattern in (*cfg.freeze, *cfg.lr_scale, *cfg.decay_scale):
+        try:
+            if not any(re.fullmatch(pattern, path) for path in params):
+                raise UserError(f"optimizer: pattern {pattern!r} matches no parameter; paths look like {min(params)}")
+        except re.error as e:
+            raise UserError(f"optimizer: pattern {pattern!r} is no regular expression: {e}") from None
+    if all(is_frozen(cfg, path) for path in params):
+        raise UserError("optimizer.freeze: nothing is left to train")
+
+
 def is_matrix(path: str, p: Tensor) -> bool:
     """What Muon orthogonalises: products inside blocks; not embeddings, queries, heads and positions."""
     return p.ndim == 2 and not re.search(r"embed|queries|head|q_weight|position|pool\.0$", path)
@@ -61,12 +74,6 @@ def is_matrix(path: str, p: Tensor) -> bool:
 
 def optimizers(cfg: OptimizerConfig, params: dict[str, Tensor]) -> list[torch.optim.Optimizer]:
     """Optimizers over the trained leaves; each group carries `scale`, its share of the learning rate."""
-    for pattern in (*cfg.freeze, *cfg.lr_scale, *cfg.decay_scale):
-        try:
-            if not any(re.fullmatch(pattern, path) for path in params):
-                raise UserError(f"optimizer: pattern {pattern!r} matches no parameter; paths look like {min(params)}")
-        except re.error as e:
-            raise UserError(f"optimizer: pattern {pattern!r} is no regular expression: {e}") from None
     groups: dict[tuple[bool, float, float], list[Tensor]] = {}
     for path, p in params.items():
         if p.requires_grad:

@@ -41,9 +41,10 @@ def view(task: Task, query: int, number: int, cfg: data.DataConfig) -> tuple[Sym
 
     Drawn from the content of the task, so that neither the other tasks nor their order matter."""
     key = int.from_bytes(sources.task_digest(task)[:7], "little")
-    u = data.uniform(11 + 128, key, data.VIEW, query, number)
+    lots = 1 + len(task.demos)
+    u = data.uniform(11 + lots, key, data.VIEW, query, number)
     if number == 0:
-        return data.identity(), torch.arange(128) / 128
+        return data.identity(), torch.arange(lots) / lots
     s = data.draw_symmetry(u[None, :11], cfg.dihedral, cfg.colours)
     return Symmetry(s.dihedral[0], s.colours[0]), u[11:]
 
@@ -71,7 +72,7 @@ def predict(
         seen = [view(tasks[int(asked.task[r])], int(number[r]), v, cfg.data) for r in rows]
         symmetry = Symmetry(*(torch.stack([s[i] for s, _ in seen]) for i in range(2)))
         demos = data.candidates(packed, asked.pair[rows], "test")
-        lots = torch.stack([u for _, u in seen])[:, : 1 + demos.shape[1]]
+        lots = torch.nn.utils.rnn.pad_sequence([u for _, u in seen], batch_first=True)
         demos = data.choose_demos(demos, lots, cfg.data.max_demos)
         shift = torch.zeros(len(rows), 1 + demos.shape[1], 2, dtype=torch.float64)
         episodes = data.Episodes(asked.pair[rows], demos, symmetry, shift)
@@ -103,13 +104,13 @@ def predict(
     return made
 
 
-class Candidate(NamedTuple):
+class Answer(NamedTuple):
     grid: np.ndarray
     views: int  # that gave it
     q: float  # their mean sigmoid(q)
 
 
-def rank(votes: Sequence[Vote]) -> list[Candidate]:
+def rank(votes: Sequence[Vote]) -> list[Answer]:
     """Answers by (number of views, mean sigmoid(q)), as published; ties by the grid itself, so that no order matters."""
     found: dict[tuple[tuple[int, ...], bytes], list[float]] = {}
     for grid, q in votes:
@@ -117,7 +118,7 @@ def rank(votes: Sequence[Vote]) -> list[Candidate]:
             key = (grid.shape, np.ascontiguousarray(grid, np.uint8).tobytes())
             found.setdefault(key, []).append(1 / (1 + math.exp(-max(-500.0, q))))
     order = sorted(found.items(), key=lambda kv: (-len(kv[1]), -math.fsum(kv[1]) / len(kv[1]), kv[0]))
-    return [Candidate(np.frombuffer(cells, np.uint8).reshape(shape), len(qs), math.fsum(qs) / len(qs)) for (shape, cells), qs in order]
+    return [Answer(np.frombuffer(cells, np.uint8).reshape(shape), len(qs), math.fsum(qs) / len(qs)) for (shape, cells), qs in order]
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
@@ -165,25 +166,33 @@ def score(tasks: Sequence[Task], predictions: Sequence[Prediction]) -> dict[str,
 # ---------------------------------------------------------------- a checkpoint against a set of tasks
 
 
-def opened(path: str | Path) -> tuple[checkpoint.Checkpoint, Config]:
-    """A checkpoint and the config it was trained with."""
+def opened(path: str | Path, sets: Sequence[str] = ()) -> tuple[checkpoint.Checkpoint, Config]:
+    """A checkpoint and the config it was trained with; `sets` may change where and in what portions it is run."""
     c = checkpoint.load(path)
-    return c, config.parse_config(c.meta["config"], str(c.path))
+    raw = c.meta["config"]
+    for item in sets:
+        if item.partition("=")[0].strip() not in ("train.device", "train.dtype", "eval.tokens"):
+            raise UserError(f"--set {item}: a checkpoint's config is fixed but for train.device, train.dtype and eval.tokens")
+        config.set_item(raw, item)
+    return c, config.parse_config(raw, str(c.path))
 
 
 def evaluate(
     path: str | Path, data_sources: Sequence[str] = (), views: int = 1, weights: str = "ema",
-    say: Callable[[float], None] = lambda done: None,
+    say: Callable[[float], None] = lambda done: None, sets: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Score a checkpoint on sources (its dev split by default), and say what that score is worth: was it held out?"""
-    c, cfg = opened(path)
+    c, cfg = opened(path, sets)
     chosen = tuple(data_sources) or cfg.data.dev
-    tasks = sources.load(chosen, cfg.data.max_eval_tasks)
+    if not chosen:
+        raise UserError(f"{c.path}: was trained without a dev split; name the tasks with --data")
+    tasks = sources.load(chosen, 0 if data_sources else cfg.data.max_eval_tasks)
     result = score(tasks, predict(c.ema if weights == "ema" else c.params, cfg, tasks, views, say))
     finding = msgspec.convert(c.meta["finding"], sources.Finding)
     result |= {"data": list(chosen), "views": views, "weights": weights, "held_out": held_out(cfg, c.meta, tasks)}
     result |= {"guard": str(finding), "checkpoint": str(c.path), "step": c.meta.get("step")}
-    if set(chosen) & set(cfg.data.held_out):
+    kept_out = {sources.task_digest(t) for t in sources.load(("arc1:evaluation", *cfg.data.held_out))}
+    if any(sources.task_digest(t) in kept_out for t in tasks):
         result["look"] = look(c.path, chosen, tasks, result)
     return result
 
@@ -191,7 +200,7 @@ def evaluate(
 def held_out(cfg: Config, meta: dict[str, Any], tasks: Sequence[Task]) -> bool | None:
     """Whether no evaluated task shares a pair with what was trained on; None where the training data is not here."""
     try:
-        trained, _, finding = sources.prepare(cfg.data)
+        trained, _, _ = sources.prepare(cfg.data)
     except UserError:
         return None
     if sources.set_hash(trained) != meta["data"]:
@@ -200,7 +209,7 @@ def held_out(cfg: Config, meta: dict[str, Any], tasks: Sequence[Task]) -> bool |
         sources.guard(trained, [], tasks, "refuse", cfg.data.guard_min_cells)
     except UserError:
         return False
-    return finding.admitted == 0
+    return True
 
 
 def look(path: Path, chosen: Sequence[str], tasks: Sequence[Task], result: dict[str, Any]) -> int | None:
@@ -217,11 +226,13 @@ def look(path: Path, chosen: Sequence[str], tasks: Sequence[Task], result: dict[
         return None
 
 
-def answers(path: str | Path, task_file: str, views: int) -> list[tuple[Task, list[tuple[Prediction, list[Candidate]]]]]:
+def answers(
+    path: str | Path, task_file: str, views: int, sets: Sequence[str] = ()
+) -> list[tuple[Task, list[tuple[Prediction, list[Answer]]]]]:
     """Each task of a file with, per query, the ranked answers."""
-    c, cfg = opened(path)
+    c, cfg = opened(path, sets)
     tasks = sources.load([task_file])
-    by_task: dict[str, list[tuple[Prediction, list[Candidate]]]] = {}
+    by_task: dict[str, list[tuple[Prediction, list[Answer]]]] = {}
     for p in predict(c.ema, cfg, tasks, views):
         by_task.setdefault(p.task, []).append((p, rank(p.votes)))
     return [(t, by_task[t.name]) for t in tasks]
@@ -232,8 +243,11 @@ PUBLISHED = "published, 32 tasks, augmented, from a pretrained decoder: 86 % of 
 
 def overfit(cfg: Config, fit: Callable[[Config], dict[str, Any]]) -> dict[str, Any]:
     """Train as the config says, then ask every pair of the training set with the raw weights, and name the wrong ones."""
-    for old in Path(cfg.run.dir).glob("state-*"):
-        old.unlink()  # a measurement starts anew
+    folder, again = Path(cfg.run.dir), 1
+    while any(folder.glob("state-*.json")):  # a measurement starts anew and overwrites nothing
+        again += 1
+        folder = Path(f"{cfg.run.dir}-{again}")
+    cfg = msgspec.structs.replace(cfg, run=msgspec.structs.replace(cfg.run, dir=str(folder)))
     ran = fit(cfg)
     c = checkpoint.load(Path(cfg.run.dir) / "last.safetensors")
     tasks, _, _ = sources.prepare(cfg.data)

@@ -128,7 +128,7 @@ def _read(path: Path) -> Iterator[Task]:
 
 
 def load(sources: Sequence[str], limit: int = 0) -> list[Task]:
-    """All tasks of the sources, sorted by name; equal copies once. Raises UserError on anything malformed or empty."""
+    """All tasks of the sources, sorted by name; equal copies under one name once. Raises UserError on anything malformed or empty."""
     tasks: dict[str, Task] = {}
     for source in sources:
         if source.startswith(("arc1:", "arc2:")):
@@ -249,7 +249,6 @@ def guard(
         # one tiny pair is equal by chance, several or all are not: ARC-1 has tasks of nothing but 3 x 3 grids
         hits = {n for n, found in shared.items() if sum(dict(found).values()) >= min_cells or len(found) == len(pairs)}
         tiny += 0 if hits else len({digest for found in shared.values() for digest, _ in found})
-        hits = hits & dev_names if task.name in names else hits
         if not hits:
             kept.append(task)
         elif hits & dev_names:
@@ -269,10 +268,9 @@ def prepare(cfg: DataConfig) -> tuple[list[Task], list[Task], Finding]:
         raise UserError(f"data.demo_canvases: must end with {MAX_SIDE}, the largest demo")
     if cfg.policy == "demos" and cfg.query == "test":
         raise UserError("data.policy: held-out demos are asked one by one, which needs data.query = leave_one_out")
-    dev = load(cfg.dev, cfg.max_eval_tasks) if cfg.dev else []
-    held_out = load(cfg.held_out) if cfg.held_out else []
-    train, finding = guard(load(cfg.train), load(cfg.dev) if cfg.dev else [], held_out, cfg.policy, cfg.guard_min_cells)
-    return train[: cfg.max_train_tasks or None], dev, finding
+    dev, held_out = (load(names) if names else [] for names in (cfg.dev, cfg.held_out))
+    train, finding = guard(load(cfg.train), dev, held_out, cfg.policy, cfg.guard_min_cells)
+    return train[: cfg.max_train_tasks or None], dev[: cfg.max_eval_tasks or None], finding
 
 
 # ---------------------------------------------------------------- description

@@ -7,7 +7,6 @@ on its shards one after the other, each with a carry of its own, and gradients a
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import json
 import math
 import os
@@ -28,7 +27,12 @@ from .config import Config
 from .data import DataConfig, UserError
 from .encoders import encoder_of, init_params
 from .etrm import Carry, Encode, ModelConfig, Params, act_loss, act_step, fresh_carry, leaves, rebuild, tree_map
-from .optim import is_frozen, learning_rate, load_optimizers, optimizer_tensors, optimizers, update
+from .optim import check_patterns, is_frozen, learning_rate, load_optimizers, optimizer_tensors, optimizers, update
+
+try:
+    import fcntl
+except ImportError:  # Windows: run folders are not locked
+    fcntl = None  # type: ignore[assignment]
 
 # ---------------------------------------------------------------- where and in what numbers
 
@@ -93,7 +97,7 @@ def min_steps(cfg: ModelConfig, seed: int, slots: Tensor, n: Tensor, step: Tenso
 
     Drawn anew at every ACT step, as published."""
     u = data.uniform(2, seed, data.EXPLORE, slots, n, step)
-    least = 2 + (u[:, 1] * (cfg.halt_max_steps - 1)).long()
+    least = (2 + (u[:, 1] * (cfg.halt_max_steps - 1)).long()).clamp(max=cfg.halt_max_steps)
     return torch.where(u[:, 0] < cfg.exploration, least, 0)
 
 
@@ -207,7 +211,7 @@ def probe(params: Params, cfg: Config, tasks: data.Tasks, rule: str, dtype: torc
     Means over queries; one whose output does not fit its canvas counts as wrong and has no loss. `wrong`: their pairs.
     """
     device = leaves(params)["core.embed"].device
-    asked = data.queries(tasks, rule, cfg.data.canvases)
+    asked = data.known_only(data.queries(tasks, rule, cfg.data.canvases))
     shown = asked.pair[donors(asked.task, cfg.run.seed)] if foreign else asked.pair
     encode, cast = encoder_of(cfg.model), tree_map(lambda x: x.to(dtype), params)
     lm, cells, exact = (torch.zeros(len(asked.pair)) for _ in range(3))
@@ -229,43 +233,21 @@ def probe(params: Params, cfg: Config, tasks: data.Tasks, rule: str, dtype: torc
     }
 
 
+def rule_of(cfg: Config) -> str:
+    """Which pairs are asked: the training set by its own rule, the dev split by its official queries."""
+    return cfg.data.query if cfg.eval.on == "train" else "test"
+
+
 def watch(params: Params, ema: Params, cfg: Config, tasks: data.Tasks, dtype: torch.dtype) -> dict[str, float]:
     """All probes of the config, e.g. dev/ema/own/loss."""
-    rule = cfg.data.query if cfg.eval.on == "train" else "test"
+    rule = rule_of(cfg)
     found: dict[str, float] = {}
     for weights in cfg.eval.weights:
         tree = ema if weights == "ema" else params
         for whose in ("own", "foreign") if cfg.eval.foreign else ("own",):
             row = probe(tree, cfg, tasks, rule, dtype, whose == "foreign")
-            found |= {f"{cfg.eval.on}/{weights}/{whose}/{k}": row[k] for k in ("loss", "cell_accuracy", "exact")}
+            found |= {f"{cfg.eval.on}/{weights}/{whose}/{k}": row[k] for k in ("loss", "cell_accuracy", "exact", "n")}
     return found
-
-
-def flops(cfg: Config, tasks: data.Tasks, shards: Sequence[Shard]) -> tuple[float, float]:
-    """(GFLOP of one optimizer step, GB that autograd keeps for the largest shard), counted on the meta device."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    meta, total, most = torch.device("meta"), 0.0, 0
-    like = init_params(cfg.model, 0)
-    for shard in shards:
-        slots = torch.cat(shard.slots)
-        carry = fresh_carry(cfg.model, [torch.empty(len(s), p.canvas**2) for p, s in zip(*shard, strict=True)], torch.float32)
-        carry, batch, least = next_batch(tasks, shard, cfg, carry, torch.device("cpu"))
-        p = {k: v.to(meta).requires_grad_(not is_frozen(cfg.optimizer, k)) for k, v in leaves(like).items()}
-        kept: dict[int, int] = {}
-
-        def note(x: Tensor, kept: dict[int, int] = kept) -> Tensor:
-            kept[id(x.untyped_storage())] = x.numel() * x.element_size()
-            return x
-
-        with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-            train_step(
-                p, like, cfg.model, encoder_of(cfg.model), torch.bfloat16, to_device(carry, meta),
-                to_device(batch, meta), least.to(meta), torch.empty(len(slots), device=meta),
-            )  # fmt: skip
-        total += counter.get_total_flops()
-        most = max(most, sum(kept.values()))
-    return total / 1e9, most / 1e9
 
 
 # ---------------------------------------------------------------- the loop
@@ -289,6 +271,7 @@ class Setup(NamedTuple):
 def setup(cfg: Config, rank: int = 0, world: int = 1) -> Setup:
     keep_pages()
     device = device_of(cfg.train.device)
+    dtype = dtype_of(cfg.train.dtype, device)
     train, dev, finding = sources.prepare(cfg.data)
     tasks = data.pack(train)
     if cfg.eval.on == "dev" and not dev:
@@ -297,12 +280,21 @@ def setup(cfg: Config, rank: int = 0, world: int = 1) -> Setup:
         raise UserError(f"train.shards: {cfg.train.shards} shards cannot be spread over {world} processes")
     asked = data.queries(tasks, cfg.data.query, cfg.data.canvases)
     shards = deal(data.pools(asked, cfg.train.batch), cfg.model, cfg.train.shards)
+    watched = tasks if cfg.eval.on == "train" else data.pack(dev)
+    questions = data.known_only(data.queries(watched, rule_of(cfg), cfg.data.canvases))
+    if not len(questions.pair):
+        raise UserError(f"eval.on: no task of the {cfg.eval.on} set has a query with a known output")
+    if cfg.eval.foreign:
+        donors(questions.task, cfg.run.seed)  # before an hour has gone by
+    if max(cfg.data.canvases) > cfg.model.raster:
+        raise UserError(f"data.canvases: {max(cfg.data.canvases)} is larger than model.raster = {cfg.model.raster}")
     like = init_params(cfg.model, cfg.run.seed)
+    check_patterns(cfg.optimizer, leaves(like))
     params = {k: v.to(device).requires_grad_(not is_frozen(cfg.optimizer, k)) for k, v in leaves(like).items()}
     meta = {"config": json.loads(msgspec.json.encode(cfg)), "data": sources.set_hash(train), "finding": msgspec.to_builtins(finding)}
     return Setup(
-        tasks, tasks if cfg.eval.on == "train" else data.pack(dev), {**meta, "tasks": len(train)},
-        shards[rank::world], int((~asked.fits).sum()), device, dtype_of(cfg.train.dtype, device), params, like,
+        tasks, watched, {**meta, "tasks": len(train), "dtype": str(dtype)},
+        shards[rank::world], int((~asked.fits).sum()), device, dtype, params, like,
         encoder_of(cfg.model),
     )  # fmt: skip
 
@@ -310,6 +302,22 @@ def setup(cfg: Config, rank: int = 0, world: int = 1) -> Setup:
 def start_carry(cfg: Config, shard: Shard, device: torch.device, dtype: torch.dtype) -> Carry:
     shapes = [torch.empty(len(s), p.canvas**2, device=device) for p, s in zip(*shard, strict=True)]
     return fresh_carry(cfg.model, shapes, dtype)
+
+
+def one_step(
+    s: Setup, cfg: Config, carries: Sequence[Carry], scale: float = 1.0, ask: bool = False
+) -> tuple[list[Carry], list[Tensor], Tensor, bool]:
+    """One ACT step of every slot: (carries, gradients of all processes, sums of this one, did any process ask to stop)."""
+    new, grads, sums = [], [], torch.zeros(2, len(SUMS), device=s.device)
+    for shard, carry in zip(s.shards, carries, strict=True):
+        carry, batch, least = next_batch(s.tasks, shard, cfg, carry, s.device)
+        weight = slot_weights(shard, cfg.train.batch).to(s.device)
+        carry, g, part = train_step(s.params, s.like, cfg.model, s.encode, s.dtype, carry, batch, least, weight, scale)
+        new.append(carry)
+        grads.append([*g, g[0].new_tensor([float(ask)])])  # the vote travels with the gradients
+        sums += part
+    *total, vote = reduce(grads)
+    return new, total, sums, float(vote) > 0
 
 
 def carry_tensors(cfg: ModelConfig, shard: Shard, carry: Carry) -> dict[int, dict[str, Tensor]]:
@@ -335,7 +343,8 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
             if rank == 0:
                 self.lock = open(folder / "lock", "w")  # noqa: SIM115 (held for the life of the run)
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if fcntl:
+                    fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"run.dir: {folder} is held by a live process") from None
         except OSError as e:
@@ -397,11 +406,13 @@ def fit(
 
     resume: go on from the newest whole state of the run folder, to the same bits as if never interrupted. SIGTERM,
     SIGINT and `limit` (seconds) finish the step and save; "stopped" then says why. Raises UserError on a non-finite
-    loss or gradient, naming the step; the state before it stays.
+    gradient, naming the step; the state before it stays.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     s = setup(cfg, rank, world)
     if world > 1 and not dist.is_initialized():
+        if s.device.type == "cuda":
+            torch.cuda.set_device(s.device)
         dist.init_process_group("nccl" if s.device.type == "cuda" else "gloo")
     folder = Path(cfg.run.dir)
     with Run(folder, rank, resume) as run:
@@ -415,7 +426,6 @@ def _fit(
     opts = optimizers(cfg.optimizer, s.params)
     ema = {k: v.detach().clone() for k, v in s.params.items()}
     carries = [start_carry(cfg, shard, s.device, s.dtype) for shard in s.shards]
-    weights = [slot_weights(shard, cfg.train.batch).to(s.device) for shard in s.shards]
     sums = torch.zeros(2, len(SUMS), device=s.device)
     state: dict[str, Any] = {"step": 0, "best": math.inf, "seconds": 0.0, "last": {}}
     state["scale"] = 2.0**16 if s.dtype == torch.float16 else 1.0  # of the loss; halved when gradients overflow
@@ -427,9 +437,12 @@ def _fit(
         if manifest is None:
             raise UserError(f"--resume: {run.folder} holds no whole state; skipped: {'; '.join(skipped) or 'nothing'}")
         check_same(manifest["config"], s.meta["config"])
-        if manifest["data"] != s.meta["data"]:
-            raise UserError(f"--resume: the training set is not the one of {run.folder}")
+        for key, name in (("data", "training set"), ("dtype", "compute dtype")):
+            if manifest[key] != s.meta[key]:
+                raise UserError(f"--resume: the {name} is {s.meta[key]}, that of {run.folder} is {manifest[key]}")
         state = {k: manifest[k] for k in state}
+        if any(manifest["config"]["eval"][k] != s.meta["config"]["eval"][k] for k in ("on", "weights", "act_steps")):
+            state["best"] = math.inf  # measured by another yardstick
         with torch.no_grad():
             for k, p in s.params.items():
                 p.copy_(parts[0][f"params.{k}"])
@@ -473,20 +486,14 @@ def _fit(
             tensors |= {f"params.{k}": v for k, v in s.params.items()} | {f"ema.{k}": v for k, v in ema.items()}
             tensors |= optimizer_tensors(opts)
         meta = {**state, "seconds": time.monotonic() - begun, **s.meta}
-        checkpoint.save_state(run.folder, step, run.rank, tensors, dist.barrier if world > 1 else lambda: None, meta)
+        checkpoint.save_state(run.folder, step, run.rank, world, tensors, dist.barrier if world > 1 else lambda: None, meta)
 
     step, stopped = state["step"], ""
     while step < cfg.train.steps and not stopped:
         step += 1
-        grads = []
-        for i, shard in enumerate(s.shards):
-            carries[i], batch, least = next_batch(s.tasks, shard, cfg, carries[i], s.device)
-            carries[i], g, part = train_step(
-                s.params, s.like, cfg.model, s.encode, s.dtype, carries[i], batch, least, weights[i], state["scale"]
-            )
-            grads.append([*g, g[0].new_tensor([float(bool(run.stop) or time.monotonic() > deadline)])])
-            sums += part
-        *total, vote = reduce(grads)
+        ask = bool(run.stop) or time.monotonic() > deadline
+        carries, total, part, asked = one_step(s, cfg, carries, state["scale"], ask)
+        sums += part
         if state["scale"] != 1:
             torch._foreach_mul_(total, 1 / state["scale"])
         lr = learning_rate(cfg.optimizer, step, cfg.train.steps)
@@ -499,14 +506,20 @@ def _fit(
             raise UserError(f"step {step}: the gradient is not finite; {run.folder} keeps the state before it")
 
         state["step"], done = step, step == cfg.train.steps
-        if float(vote) > 0 and not done:
-            stopped = run.stop or "time limit"
+        if asked and not done:
+            stopped = run.stop or ("time limit" if time.monotonic() > deadline else "another process was stopped")
         if step % cfg.train.log_every == 0 or done:
             every = sums.clone()
             if world > 1:
                 dist.all_reduce(every)
             now = time.monotonic()
-            row = {"lr": lr, "grad_norm": norm, "samples_per_s": (step - since_step) * cfg.train.batch / (now - since)}
+            clipped = min(norm, cfg.optimizer.clip or norm)
+            row = {
+                "lr": lr,
+                "grad_norm": norm,
+                "grad_norm_clipped": clipped,
+                "samples_per_s": (step - since_step) * cfg.train.batch / (now - since),
+            }
             for which, values in zip(("all", "halted"), every.tolist(), strict=True):
                 count = values[-1]
                 row |= {f"{which}/{k}": v / count for k, v in zip(SUMS[:-1], values, strict=False) if count}
@@ -516,7 +529,10 @@ def _fit(
             since, since_step = now, step
         if step % cfg.eval.every == 0 or done:
             raw, mean = (rebuild(s.like, {k: v.detach() for k, v in x.items()}) for x in (s.params, ema))
-            state["last"] = watch(raw, mean, cfg, s.watched, s.dtype)
+            found = [watch(raw, mean, cfg, s.watched, s.dtype) if run.rank == 0 else {}]
+            if world > 1:  # one answer for all, or they might part ways over its last bit
+                dist.broadcast_object_list(found, device=s.device)
+            state["last"] = found[0]
             note(state["last"])
             first = f"{cfg.eval.on}/{cfg.eval.weights[0]}/own"
             if state["last"][f"{first}/loss"] < state["best"]:
@@ -529,46 +545,3 @@ def _fit(
             save()
     result = {"step": step, "samples": step * cfg.train.batch, "seconds": round(time.monotonic() - begun, 1)}
     return {**state["last"], **result, **({"stopped": stopped} if stopped else {})}
-
-
-def plan(cfg: Config, timed: bool) -> dict[str, Any]:
-    """What a run would take: parameters, slots per pool, GFLOP a step, memory, and, where timed, seconds of real steps."""
-    s = setup(cfg)
-    params = sum(p.numel() for p in s.params.values())
-    slots: dict[int, int] = {}
-    for shard in s.shards:
-        for pool, mine in zip(*shard, strict=True):
-            slots[pool.canvas] = slots.get(pool.canvas, 0) + len(mine)
-    made = {
-        "parameters": params,
-        "tasks": s.meta["tasks"],
-        "slots": slots,
-        "dtype": str(s.dtype).removeprefix("torch."),
-    }
-    text = (
-        f"{s.meta['tasks']} tasks ({s.left_out} queries left out: no canvas holds them); "
-        f"guard: {msgspec.convert(s.meta['finding'], sources.Finding)}\n{params:,} parameters, {made['dtype']} on {s.device}; "
-        f"slots per canvas: {', '.join(f'{k}: {v}' for k, v in slots.items())}"
-    )
-    if timed:
-        made["gflop_per_step"], kept = flops(cfg, s.tasks, s.shards)
-        # master weights, gradient, EMA and two moments in float32; a copy in the compute dtype; what autograd keeps
-        made["memory_gb"] = params * 22 / 1e9 + kept
-        opts, trained = optimizers(cfg.optimizer, s.params), [p for p in s.params.values() if p.requires_grad]
-        seconds = []
-        carries = [start_carry(cfg, shard, s.device, s.dtype) for shard in s.shards]
-        for _ in range(3):
-            begun, grads = time.perf_counter(), []
-            for i, shard in enumerate(s.shards):
-                carries[i], batch, least = next_batch(s.tasks, shard, cfg, carries[i], s.device)
-                weight = slot_weights(shard, cfg.train.batch).to(s.device)
-                grads.append(train_step(s.params, s.like, cfg.model, s.encode, s.dtype, carries[i], batch, least, weight)[1])
-            update(opts, trained, reduce(grads), 0.0, cfg.optimizer.clip)
-            seconds.append(time.perf_counter() - begun)
-        made["seconds_per_step"] = min(seconds)
-        text += (
-            f"\n{made['gflop_per_step']:.0f} GFLOP and {made['seconds_per_step']:.2f} s a step, "
-            f"about {made['memory_gb']:.1f} GB beside the interpreter; {cfg.train.steps} steps: "
-            f"{made['seconds_per_step'] * cfg.train.steps / 3600:.1f} h without evaluations"
-        )
-    return {**made, "text": text}

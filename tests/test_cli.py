@@ -121,6 +121,14 @@ def test_a_bad_task_file_is_one_line(tmp_path, content, said):
         (["train", "cpu", "--set", "data.policy=demos", "--set", "data.query=test"], "data.policy"),
         (["train", "cpu", "--set", "train.batch=2"], "2 slots cannot serve"),
         (["train", "cpu", "--set", "optimizer.freeze=['nothing']"], "matches no parameter"),
+        (["train", "cpu", "--set", "optimizer.freeze=['[']"], "is no regular expression"),
+        (["train", "cpu", "--set", "optimizer.freeze=['.*']"], "nothing is left to train"),
+        (["train", "cpu", "--set", "eval.every=0"], "eval.every: expected `int` >= 1"),
+        (["train", "cpu", "--set", "model.heads=0"], "model.heads: expected `int` >= 1"),
+        (["train", "cpu", "--set", "eval.weights=[]"], "eval.weights: expected `array` of length >= 1"),
+        (["train", "cpu", "--set", "model.raster=10"], "data.canvases: 30 is larger than model.raster = 10"),
+        (["train", "cpu", "--set", f'data.dev=["{HERE / "task.json"}"]'], "eval.foreign: needs two tasks"),
+        (["train", "cpu", "--time-limit", "soon"], "--time-limit soon: must look like 8h50m"),
         (["train", "overfit", "--fast"], "has no [fast] table"),
         (
             ["train", "cpu", "--set", 'data.train=["arc1:evaluation"]', "--set", "data.policy=refuse"],
@@ -133,6 +141,19 @@ def test_a_bad_task_file_is_one_line(tmp_path, content, said):
 def test_a_mistake_is_one_line_and_code_2(args, said):
     result = call(*args, code=2)
     assert said in result.stderr and result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
+
+
+def test_only_where_a_checkpoint_runs_can_be_set(run):
+    assert "n_tasks" in last_json(call("eval", run, "--set", "eval.tokens=100", "--set", "train.dtype=bf16", "--json"))
+    assert "config is fixed but for" in call("eval", run, "--set", "model.hidden=3", code=2).stderr
+
+
+def test_a_time_limit_exits_with_75_and_resume_ends_the_run(tmp_path):
+    sets = [f"run.dir={tmp_path}", f'data.train=["{HERE / "set"}"]', f'data.dev=["{HERE / "set" / "mirror.json"}"]']
+    more = [x for item in [*sets, "data.held_out=[]", "eval.foreign=false"] for x in ("--set", item)]
+    args = ["train", "cpu", *SETS, *more]
+    assert "stopped (time limit)" in call(*args, "--time-limit", "0s", code=75).stdout
+    assert last_json(call(*args, "--resume", "--json"))["step"] == 3
 
 
 def test_out_of_memory_says_which_knob_to_turn(run, monkeypatch):

@@ -276,7 +276,7 @@ def test_uniform_is_uniform(seed):
 
 def drawn(g, rule, **options):
     """Tasks and six episodes of each of their pools."""
-    some = puzzles.tasks(g, 5, hidden=True)
+    some = [*puzzles.tasks(g, 5, hidden=True), puzzles.task(g, "known")]
     packed, cfg = data.pack(some), DataConfig(query=rule, canvases=CANVASES, **options)
     asked = data.queries(packed, rule, (6,))
     (pool,) = data.pools(asked, 6)

@@ -319,7 +319,7 @@ def test_merged_attention_is_one_softmax_over_all_cells_of_a_slot(g):
     context = torch.randn(SLOTS, 4, 32, generator=g)
     tokens = [torch.randn(*d.inputs.shape, 32, generator=g) * 10 for d in demos]
     masks = [d.inputs != data.PAD for d in demos]
-    got = attend_tokens(p, w.cfg, context, tokens, masks, demos)
+    got = attend_tokens(p, w.cfg, tokens, masks, demos, context)
     heads = lambda x: x.unflatten(-1, (2, 16)).transpose(0, 1)  # noqa: E731
     for slot in range(SLOTS):
         cells = torch.cat([x[d.owner == slot][m[d.owner == slot]] for x, m, d in zip(tokens, masks, demos, strict=True)])

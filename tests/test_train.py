@@ -4,14 +4,18 @@ import json
 import math
 import os
 import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from etrm_arc import checkpoint, config, data, optim, train
+from etrm_arc import checkpoint, config, data, optim, plan, sources, train
 from etrm_arc.data import Batch, UserError
 from etrm_arc.encoders import ENCODERS, encoder_of, init_params
 from etrm_arc.etrm import EncoderConfig, ModelConfig, Params, act_loss, act_step, fresh_carry, leaves, rebuild
@@ -329,6 +333,26 @@ def test_resuming_with_other_shards_deals_the_carry_anew(tmp_path):
     assert train.fit(more, resume=True)["step"] == 4
 
 
+def test_another_yardstick_starts_a_new_best(tmp_path):
+    train.fit(tiny(tmp_path, train__steps=3))
+    assert checkpoint.load_state(tmp_path)[0]["best"] < math.inf
+    said = []
+    train.fit(tiny(tmp_path, train__steps=6, eval__act_steps=1), said.append, resume=True)
+    manifest = checkpoint.load_state(tmp_path)[0]
+    assert manifest["best"] == said[-1]["train/ema/own/loss"]
+
+
+def test_another_dtype_or_training_set_is_refused(tmp_path):
+    train.fit(tiny(tmp_path, train__steps=1))
+    manifest = tmp_path / "state-00000001.json"
+    for key in ("dtype", "data"):
+        text = json.loads(manifest.read_text())
+        text[key] = "other"
+        (tmp_path / "state-00000002.json").write_text(json.dumps(text))
+        with pytest.raises(UserError, match="--resume: the .* is "):
+            train.fit(tiny(tmp_path, train__steps=2), resume=True)
+
+
 def test_what_may_not_change_on_resume_is_refused(tmp_path):
     train.fit(tiny(tmp_path, train__steps=1))
     with pytest.raises(UserError, match=r"--resume: optimizer.lr is 0.5, the run has 0.003"):
@@ -368,6 +392,39 @@ def test_a_full_disk_leaves_the_state_before_it(tmp_path, monkeypatch):
     assert checkpoint.load_state(tmp_path)[0]["step"] == 3
 
 
+def recipe(path, cfg):
+    """The config as a TOML file of dotted keys."""
+    tables = json.loads(msgspec.json.encode(cfg))
+    lines = [f"{t}.{k} = {json.dumps(v)}" for t in ("data", "train", "eval", "run") for k, v in tables[t].items()]
+    lines += [f"model.{k} = {json.dumps(v)}" for k, v in tables["model"].items() if k != "encoder"]
+    lines += [f"optimizer.{k} = {json.dumps(tables['optimizer'][k])}" for k in ("lr", "warmup")]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_two_processes_end_in_the_bits_of_one(tmp_path):
+    """Gradients are summed in the order of shards, so the number of processes does not show, in weights or in carry."""
+    for name in ("one", "two"):
+        cfg = tiny(tmp_path / name, train__shards=2, train__steps=5)
+        if name == "one":
+            train.fit(cfg)
+            continue
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [sys.executable, "-m", "etrm_arc.cli", "train", recipe(tmp_path / "two.toml", cfg)]
+        shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        ranks = [subprocess.Popen(command, env={**shared, "RANK": str(r)}) for r in range(2)]
+        assert [p.wait(timeout=120) for p in ranks] == [0, 0]
+    one, two = outcome(tmp_path / "one"), outcome(tmp_path / "two")
+    for part in (one, two):
+        part[1]["state"].pop("sums")  # each process has its own share of these
+    assert [r["step"] for r in one[0]] == [r["step"] for r in two[0]]
+    for name in one[1]:
+        for k, v in one[1][name].items():
+            assert torch.equal(v, two[1][name][k]), k
+
+
 def test_training_stops_at_the_wanted_exact_match(tmp_path, monkeypatch):
     exact = iter((0.5, 0.9, 0.95))
     monkeypatch.setattr(train, "watch", lambda *_: {"train/ema/own/exact": next(exact), "train/ema/own/loss": 1.0})
@@ -386,6 +443,19 @@ def test_fp16_halves_its_scale_on_overflow_and_goes_on(tmp_path):
     assert math.isfinite(last["train/ema/own/loss"])
 
 
+def test_hidden_outputs_are_neither_trained_on_nor_probed(tmp_path):
+    tasks = [t._replace(queries=[(x, None) for x, _ in t.queries]) for t in sources.load([str(Path(__file__).parent / "data" / "set")])]
+    packed = data.pack(tasks)
+    asked = data.queries(packed, "test", (6, 20))
+    assert not asked.known.any() and asked.fits.all()
+    with pytest.raises(UserError, match="no query to train on"):
+        data.pools(asked, 6)
+    both = data.pack([tasks[0], *sources.load([str(Path(__file__).parent / "data" / "set")])[1:]])
+    s = train.setup(tiny(tmp_path))
+    row = train.probe(rebuild(s.like, s.params), tiny(tmp_path), both, "test", torch.float32)
+    assert row["n"] == 5 and math.isfinite(row["loss"])
+
+
 def test_foreign_demos_never_come_from_the_same_task():
     task = torch.tensor([0, 0, 3, 5, 5, 5, 9])
     for seed in range(20):
@@ -396,11 +466,11 @@ def test_foreign_demos_never_come_from_the_same_task():
 
 
 def test_plan_counts_work_and_memory(tmp_path):
-    plan = train.plan(tiny(tmp_path), timed=True)
-    assert plan["parameters"] > 1e4 and sum(plan["slots"].values()) == 6
-    more = train.plan(tiny(tmp_path, train__batch=12), timed=True)
-    assert 1.5 < more["gflop_per_step"] / plan["gflop_per_step"] < 2.7
-    assert more["memory_gb"] > plan["memory_gb"]
+    found = plan.plan(tiny(tmp_path), timed=True)
+    assert found["parameters"] > 1e4 and sum(found["slots"].values()) == 6
+    more = plan.plan(tiny(tmp_path, train__batch=12), timed=True)
+    assert 1.5 < more["gflop_per_step"] / found["gflop_per_step"] < 2.7
+    assert more["memory_gb"] > found["memory_gb"]
 
 
 # ---------------------------------------------------------------- checkpoints
