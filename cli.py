@@ -97,10 +97,11 @@ def progress(total: int) -> Callable[[dict[str, Any]], None]:
                 f"step {row['step']}/{total}  loss {row['all/lm_loss']:.3f}  exact {percent(row['all/exact'])}"
                 f"  ACT steps {row.get('halted/steps', 0):.1f}  {rate:.1f} samples/s  {left / 60:.0f} min left"
             )
-            live.update(text) if live else console.print(text)
+            live.update(text) if live else console.print(text, soft_wrap=True)
         else:
-            own = {k: v for k, v in row.items() if "/" in k}
-            console.print(f"step {row['step']}  " + "  ".join(f"{k} {v:.3f}" for k, v in own.items()))
+            own = {k: v for k, v in row.items() if "/" in k and not k.endswith("/n")}
+            n = next((int(v) for k, v in row.items() if k.endswith("/n")), 0)
+            console.print(f"step {row['step']}  n {n}  " + "  ".join(f"{k} {v:.3f}" for k, v in own.items()), soft_wrap=True)
 
     say.stop = live.stop if live else (lambda: None)  # type: ignore[attr-defined]
     return say

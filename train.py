@@ -7,6 +7,7 @@ on its shards one after the other, each with a carry of its own, and gradients a
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import json
 import math
 import os
@@ -399,6 +400,85 @@ def check_same(saved: dict[str, Any], now: dict[str, Any]) -> None:
                     raise UserError(f"--resume: {table}.{key} is {fields[key]}, the run has {saved.get(table, {}).get(key)}")
 
 
+@dataclasses.dataclass
+class State:
+    """All that changes during a run, beside the parameters: what is saved and taken up again."""
+
+    ema: dict[str, Tensor]
+    opts: list[torch.optim.Optimizer]
+    carries: list[Carry]  # of this process's shards
+    sums: Tensor  # (2, 7) metric sums since the last row, of this process
+    facts: dict[str, Any]  # step, best, last evaluation, seconds, scale of the loss (fp16)
+
+
+def fresh_state(cfg: Config, s: Setup) -> State:
+    return State(
+        ema={k: v.detach().clone() for k, v in s.params.items()},
+        opts=optimizers(cfg.optimizer, s.params),
+        carries=[start_carry(cfg, shard, s.device, s.dtype) for shard in s.shards],
+        sums=torch.zeros(2, len(SUMS), device=s.device),
+        facts={"step": 0, "best": math.inf, "last": {}, "seconds": 0.0, "scale": 2.0**16 if s.dtype == torch.float16 else 1.0},
+    )
+
+
+def state_tensors(cfg: Config, s: Setup, state: State, rank: int) -> dict[str, Tensor]:
+    """What one process saves: its carries slot by slot; rank 0 also what all processes share."""
+    found = {"sums": state.sums}
+    for shard, carry in zip(s.shards, state.carries, strict=True):
+        for slot, fields in carry_tensors(cfg.model, shard, carry).items():
+            found |= {f"slot.{slot}.{k}": v for k, v in fields.items()}
+    if rank == 0:
+        found |= {f"params.{k}": v for k, v in s.params.items()} | {f"ema.{k}": v for k, v in state.ema.items()}
+        found |= optimizer_tensors(state.opts)
+    return found
+
+
+def saved_slots(parts: Sequence[dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
+    """The carries of all processes, by global slot id."""
+    slots: dict[int, dict[str, Tensor]] = {}
+    for part in parts:
+        for key in (k for k in part if k.startswith("slot.")):
+            _, slot, field = key.split(".")
+            slots.setdefault(int(slot), {})[field] = part[key]
+    return slots
+
+
+def take_up(s: Setup, state: State, run: Run, world: int, say: Callable[[dict[str, Any]], None]) -> None:
+    """Go on from the newest whole state of the run folder, in place. Raises UserError where that would not be the same run."""
+    manifest, parts, skipped = checkpoint.load_state(run.folder)
+    for reason in skipped:
+        say({"skipped": reason})
+    if manifest is None:
+        raise UserError(f"--resume: {run.folder} holds no whole state; skipped: {'; '.join(skipped) or 'nothing'}")
+    check_same(manifest["config"], s.meta["config"])
+    for key, name in (("data", "training set"), ("dtype", "compute dtype")):
+        if manifest[key] != s.meta[key]:
+            raise UserError(f"--resume: the {name} is {s.meta[key]}, that of {run.folder} is {manifest[key]}")
+    state.facts = {k: manifest[k] for k in state.facts}
+    if any(manifest["config"]["eval"][k] != s.meta["config"]["eval"][k] for k in ("on", "weights", "act_steps")):
+        state.facts["best"] = math.inf  # measured by another yardstick
+    with torch.no_grad():
+        for k, p in s.params.items():
+            p.copy_(parts[0][f"params.{k}"])
+            state.ema[k].copy_(parts[0][f"ema.{k}"])
+    load_optimizers(state.opts, parts[0])
+    slots = saved_slots(parts)
+    state.carries = [carry_from(slots, shard, s.device) for shard in s.shards]
+    if len(parts) == world:
+        state.sums = parts[run.rank]["sums"].to(s.device)
+    elif run.rank == 0:
+        state.sums = torch.stack([p["sums"] for p in parts]).sum(0).to(s.device)
+
+
+def metrics_row(sums: Tensor) -> dict[str, float]:
+    """Means over slots, all of them and those that halted, from the sums (2, 7) of all processes."""
+    row: dict[str, float] = {}
+    for which, values in zip(("all", "halted"), sums.tolist(), strict=True):
+        row |= {f"{which}/{k}": v / values[-1] for k, v in zip(SUMS[:-1], values, strict=False) if values[-1]}
+        row[f"{which}/count"] = values[-1]
+    return row
+
+
 def fit(
     cfg: Config, say: Callable[[dict[str, Any]], None] = lambda row: None, resume: bool = False, limit: float = math.inf
 ) -> dict[str, Any]:
@@ -414,55 +494,22 @@ def fit(
         if s.device.type == "cuda":
             torch.cuda.set_device(s.device)
         dist.init_process_group("nccl" if s.device.type == "cuda" else "gloo")
-    folder = Path(cfg.run.dir)
-    with Run(folder, rank, resume) as run:
-        return _fit(cfg, s, run, say if rank == 0 else lambda row: None, resume, limit, world)
+    with Run(Path(cfg.run.dir), rank, resume) as run:
+        state, show = fresh_state(cfg, s), say if rank == 0 else lambda row: None
+        if resume:
+            take_up(s, state, run, world, show)
+        if rank == 0:
+            run.open_log(state.facts["step"])
+        return loop(cfg, s, state, run, show, time.monotonic() + limit, world)
 
 
-def _fit(
-    cfg: Config, s: Setup, run: Run, say: Callable[[dict[str, Any]], None], resume: bool, limit: float, world: int
+def loop(
+    cfg: Config, s: Setup, state: State, run: Run, say: Callable[[dict[str, Any]], None], deadline: float, world: int
 ) -> dict[str, Any]:
-    trained = [p for p in s.params.values() if p.requires_grad]
-    opts = optimizers(cfg.optimizer, s.params)
-    ema = {k: v.detach().clone() for k, v in s.params.items()}
-    carries = [start_carry(cfg, shard, s.device, s.dtype) for shard in s.shards]
-    sums = torch.zeros(2, len(SUMS), device=s.device)
-    state: dict[str, Any] = {"step": 0, "best": math.inf, "seconds": 0.0, "last": {}}
-    state["scale"] = 2.0**16 if s.dtype == torch.float16 else 1.0  # of the loss; halved when gradients overflow
-
-    if resume:
-        manifest, parts, skipped = checkpoint.load_state(run.folder)
-        for reason in skipped:
-            say({"skipped": reason})
-        if manifest is None:
-            raise UserError(f"--resume: {run.folder} holds no whole state; skipped: {'; '.join(skipped) or 'nothing'}")
-        check_same(manifest["config"], s.meta["config"])
-        for key, name in (("data", "training set"), ("dtype", "compute dtype")):
-            if manifest[key] != s.meta[key]:
-                raise UserError(f"--resume: the {name} is {s.meta[key]}, that of {run.folder} is {manifest[key]}")
-        state = {k: manifest[k] for k in state}
-        if any(manifest["config"]["eval"][k] != s.meta["config"]["eval"][k] for k in ("on", "weights", "act_steps")):
-            state["best"] = math.inf  # measured by another yardstick
-        with torch.no_grad():
-            for k, p in s.params.items():
-                p.copy_(parts[0][f"params.{k}"])
-                ema[k].copy_(parts[0][f"ema.{k}"])
-        load_optimizers(opts, parts[0])
-        slots: dict[int, dict[str, Tensor]] = {}
-        for saved in parts:
-            for key, value in saved.items():
-                if key.startswith("slot."):
-                    _, slot, field = key.split(".")
-                    slots.setdefault(int(slot), {})[field] = value
-        carries = [carry_from(slots, shard, s.device) for shard in s.shards]
-        if len(parts) == world:
-            sums = parts[run.rank]["sums"].to(s.device)
-        elif run.rank == 0:
-            sums = torch.stack([p["sums"] for p in parts]).sum(0).to(s.device)
-    if run.rank == 0:
-        run.open_log(state["step"])
-    begun = time.monotonic() - state["seconds"]
-    deadline, since, since_step = time.monotonic() + limit, time.monotonic(), state["step"]
+    """Steps until the last one, a wish to stop, or the wanted score; after each, what is due: row, evaluation, checkpoint."""
+    facts, trained = state.facts, [p for p in s.params.values() if p.requires_grad]
+    begun = time.monotonic() - facts["seconds"]
+    step, stopped, since, since_step = facts["step"], "", time.monotonic(), facts["step"]
 
     def note(row: dict[str, Any]) -> None:
         row = {"step": step, "samples": step * cfg.train.batch, "seconds": round(time.monotonic() - begun, 3), **row}
@@ -470,78 +517,59 @@ def _fit(
             run.write(row)
         say(row)
 
-    def weights_file(name: str) -> None:
+    def save_weights(name: str) -> None:
         if run.rank == 0:
-            raw, mean = rebuild(s.like, s.params), rebuild(s.like, ema)
-            checkpoint.save(run.folder / f"{name}.safetensors", raw, mean, {**s.meta, "step": step, "score": state["last"]})
+            raw, mean = rebuild(s.like, s.params), rebuild(s.like, state.ema)
+            checkpoint.save(run.folder / f"{name}.safetensors", raw, mean, {**s.meta, "step": step, "score": facts["last"]})
 
-    def save() -> None:
-        weights_file("last")
-        tensors = {"sums": sums}
-        for shard, carry in zip(s.shards, carries, strict=True):
-            for slot, fields in carry_tensors(cfg.model, shard, carry).items():
-                tensors |= {f"slot.{slot}.{k}": v for k, v in fields.items()}
-        if run.rank == 0:
-            checkpoint.sync(run.folder / "metrics.jsonl")
-            tensors |= {f"params.{k}": v for k, v in s.params.items()} | {f"ema.{k}": v for k, v in ema.items()}
-            tensors |= optimizer_tensors(opts)
-        meta = {**state, "seconds": time.monotonic() - begun, **s.meta}
-        checkpoint.save_state(run.folder, step, run.rank, world, tensors, dist.barrier if world > 1 else lambda: None, meta)
-
-    step, stopped = state["step"], ""
     while step < cfg.train.steps and not stopped:
         step += 1
         ask = bool(run.stop) or time.monotonic() > deadline
-        carries, total, part, asked = one_step(s, cfg, carries, state["scale"], ask)
-        sums += part
-        if state["scale"] != 1:
-            torch._foreach_mul_(total, 1 / state["scale"])
+        state.carries, grads, part, asked = one_step(s, cfg, state.carries, facts["scale"], ask)
+        state.sums += part
+        if facts["scale"] != 1:
+            torch._foreach_mul_(grads, 1 / facts["scale"])
         lr = learning_rate(cfg.optimizer, step, cfg.train.steps)
-        norm = float(update(opts, trained, total, lr, cfg.optimizer.clip))
+        norm = float(update(state.opts, trained, grads, lr, cfg.optimizer.clip))
         if math.isfinite(norm):
-            torch._foreach_lerp_(list(ema.values()), list(s.params.values()), 1 - cfg.train.ema)
-        elif state["scale"] > 1:
-            state["scale"] /= 2
+            torch._foreach_lerp_(list(state.ema.values()), list(s.params.values()), 1 - cfg.train.ema)
+        elif facts["scale"] > 1:
+            facts["scale"] /= 2
         else:
             raise UserError(f"step {step}: the gradient is not finite; {run.folder} keeps the state before it")
 
-        state["step"], done = step, step == cfg.train.steps
+        facts["step"], done = step, step == cfg.train.steps
         if asked and not done:
             stopped = run.stop or ("time limit" if time.monotonic() > deadline else "another process was stopped")
         if step % cfg.train.log_every == 0 or done:
-            every = sums.clone()
+            every = state.sums.clone()
             if world > 1:
                 dist.all_reduce(every)
             now = time.monotonic()
-            clipped = min(norm, cfg.optimizer.clip or norm)
-            row = {
-                "lr": lr,
-                "grad_norm": norm,
-                "grad_norm_clipped": clipped,
-                "samples_per_s": (step - since_step) * cfg.train.batch / (now - since),
-            }
-            for which, values in zip(("all", "halted"), every.tolist(), strict=True):
-                count = values[-1]
-                row |= {f"{which}/{k}": v / count for k, v in zip(SUMS[:-1], values, strict=False) if count}
-                row[f"{which}/count"] = count
-            note(row)
-            sums.zero_()
+            norms = {"grad_norm": norm, "grad_norm_clipped": min(norm, cfg.optimizer.clip or norm)}
+            rate = (step - since_step) * cfg.train.batch / (now - since)
+            note({"lr": lr, **norms, "samples_per_s": rate, **metrics_row(every)})
+            state.sums.zero_()
             since, since_step = now, step
         if step % cfg.eval.every == 0 or done:
-            raw, mean = (rebuild(s.like, {k: v.detach() for k, v in x.items()}) for x in (s.params, ema))
+            raw, mean = (rebuild(s.like, {k: v.detach() for k, v in x.items()}) for x in (s.params, state.ema))
             found = [watch(raw, mean, cfg, s.watched, s.dtype) if run.rank == 0 else {}]
             if world > 1:  # one answer for all, or they might part ways over its last bit
                 dist.broadcast_object_list(found, device=s.device)
-            state["last"] = found[0]
-            note(state["last"])
+            facts["last"] = found[0]
+            note(facts["last"])
             first = f"{cfg.eval.on}/{cfg.eval.weights[0]}/own"
-            if state["last"][f"{first}/loss"] < state["best"]:
-                state["best"] = state["last"][f"{first}/loss"]
-                weights_file("best")
-            if 0 < cfg.eval.stop_at <= state["last"][f"{first}/exact"]:
+            if facts["last"][f"{first}/loss"] < facts["best"]:
+                facts["best"] = facts["last"][f"{first}/loss"]
+                save_weights("best")
+            if 0 < cfg.eval.stop_at <= facts["last"][f"{first}/exact"]:
                 stopped = "eval.stop_at"
             since, since_step = time.monotonic(), step
         if step % cfg.train.save_every == 0 or done or stopped:
-            save()
+            save_weights("last")
+            if run.rank == 0:
+                checkpoint.sync(run.folder / "metrics.jsonl")
+            tensors, meta = state_tensors(cfg, s, state, run.rank), {**facts, "seconds": time.monotonic() - begun, **s.meta}
+            checkpoint.save_state(run.folder, step, run.rank, world, tensors, dist.barrier if world > 1 else lambda: None, meta)
     result = {"step": step, "samples": step * cfg.train.batch, "seconds": round(time.monotonic() - begun, 1)}
-    return {**state["last"], **result, **({"stopped": stopped} if stopped else {})}
+    return {**facts["last"], **result, **({"stopped": stopped} if stopped else {})}

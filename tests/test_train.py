@@ -321,11 +321,7 @@ def test_resuming_with_other_shards_deals_the_carry_anew(tmp_path):
     _, before, _ = checkpoint.load_state(tmp_path)
     more = tiny(tmp_path, train__steps=4, train__shards=2)
     s = train.setup(more)
-    slots = {}
-    for key, value in before[0].items():
-        if key.startswith("slot."):
-            slots.setdefault(int(key.split(".")[1]), {})[key.split(".")[2]] = value
-    seen = {}
+    slots, seen = train.saved_slots(before), {}
     for shard in s.shards:
         seen |= train.carry_tensors(more.model, shard, train.carry_from(slots, shard, s.device))
     assert sorted(seen) == list(range(6))
