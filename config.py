@@ -14,9 +14,7 @@ import msgspec
 import tomli
 
 from .data import DataConfig, UserError, nearest
-from .etrm import ModelConfig
-
-Count = Annotated[int, msgspec.Meta(ge=1)]
+from .etrm import Count, ModelConfig
 
 
 class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -20,6 +20,7 @@ from etrm_arc.data import Batch, UserError
 from etrm_arc.encoders import ENCODERS, encoder_of, init_params
 from etrm_arc.etrm import EncoderConfig, ModelConfig, Params, act_loss, act_step, fresh_carry, leaves, rebuild
 from etrm_arc.tests import published
+from etrm_arc.tests.kill import outcome
 
 TINY = {
     "data": {"dev": [], "held_out": [], "train": ["tests"], "canvases": [6, 10]},
@@ -258,24 +259,11 @@ def test_the_same_config_gives_the_same_bits(tmp_path):
             assert torch.equal(a, b)
 
 
-WALL_CLOCK = ("seconds", "samples_per_s")
-
-
-def outcome(folder):
-    """Everything a run leaves that must not depend on how often it was interrupted."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    tensors = {n: checkpoint.read_file(folder / f"{n}.safetensors")[0] for n in ("last", "best")}
-    _, parts, _ = checkpoint.load_state(folder)
-    tensors["state"] = {k: v for part in parts for k, v in part.items()}
-    return [{k: v for k, v in r.items() if k not in WALL_CLOCK} for r in rows], tensors
-
-
 def same(a, b):
     assert a[0] == b[0]
-    for name, tensors in a[1].items():
-        assert tensors.keys() == b[1][name].keys()
-        for k, v in tensors.items():
-            assert torch.equal(v, b[1][name][k]), k
+    assert a[1].keys() == b[1].keys()
+    for k, v in a[1].items():
+        assert torch.equal(v, b[1][k]), k
 
 
 @pytest.mark.parametrize("kind", ["muon", "adamw", "adam_atan2"])
@@ -414,11 +402,10 @@ def test_two_processes_end_in_the_bits_of_one(tmp_path):
         assert [p.wait(timeout=120) for p in ranks] == [0, 0]
     one, two = outcome(tmp_path / "one"), outcome(tmp_path / "two")
     for part in (one, two):
-        part[1]["state"].pop("sums")  # each process has its own share of these
+        part[1].pop("sums")  # each process has its own share of these
     assert [r["step"] for r in one[0]] == [r["step"] for r in two[0]]
-    for name in one[1]:
-        for k, v in one[1][name].items():
-            assert torch.equal(v, two[1][name][k]), k
+    for k, v in one[1].items():
+        assert torch.equal(v, two[1][k]), k
 
 
 def test_training_stops_at_the_wanted_exact_match(tmp_path, monkeypatch):
