@@ -66,13 +66,13 @@ def data_command(sources: list[str], as_json: Json = False) -> None:
 
     tasks = source.load(sources)
     found = source.describe(tasks)
-    pools = "; ".join(f"{rule}: {', '.join(f'{k}: {v}' for k, v in p.items())}" for rule, p in found["pools"].items())
+    canvases = "; ".join(f"{rule}: {', '.join(f'{k}: {v}' for k, v in p.items())}" for rule, p in found["canvases"].items())
     typer.echo(
         f"{found['tasks']} tasks, {found['pairs']} pairs, {found['queries']} queries"
         f" ({found['hidden_outputs']} outputs hidden), {found['bytes'] / len(tasks):.0f} bytes a task\n"
         f"demos per task: {', '.join(f'{k}: {v}' for k, v in found['demos_per_task'].items())}\n"
         f"largest side of a pair: median {found['side']['median']}, at most {found['side']['max']}\n"
-        f"queries per pool, {pools}\nhash {found['hash']}"
+        f"queries by side of their canvas, {canvases}\nhash {found['hash']}"
     )
     last_line(as_json, found)
 

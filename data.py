@@ -1,6 +1,6 @@
 """Tasks, symmetries, tokens and episodes: everything between a file of puzzles and a painted batch.
 
-Axes: T tasks, P pairs, Q queries, B slots, K demos of a slot, N demos of all slots, C side of a canvas.
+Axes: T tasks, P pairs, Q queries, B slots, K demos of a slot, N demos of all slots, M cells of all canvases.
 Tokens as published: 0 PAD, 1 end of grid, 2..11 the colours 0..9.
 """
 
@@ -34,8 +34,8 @@ class DataConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     query: Literal["leave_one_out", "test"] = "leave_one_out"
     max_demos: Annotated[int, msgspec.Meta(ge=1)] = 10
     min_demos: int = 0  # 0: all demos; else each episode draws a subset of at least that many
-    canvases: tuple[int, ...] = (10, 15, 20, 30)
-    demo_canvases: tuple[int, ...] = (6, 10, 13, 16, 20, 25, 30)
+    canvases: tuple[int, ...] = ()  # sides a canvas may have; none: all, so that a canvas fits its task exactly
+    demo_canvases: tuple[int, ...] = ()  # the same of the demos
     dihedral: bool = True
     colours: Literal["fixed", "keep_black", "all"] = "keep_black"
     translate: bool = True
@@ -145,81 +145,88 @@ def pack(tasks: Sequence[Task]) -> Tasks:
 
 
 class Queries(NamedTuple):
-    """What can be asked: pairs, each with its pool, which never depends on the pair's own output."""
+    """What can be asked: pairs, each with its canvas, which never depends on the pair's own output."""
 
     pair: Tensor  # (Q,)
     task: Tensor  # (Q,)
     fits: Tensor  # (Q,) bool, whether the output (known or hidden: height 0) fits the canvas; false where there is none
-    canvas: Tensor  # (Q,) side of the pool, 0 where no pool holds its demos and input
+    canvas: Tensor  # (Q, 2) height and width, 0 where none holds its demos and input
     known: Tensor  # (Q,) bool, whether the output is known
 
 
+def snug(size: Tensor, sides: Sequence[int]) -> Tensor:
+    """(..., 2) heights and widths rounded up to the sides a canvas may have (none given: 1..30); 0, 0 where too large."""
+    there = torch.tensor([*(sorted(sides) or range(1, MAX_SIDE + 1)), 0])
+    canvas = there[torch.searchsorted(there[:-1], size.contiguous())]
+    return torch.where((canvas > 0).all(-1, keepdim=True), canvas, 0)
+
+
 def queries(tasks: Tasks, rule: str, canvases: Sequence[int]) -> Queries:
-    """Every (task, query) and its pool: the smallest canvas that holds all its demos and the query's input.
+    """Every (task, query) and its canvas: the smallest height and width that hold all its demos and the query's input.
 
     leave_one_out: any pair with a known output is a query, all other such pairs of the task are its demos.
     test: the official test pairs are the queries, the task's demos their demos.
     A query that has no demo is left out.
     """
-    sides = tasks.grids[:, :, 1:].amax(-1)  # (P, 2)
-    known = sides[:, 1] > 0
-    place = torch.arange(len(sides)) - tasks.first[tasks.task_of]
+    size = tasks.grids[:, :, 1:]  # (P, 2, 2)
+    known = size[:, 1, 0] > 0
+    place = torch.arange(len(size)) - tasks.first[tasks.task_of]
     is_demo = known if rule == "leave_one_out" else place < tasks.n_demos[tasks.task_of]
-    both = torch.where(is_demo, sides.amax(-1), 0)
-    # the largest side among a task's *other* demos: the largest, or the second where the query is the largest itself
-    order = torch.argsort(both, descending=True, stable=True)
+    asked = known if rule == "leave_one_out" else ~is_demo
+    others = torch.stack([_largest_other(tasks, torch.where(is_demo, size[:, :, i].amax(1), 0)) for i in (0, 1)], -1)
+    pair = torch.nonzero(asked & (others[:, 0] > 0)).flatten()
+    canvas = snug(torch.maximum(others[pair], size[pair, 0]), canvases)
+    fits = (size[pair, 1] <= canvas).all(-1) & (canvas[:, 0] > 0)
+    return Queries(pair, tasks.task_of[pair], fits, canvas, known[pair])
+
+
+def _largest_other(tasks: Tasks, value: Tensor) -> Tensor:
+    """(P,) the largest value among the *other* pairs of each pair's task: the largest, or the second for the largest."""
+    order = torch.argsort(value, descending=True, stable=True)
     order = order[torch.argsort(tasks.task_of[order], stable=True)]
     top = order[tasks.first[:-1]]
-    rest = both.clone()
+    rest = value.clone()
     rest[top] = 0
-    second = torch.zeros(len(tasks.n_demos), dtype=both.dtype).scatter_reduce(0, tasks.task_of, rest, "amax")
-    others = torch.where(top[tasks.task_of] == torch.arange(len(both)), second[tasks.task_of], both[top][tasks.task_of])
-    asked = known if rule == "leave_one_out" else ~is_demo
-    pair = torch.nonzero(asked & (others > 0)).flatten()
-    side = torch.maximum(others[pair], sides[pair, 0])
-    sizes = torch.tensor([*sorted(canvases), 0])  # 0: larger than every pool, never fits
-    canvas = sizes[torch.searchsorted(sizes[:-1], side)]
-    return Queries(pair, tasks.task_of[pair], (sides[pair, 1] <= canvas) & (canvas > 0), canvas, known[pair])
+    second = torch.zeros(len(tasks.n_demos), dtype=value.dtype).scatter_reduce(0, tasks.task_of, rest, "amax")
+    return torch.where(top[tasks.task_of] == torch.arange(len(value)), second[tasks.task_of], value[top][tasks.task_of])
 
 
-def known_only(asked: Queries) -> Queries:
-    """Those whose output is known."""
-    return Queries(*(x[asked.known] for x in asked))
+def histogram(sides: Tensor) -> dict[str, int]:
+    """How many sides are at most 5, 10, ... 30, each counted once; 0 is none."""
+    found = {f"<={n}": int(((sides > n - 5) & (sides <= n)).sum()) for n in range(5, MAX_SIDE + 1, 5)}
+    return {k: n for k, n in found.items() if n}
 
 
-class Pool(NamedTuple):
-    """Slots that share a canvas. A task's chance to be drawn is 1, spread evenly over its queries."""
+def chosen(asked: Queries, rows: Tensor) -> Queries:
+    """Some of them, by index or mask."""
+    return Queries(*(x[rows] for x in asked))
 
-    canvas: int
+
+class Deck(NamedTuple):
+    """What the slots of a batch draw from: queries from the smallest canvas to the largest. Slot i of B draws from its
+    band, the i-th of B equal parts of their weight, so that every batch has the same mixture of sizes and of cost."""
+
     slots: int
-    pair: Tensor  # (Q,) queries
-    cdf: Tensor  # (Q,) f64, ends at 1
-    weight: float  # of a slot in the loss: what the pool is owed of the batch / what it has
+    pair: Tensor  # (Q,)
+    canvas: Tensor  # (Q, 2)
+    cdf: Tensor  # (Q,) f64, ends at 1; every task has the same weight, spread evenly over its queries
 
 
-def pools(asked: Queries, batch: int) -> tuple[Pool, ...]:
-    """Deal the slots of a batch to the pools by their share of tasks, at least one each; weights correct the rounding."""
-    keep = asked.fits & asked.known
-    pair, task, canvas = asked.pair[keep], asked.task[keep], asked.canvas[keep]
-    if not len(pair):
+def deck(asked: Queries, slots: int) -> Deck:
+    """Raises UserError when nothing can be trained on."""
+    asked = chosen(asked, asked.fits & asked.known)
+    if not len(asked.pair):
         raise UserError("data: no query to train on: every task needs two pairs and an output that fits its canvas")
-    weight = 1.0 / torch.bincount(task).double()[task]
-    found = [int(c) for c in canvas.unique()]
-    if batch < len(found):
-        raise UserError(f"train.batch: {batch} slots cannot serve {len(found)} pools (data.canvases), one slot each")
-    owed = [float(weight[canvas == c].sum() / weight.sum()) * batch for c in found]
-    slots = [max(1, int(o)) for o in owed]
-    while sum(slots) != batch:  # the most underserved pool gains a slot, or the most overserved gives one up
-        gap = [o - s for o, s in zip(owed, slots, strict=True)]
-        if sum(slots) < batch:
-            slots[max(range(len(gap)), key=gap.__getitem__)] += 1
-        else:
-            slots[min((i for i in range(len(gap)) if slots[i] > 1), key=gap.__getitem__)] -= 1
-    made = []
-    for c, o, s in zip(found, owed, slots, strict=True):
-        cdf = weight[canvas == c].cumsum(0)
-        made.append(Pool(c, s, pair[canvas == c], cdf / cdf[-1], o / s))
-    return tuple(made)
+    h, w = asked.canvas.T
+    asked = chosen(asked, torch.argsort(h * w * 1000 + torch.maximum(h, w), stable=True))
+    cdf = (1.0 / torch.bincount(asked.task).double()[asked.task]).cumsum(0)
+    return Deck(slots, asked.pair, asked.canvas, cdf / cdf[-1])
+
+
+def dealt(d: Deck, u: Tensor, slot: Tensor) -> Tensor:
+    """(...) rows of the deck, for uniform numbers in the bands of the slots."""
+    at = (slot + u) / d.slots
+    return torch.searchsorted(d.cdf, at.contiguous(), right=True).clamp(max=len(d.pair) - 1)
 
 
 # ---------------------------------------------------------------- counter-based randomness
@@ -253,7 +260,8 @@ class Episodes(NamedTuple):
     query: Tensor  # (B,) pair
     demos: Tensor  # (B, K) pairs, -1 where there is none
     symmetry: Symmetry  # (B,)
-    shift: Tensor  # (B, 1 + K, 2) where on its canvas the query and each demo lie, as a share of the room left
+    shift: Tensor  # (B, 1 + K, 2) where the query and each demo lie, as a share of the room left
+    canvas: Tensor  # (B, 2) of the query, under the symmetry
 
 
 def candidates(tasks: Tasks, query: Tensor, rule: str) -> Tensor:
@@ -292,111 +300,131 @@ def choose_demos(possible: Tensor, u: Tensor, k: int, least: int = 0) -> Tensor:
     return chosen
 
 
-def draw(tasks: Tasks, pool: Pool, cfg: DataConfig, seed: int, slot: Tensor, n: Tensor) -> Episodes:
+def turned(dihedral: Tensor, size: Tensor) -> Tensor:
+    """Heights and widths (..., 2) under elements (...) of D8."""
+    return torch.where(SWAP[dihedral][..., None], size.flip(-1), size)
+
+
+def draw(tasks: Tasks, d: Deck, cfg: DataConfig, seed: int, slot: Tensor, n: Tensor) -> Episodes:
     """The n-th episode of each slot (global ids): a pure function of (seed, slot, n), whoever asks."""
     u = uniform(16, seed, EPISODE, slot, n)
-    query = pool.pair[torch.searchsorted(pool.cdf, u[:, 0].contiguous(), right=True).clamp(max=len(pool.pair) - 1)]
+    row = dealt(d, u[:, 0], slot)
+    query = d.pair[row]
     possible = candidates(tasks, query, cfg.query)
     lots = uniform(1 + possible.shape[1], seed, EPISODE, slot, n, 1)
     demos = choose_demos(possible, lots, cfg.max_demos, cfg.min_demos)
     shift = uniform(2 * (1 + demos.shape[1]), seed, EPISODE, slot, n, 2).view(len(query), -1, 2)
-    return Episodes(query, demos, draw_symmetry(u[:, 1:12], cfg.dihedral, cfg.colours), shift if cfg.translate else shift * 0)
+    symmetry = draw_symmetry(u[:, 1:12], cfg.dihedral, cfg.colours)
+    return Episodes(query, demos, symmetry, shift if cfg.translate else shift * 0, turned(symmetry.dihedral, d.canvas[row]))
 
 
-def join(parts: Sequence[Episodes]) -> Episodes:
-    """Episodes of several pools as one, demos padded to the same K."""
-    k = max(p.demos.shape[1] for p in parts)
-
-    def wide(x: Tensor, n: int, value: int) -> Tensor:
-        return torch.cat((x, x.new_full((len(x), n - x.shape[1], *x.shape[2:]), value)), 1)
-
-    return Episodes(
-        torch.cat([p.query for p in parts]),
-        torch.cat([wide(p.demos, k, -1) for p in parts]),
-        Symmetry(*(torch.cat([p.symmetry[i] for p in parts]) for i in range(2))),
-        torch.cat([wide(p.shift, k + 1, 0) for p in parts]),
-    )
+def posed(
+    tasks: Tasks, cfg: DataConfig, rule: str, asked: Queries, shown: Tensor | None = None, view: tuple[Symmetry, Tensor] | None = None
+) -> Episodes:
+    """Queries as evaluation asks them: no offset; a view gives symmetries and lots (B, 1 + M) for the order of demos,
+    else the task is as it is. `shown`: pairs whose task's demos are shown instead."""
+    demos = candidates(tasks, asked.pair if shown is None else shown, rule)
+    symmetry, lots = view or (identity(len(asked.pair)), torch.arange(demos.shape[1] + 1).expand(len(asked.pair), -1) / 1e4)
+    demos = choose_demos(demos, lots, cfg.max_demos)
+    shift = torch.zeros(len(asked.pair), 1 + demos.shape[1], 2, dtype=torch.float64)
+    return Episodes(asked.pair, demos, symmetry, shift, turned(symmetry.dihedral, asked.canvas))
 
 
 # ---------------------------------------------------------------- painting
 
 
 class Demos(NamedTuple):
-    """Demo pairs of one size, whoever owns them."""
+    """The demo pairs of all slots, by size; each lies on a canvas of its own, row by row."""
 
-    inputs: Tensor  # (N, C * C) tokens
-    outputs: Tensor  # (N, C * C) tokens
+    inputs: Tensor  # (M,) tokens
+    outputs: Tensor  # (M,) tokens
+    at: Tensor  # (M, 2) row and column of each cell
+    cells: tuple[int, ...]  # of each demo
+    gaps: tuple[int, ...]  # of each demo, whether some of its cells hold neither input nor output
     owner: Tensor  # (N,) the slot
     place: Tensor  # (N,) its place among the slot's demos
     most: int  # K, the most demos of any slot of the batch
+    by_slot: Tensor  # (M,) cells ordered by slot
+    cells_of: tuple[int, ...]  # of all demos of each slot
 
 
 class Batch(NamedTuple):
-    """What the model sees. Slots are ordered by pool; demos are ragged, grouped by their own size."""
+    """What the model sees: the canvases of all slots, row by row, slot after slot."""
 
-    inputs: tuple[Tensor, ...]  # per pool (B_pool, C * C) tokens
-    labels: tuple[Tensor, ...]  # per pool (B_pool, C * C) tokens, IGNORE where nothing is asked
-    demos: tuple[Demos, ...]
+    inputs: Tensor  # (M,) tokens
+    labels: Tensor  # (M,) tokens, IGNORE where nothing is asked
+    at: Tensor  # (M, 2) row and column of each cell on the raster
+    cells: tuple[int, ...]  # of each slot
+    demos: Demos
 
 
-def paint(tasks: Tasks, pair: Tensor, sym: Symmetry, shift: Tensor, canvas: int) -> tuple[Tensor, Tensor]:
-    """Pairs (M,) under symmetries (M,) as tokens (M, C * C) of inputs and outputs: one gather for each.
+def paint(
+    tasks: Tasks, pair: Tensor, sym: Symmetry, shift: Tensor, canvas: Tensor, raster: int = MAX_SIDE
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs (m,) under symmetries (m,) on canvases (m, 2): tokens (M,) of inputs, of outputs, and their raster positions.
 
     Grid and marks as published: a row of EOS right below the grid and a column right of it, no corner, none beyond
     the canvas; input and output share an offset, floor(shift * (room + 1)) with the room left by the larger of both.
+    The canvas itself lies on the raster by the same rule. A cell's colour is one gather from the packed grids: where
+    it is read is affine in the cell's row and column.
     """
-    k, swap = sym.dihedral, SWAP[sym.dihedral]
-    size = tasks.grids[pair][:, :, 1:]  # (M, 2, 2)
-    turned = torch.where(swap[:, None, None], size.flip(-1), size)
-    room = (canvas - turned.amax(1)).clamp(min=0)  # (M, 2)
-    offset = (shift * (room + 1)).long()
-    palette = sym.colours + FIRST_COLOUR
-    line = torch.arange(canvas)
-    i = line[None, :, None] - offset[:, 0, None, None]  # (M, C, 1)
-    j = line[None, None, :] - offset[:, 1, None, None]  # (M, 1, C)
-    painted = []
+    swap, flips = SWAP[sym.dihedral], (FLIP_R[sym.dihedral], FLIP_C[sym.dihedral])
+    start, h, w = tasks.grids[pair].unbind(-1)  # (m, 2) each: input, output
+    size = turned(sym.dihedral[:, None], tasks.grids[pair, :, 1:])  # (m, 2, 2)
+    offset = (shift * ((canvas - size.amax(1)).clamp(min=0) + 1)).long()
+    origin = (shift * (raster - canvas + 1).clamp(min=1)).long()
+    down, along = torch.where(flips[0][:, None], -w, w), torch.where(flips[1], -1, 1)[:, None].expand_as(w)
+    base = start + torch.where(flips[0][:, None], (h - 1) * w, 0) + torch.where(flips[1][:, None], w - 1, 0)
+    per_row, per_column = torch.where(swap[:, None], along, down), torch.where(swap[:, None], down, along)
+    base = base - per_row * offset[:, :1] - per_column * offset[:, 1:]
+    end = size + offset[:, None]
+    facts = torch.cat((offset, origin, base, per_row, per_column, end.flatten(1)), 1)
+    device, total, area = tasks.cells.device, int(canvas.prod(1).sum()), canvas.prod(1)
+    of = torch.arange(len(pair)).repeat_interleave(area, output_size=total).to(device)
+    cell = torch.arange(total, device=device) - (area.cumsum(0) - area).to(device)[of]
+    top, left, r0, c0, *rest = facts.to(device).T.contiguous()[:, of]
+    width = canvas[:, 1].to(device)[of]
+    i, j = cell // width, cell % width
+    palette, painted = (sym.colours + FIRST_COLOUR).flatten().to(device), []
+    in_rows, in_columns = i >= top, j >= left
     for side in range(2):
-        start, (h, w) = tasks.grids[pair, side, 0, None, None], size[:, side].T[..., None, None]
-        th, tw = turned[:, side].T[..., None, None]
-        a, b = torch.where(swap[:, None, None], j, i), torch.where(swap[:, None, None], i, j)
-        r = torch.where(FLIP_R[k, None, None], h - 1 - a, a)
-        c = torch.where(FLIP_C[k, None, None], w - 1 - b, b)
-        in_row, in_col = (i >= 0) & (i < th), (j >= 0) & (j < tw)
-        inside = in_row & in_col
-        colour = tasks.cells[torch.where(inside, start + r * w + c, 0)].long()
-        token = palette.gather(-1, colour.flatten(1)).view_as(colour)
-        mark = ((i == th) & in_col) | ((j == tw) & in_row)
-        painted.append(torch.where(inside, token, mark.long() * EOS).flatten(1))
-    return painted[0], painted[1]
+        first, step_i, step_j, bottom, right = rest[side], rest[2 + side], rest[4 + side], rest[6 + 2 * side], rest[7 + 2 * side]
+        in_row, in_column = in_rows & (i < bottom), in_columns & (j < right)
+        inside = in_row & in_column
+        colour = tasks.cells[torch.where(inside, first + step_i * i + step_j * j, 0)]
+        mark = ((i == bottom) & in_column) | ((j == right) & in_row)
+        painted.append(torch.where(inside, palette[of * 10 + colour], mark.long() * EOS))
+    return painted[0], painted[1], torch.stack((r0 + i, c0 + j), 1)
 
 
-def batch(tasks: Tasks, e: Episodes, canvases: Sequence[tuple[int, int]], demo_canvases: Sequence[int]) -> Batch:
-    """Paint episodes whose slots are ordered by pool: canvases = ((canvas, slots), ...)."""
-    inputs, labels, at = [], [], 0
-    for canvas, slots in canvases:
-        part = slice(at, at + slots)
-        sym = Symmetry(e.symmetry.dihedral[part], e.symmetry.colours[part])
-        x, y = paint(tasks, e.query[part], sym, e.shift[part, 0], canvas)
-        inputs.append(x)
-        labels.append(y.masked_fill(y == PAD, IGNORE))
-        at += slots
+def batch(tasks: Tasks, e: Episodes, cfg: DataConfig, raster: int = MAX_SIDE) -> Batch:
+    """Paint episodes; the cells of grids lie where they are painted, all else on the host, which so knows every shape."""
+    x, y, at = paint(tasks, e.query, e.symmetry, e.shift[:, 0], e.canvas, raster)
     owner, place = torch.nonzero(e.demos >= 0, as_tuple=True)
-    pair = e.demos[owner, place]
-    sizes = torch.tensor(sorted(demo_canvases))
-    side = tasks.grids[pair][:, :, 1:].amax((1, 2))
-    size = sizes[torch.searchsorted(sizes, side).clamp(max=len(sizes) - 1)]
-    groups = []
-    for canvas in size.unique().tolist():
-        own, at_place, which = (x[size == canvas] for x in (owner, place, pair))
-        sym = Symmetry(e.symmetry.dihedral[own], e.symmetry.colours[own])
-        groups.append(Demos(*paint(tasks, which, sym, e.shift[own, 1 + at_place], canvas), own, at_place, e.demos.shape[1]))
-    return Batch(tuple(inputs), tuple(labels), tuple(groups))
+    size = turned(e.symmetry.dihedral[owner, None], tasks.grids[e.demos[owner, place], :, 1:])  # (N, 2, 2)
+    canvas = snug(size.amax(1), cfg.demo_canvases)
+    gaps = ~(size == canvas[:, None]).all(-1).any(1)
+    order = torch.argsort(canvas.prod(1) * 2 + gaps, stable=True)
+    owner, place, canvas, gaps = owner[order], place[order], canvas[order], gaps[order]
+    sym = Symmetry(e.symmetry.dihedral[owner], e.symmetry.colours[owner])
+    demos = paint(tasks, e.demos[owner, place], sym, e.shift[owner, 1 + place], canvas, raster)
+    area = canvas.prod(1)
+    by_slot = torch.argsort(owner.repeat_interleave(area), stable=True)
+    cells_of = torch.zeros(len(e.query), dtype=torch.int64).index_add_(0, owner, area)
+    device = x.device
+    return Batch(
+        x, y.masked_fill(y == PAD, IGNORE), at, tuple(e.canvas.prod(1).tolist()),
+        Demos(
+            *demos, tuple(area.tolist()), tuple(gaps.int().tolist()), owner.to(device), place.to(device), e.demos.shape[1],
+            by_slot.to(device), tuple(cells_of.tolist()),
+        ),
+    )  # fmt: skip
 
 
-def tokenise(grid: np.ndarray, canvas: int, offset: tuple[int, int] = (0, 0)) -> np.ndarray:
-    """One grid as tokens (C, C), the plain way; `paint` is tested against it."""
+def tokenise(grid: np.ndarray, canvas: tuple[int, int], offset: tuple[int, int] = (0, 0)) -> np.ndarray:
+    """One grid as tokens of a canvas, the plain way; `paint` is tested against it."""
     (h, w), (r, c) = grid.shape, offset
-    out = np.zeros((canvas, canvas), np.uint8)
+    out = np.zeros(canvas, np.uint8)
     out[r : r + h, c : c + w] = grid + FIRST_COLOUR
     out[r + h : r + h + 1, c : c + w] = EOS
     out[r : r + h, c + w : c + w + 1] = EOS
@@ -411,7 +439,7 @@ def crop(tokens: np.ndarray) -> np.ndarray:
 
 
 def untokenise(tokens: np.ndarray) -> np.ndarray | None:
-    """The grid on a canvas (C, C), or None (no answer) when it is empty or a colour stands where its border must be."""
+    """The grid on a canvas (height, width), or None (no answer) when it is empty or a colour stands where its border must be."""
     grid = crop(tokens)
     h, w = grid.shape
     border = np.concatenate((tokens[h : h + 1, :w].ravel(), tokens[:h, w : w + 1].ravel()))

@@ -1,9 +1,8 @@
 """The demonstration encoders: a table kind -> (init, apply). To add one, write the two functions and its entry.
 
-init(cfg, generator) -> parameters; apply(parameters, cfg, demos, slots) -> context (B, T, D) with rms 1.
-Demos are ragged: groups of one canvas size, each demo with its owner (slot) and its place among the owner's demos.
-Axes: n demos of one group, N demos of all groups, C side of a group's canvas, B slots, K most demos of a slot,
-T context tokens, D hidden, h heads.
+init(cfg, generator) -> parameters; apply(parameters, cfg, demos) -> context (B, T, D) with rms 1.
+Demos are ragged: each has a canvas of its own size, its owner (slot) and its place among the owner's demos.
+Axes: N demos, M cells of all demos, B slots, K most demos of a slot, T context tokens, D hidden, h heads.
 """
 
 from __future__ import annotations
@@ -23,16 +22,19 @@ from .etrm import (
     Encode,
     ModelConfig,
     Params,
+    Runs,
+    Turn,
     attention,
     init_block,
     init_core,
     inner_width,
     normal,
+    position_of,
     rms,
-    rotate,
-    rotation,
-    split_heads,
+    runs_of,
+    self_attention,
     swiglu,
+    turn_of,
 )
 
 
@@ -84,30 +86,23 @@ def residual(cfg: ModelConfig, x: Tensor, f: Callable[[Tensor], Tensor], scale: 
     return x if pre else rms(x)
 
 
-def cell_block(p: CellBlock, cfg: ModelConfig, x: Tensor, mask: Tensor | None, table: Any) -> Tensor:
-    """(n, S, D); mask (n, S) true where a cell may be attended to."""
-
-    def attend(x: Tensor) -> Tensor:
-        q, k, v = split_heads(x @ p.qkv.T, cfg.heads)
-        y = attention(rotate(q, table), rotate(k, table), v, None if mask is None else mask[:, None, None])
-        return rearrange(y, "n h s d -> n s (h d)") @ p.o.T
-
-    x = residual(cfg, x, attend, p.scale_1)
+def cell_block(p: CellBlock, cfg: ModelConfig, x: Tensor, runs: Runs, turn: Turn, seen: Tensor) -> Tensor:
+    """Packed cells (M, D), each demo by itself; seen (M,) true where a cell may be attended to."""
+    x = residual(cfg, x, lambda x: self_attention(p.qkv, p.o, cfg.heads, x, runs, turn, seen), p.scale_1)
     return residual(cfg, x, lambda x: swiglu(p.gate_up, p.down, x), p.scale_2)
 
 
-def table_for(cfg: ModelConfig, canvas: int, copies: int, x: Tensor) -> Any:
+def position_in(cfg: ModelConfig, at: Tensor) -> Tensor:
     """Cells keep rotary positions in the encoder even where the core has learned ones or none, as published."""
-    kind = "rope2d" if cfg.positions == "rope2d" else "rope"
-    return rotation(kind, 0, canvas, cfg.raster, cfg.hidden // cfg.heads, copies, x.dtype, str(x.device))
+    found = position_of("rope2d" if cfg.positions == "rope2d" else "rope", at, cfg.raster)
+    assert found is not None
+    return found
 
 
-def to_slots(x: Sequence[Tensor], demos: Sequence[Demos], slots: int, fill: float = 0.0) -> Tensor:
-    """Per-demo values, group by group (n, ...), to (B, K, ...): each demo at its owner and place, `fill` elsewhere."""
-    owner, place = (torch.cat([getattr(g, name) for g in demos]) for name in ("owner", "place"))
-    values = torch.cat(list(x))
-    out = values.new_full((slots, demos[0].most, *values.shape[1:]), fill)
-    return out.index_put((owner, place), values)  # (owner, place) is unique: no accumulation, no order
+def to_slots(x: Tensor, demos: Demos, fill: float = 0.0) -> Tensor:
+    """Per-demo values (N, ...) to (B, K, ...): each demo at its owner and place, `fill` elsewhere."""
+    out = x.new_full((len(demos.cells_of), demos.most, *x.shape[1:]), fill)
+    return out.index_put((demos.owner, demos.place), x)  # (owner, place) is unique: no accumulation, no order
 
 
 # ---------------------------------------------------------------- standard: one vector per demo (published)
@@ -146,9 +141,9 @@ def pool_cells(pool: Sequence[Tensor], cfg: ModelConfig, x: Tensor, mask: Tensor
     kind = cfg.encoder.pooling
     if kind == "attention":
         query, wq, wk, wv, wo = pool
-        q, k, v = query.expand(len(x), 1, -1) @ wq.T, x @ wk.T, x @ wv.T
+        q, k, v = (query @ wq.T).expand(len(x), 1, -1), x @ wk.T, x @ wv.T
         q, k, v = (rearrange(t, "n s (h d) -> n h s d", h=cfg.heads) for t in (q, k, v))
-        return rearrange(attention(q, k, v, mask[:, None, None]), "n h 1 d -> n (h d)") @ wo.T
+        return rearrange(attention(q * q.shape[-1] ** -0.5, k, v, mask[:, None, None]), "n h 1 d -> n (h d)") @ wo.T
     if kind == "weighted":
         weight = torch.softmax((x @ pool[0].T).squeeze(-1).float().masked_fill(~mask, -torch.inf), -1)
         return torch.einsum("ns,nsd->nd", weight.to(x.dtype), x)
@@ -158,28 +153,41 @@ def pool_cells(pool: Sequence[Tensor], cfg: ModelConfig, x: Tensor, mask: Tensor
     return torch.einsum("ns,nsd->nd", share.to(x.dtype), x)
 
 
-def apply_standard(p: Standard, cfg: ModelConfig, demos: Sequence[Demos], slots: int) -> Tensor:
+def in_pairs(demos: Demos) -> Tensor:
+    """(2 M,) order of (M input cells, M output cells) in which each demo's inputs stand before its outputs."""
+    cells = torch.tensor(demos.cells, dtype=torch.int64, device=demos.at.device)
+    whole = len(demos.at)
+    owner = torch.arange(len(cells), device=cells.device).repeat_interleave(2 * cells, output_size=2 * whole)
+    place = torch.arange(2 * whole, device=cells.device) - 2 * (cells.cumsum(0) - cells)[owner]
+    second = (place >= cells[owner]).long()
+    return (cells.cumsum(0) - cells)[owner] + place + second * (whole - cells[owner])
+
+
+def apply_standard(p: Standard, cfg: ModelConfig, demos: Demos) -> Tensor:
     """Input and output cells of a demo one after the other, pooled to a vector; T queries attend to the vectors."""
-    vectors = []
-    for g in demos:
-        cells = torch.cat((F.embedding(g.inputs, p.input_embed), F.embedding(g.outputs, p.output_embed)), 1)
-        x, mask = cells * math.sqrt(cfg.hidden), torch.cat((g.inputs, g.outputs), 1) != 0
-        table = table_for(cfg, math.isqrt(g.inputs.shape[1]), 2, x)
-        for b in p.cells:
-            x = cell_block(b, cfg, x, None if cfg.encoder.attend_padding else mask, table)
-        vectors.append(pool_cells(p.pool, cfg, x, mask) @ p.pool_proj.T)
-    seen = to_slots([torch.ones_like(g.owner, dtype=torch.bool) for g in demos], demos, slots)
-    each = to_slots(vectors, demos, slots)
-    context = p.queries.expand(slots, -1, -1)
+    order = in_pairs(demos)
+    x = torch.cat((F.embedding(demos.inputs, p.input_embed), F.embedding(demos.outputs, p.output_embed)))[order]
+    x, seen = x * math.sqrt(cfg.hidden), torch.cat((demos.inputs, demos.outputs))[order] != 0
+    after = torch.tensor([[cfg.raster, 0]], device=demos.at.device)  # the output's grid continues the input's raster
+    turn = turn_of(position_in(cfg, torch.cat((demos.at, demos.at + after)))[order], cfg.heads, cfg.hidden // cfg.heads, x.dtype)
+    runs = runs_of([2 * c for c in demos.cells], [not cfg.encoder.attend_padding] * len(demos.cells))
+    for b in p.cells:
+        x = cell_block(b, cfg, x, runs, turn, seen)
+    cells, masks = ([*t.split([n * s for n, s, _ in runs])] if runs else [] for t in (x, seen))
+    parts = zip(runs, cells, masks, strict=True)
+    vectors = [pool_cells(p.pool, cfg, c.view(n, s, -1), m.view(n, s)) for (n, s, _), c, m in parts]
+    each = to_slots(torch.cat([x[:0], *vectors]) @ p.pool_proj.T, demos)
+    there = to_slots(torch.ones_like(demos.owner, dtype=torch.bool), demos)
+    context = p.queries.expand(len(demos.cells_of), -1, -1)
     for s in p.sets:
-        context = set_block(s, cfg, context, functools.partial(attend_vectors, s, cfg, each, seen))
+        context = set_block(s, cfg, context, functools.partial(attend_vectors, s, cfg, each, there))
     return rms(context)
 
 
 def attend_vectors(p: SetBlock, cfg: ModelConfig, each: Tensor, seen: Tensor, context: Tensor) -> Tensor:
     q, k, v = context @ p.q.T, each @ p.k.T, each @ p.v.T
     q, k, v = (rearrange(t, "b s (h d) -> b h s d", h=cfg.heads) for t in (q, k, v))
-    return rearrange(attention(q, k, v, seen[:, None, None]), "b h t d -> b t (h d)")
+    return rearrange(attention(q * q.shape[-1] ** -0.5, k, v, seen[:, None, None]), "b h t d -> b t (h d)")
 
 
 def set_block(p: SetBlock, cfg: ModelConfig, context: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
@@ -210,47 +218,28 @@ def init_perceiver(cfg: ModelConfig, g: torch.Generator) -> Perceiver:
     )
 
 
-def apply_perceiver(p: Perceiver, cfg: ModelConfig, demos: Sequence[Demos], slots: int) -> Tensor:
+def apply_perceiver(p: Perceiver, cfg: ModelConfig, demos: Demos) -> Tensor:
     """Input and output of a demo aligned cell by cell, one token per cell; T queries attend to all demos' tokens."""
-    tokens, masks = [], []
-    for g in demos:
-        x = (F.embedding(g.inputs, p.input_embed) + F.embedding(g.outputs, p.output_embed)) * math.sqrt(cfg.hidden / 2)
-        mask = (g.inputs != 0) | (g.outputs != 0)
-        table = table_for(cfg, math.isqrt(g.inputs.shape[1]), 1, x)
-        for b in p.cells:
-            x = cell_block(b, cfg, x, None if cfg.encoder.attend_padding else mask, table)
-        tokens.append(x)
-        masks.append(mask)
-    context = p.queries.expand(slots, -1, -1)
+    x = (F.embedding(demos.inputs, p.input_embed) + F.embedding(demos.outputs, p.output_embed)) * math.sqrt(cfg.hidden / 2)
+    seen = (demos.inputs != 0) | (demos.outputs != 0)
+    turn = turn_of(position_in(cfg, demos.at), cfg.heads, cfg.hidden // cfg.heads, x.dtype)
+    runs = runs_of(demos.cells, None if cfg.encoder.attend_padding else demos.gaps)
+    for b in p.cells:
+        x = cell_block(b, cfg, x, runs, turn, seen)
+    x, seen = x[demos.by_slot], seen[demos.by_slot]
+    context = p.queries.expand(len(demos.cells_of), -1, -1)
     for s in p.sets:
-        context = set_block(s, cfg, context, functools.partial(attend_tokens, s, cfg, tokens, masks, demos))
+        context = set_block(s, cfg, context, functools.partial(attend_cells, s, cfg, x, seen, demos.cells_of))
     return rms(context)
 
 
-def attend_tokens(
-    p: SetBlock, cfg: ModelConfig, tokens: Sequence[Tensor], masks: Sequence[Tensor], demos: Sequence[Demos], context: Tensor
-) -> Tensor:
-    """Exact softmax over all cells of all demos of a slot, though demos lie in groups of different sizes.
-
-    Each demo gives its running maximum, sum and weighted sum (Milakov & Gimelshein 2018), merged per slot in float32.
-    """
-    slots = len(context)
+def attend_cells(p: SetBlock, cfg: ModelConfig, x: Tensor, seen: Tensor, cells_of: Sequence[int], context: Tensor) -> Tensor:
+    """Each slot's context tokens attend to all cells (M, D), ordered by slot, of all its demos."""
     q = rearrange(context @ p.q.T, "b t (h d) -> b h t d", h=cfg.heads)
-    tops, sums, means = [], [], []
-    for x, mask, g in zip(tokens, masks, demos, strict=True):
-        k, v = (rearrange(x @ w.T, "n s (h d) -> n h s d", h=cfg.heads) for w in (p.k, p.v))
-        score = (q.index_select(0, g.owner) @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
-        score = score.masked_fill(~mask[:, None, None], -torch.inf)
-        top = score.detach().amax(-1, keepdim=True)
-        weight = (score - top).exp()
-        tops.append(top)
-        sums.append(weight.sum(-1, keepdim=True))
-        means.append((weight.to(v.dtype) @ v).float())
-    top = to_slots(tops, demos, slots, -torch.inf)  # (B, K, h, T, 1)
-    share = (top - top.amax(1, keepdim=True).clamp(min=-1e30)).exp()
-    total = (share * to_slots(sums, demos, slots)).sum(1).clamp(min=1e-30)
-    mixed = (share * to_slots(means, demos, slots)).sum(1) / total
-    return rearrange(mixed, "b h t d -> b t (h d)").to(context.dtype)
+    k, v = (rearrange(x @ w.T, "m (h d) -> 1 h m d", h=cfg.heads).split(list(cells_of), 2) for w in (p.k, p.v))
+    masks = seen.view(1, 1, 1, -1).split(list(cells_of), 3)
+    mixed = [attention(*each) for each in zip((q * q.shape[-1] ** -0.5).split(1), k, v, masks, strict=True)]
+    return rearrange(torch.cat(mixed), "b h t d -> b t (h d)")
 
 
 # ---------------------------------------------------------------- the table
@@ -282,4 +271,4 @@ def init_params(cfg: ModelConfig, seed: int) -> Params:
 def encoder_of(cfg: ModelConfig) -> Encode:
     """The config's encoder as `act_step` takes it."""
     apply = lookup(cfg.encoder.kind)[1]
-    return lambda p, batch, slots: apply(p, cfg, batch.demos, slots)
+    return lambda p, batch: apply(p, cfg, batch.demos)

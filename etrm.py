@@ -1,13 +1,15 @@
 """The model: parameters, block, recursive core, one ACT step, its loss. Pure functions; the last ones are the model.
 
-Axes: B slots (all pools), b slots of one pool, S tokens of a slot = T context tokens + C * C cells, N all tokens of
-all slots (packed, ordered by pool, then slot), D hidden, F inner width, h heads, V vocabulary.
+Axes: B slots, M cells of all slots, N = B * T + M tokens of all slots (packed: slot after slot, the T context tokens of
+a slot, then the cells of its canvas), D hidden, F inner width, h heads, V vocabulary. A run is some consecutive slots
+(b) with equally many tokens (s): only attention goes run by run.
 After Jolicoeur-Martineau, "Less is More: Recursive Reasoning with Tiny Networks" (arXiv 2510.04871).
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -15,7 +17,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 import msgspec
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -148,60 +149,98 @@ def tree_map(f: Callable[[Tensor], Any], tree: Any) -> Any:
 # ---------------------------------------------------------------- layers
 
 
+class _Rms(torch.autograd.Function):
+    """A third of the passes over memory that F.rms_norm and its backward take on CPU in bf16 (5.6 -> 2.4 ms together)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+        scale = (norm.square() / x.shape[-1] + 1e-5).rsqrt().to(x.dtype)
+        y = x * scale
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (g,), (y, scale) = grads, ctx.saved_tensors
+        along = (g * y).sum(-1, keepdim=True, dtype=torch.promote_types(y.dtype, torch.float32)) / y.shape[-1]
+        return torch.addcmul(g, y, -along.to(g.dtype)).mul_(scale)
+
+
 def rms(x: Tensor) -> Tensor:
     """Root-mean-square norm without gain; the mean is taken in float32."""
-    return F.rms_norm(x, x.shape[-1:], eps=1e-5)
+    return _Rms.apply(x)
 
 
-def rotary(position: Tensor, head: int) -> tuple[Tensor, Tensor]:
-    """cos, sin (S, head) of positions (S,), or (S, 2): rows turn one half of a head's planes, columns the other."""
-    axes = position.shape[1] if position.ndim == 2 else 1
-    planes = head // 2 // axes
-    rate = 1e4 ** -(torch.arange(planes, dtype=torch.float32) / planes)
-    angle = (position.reshape(len(position), axes, 1).float() * rate).flatten(1)
-    return torch.cat((angle, angle), -1).cos(), torch.cat((angle, angle), -1).sin()
+class _Gate(torch.autograd.Function):
+    """silu(a) * b without a second copy of either (forward and backward of a SwiGLU layer: 43 -> 40 ms)."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return F.silu(a).mul_(b)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (g,), (a, b) = grads, ctx.saved_tensors
+        return torch.ops.aten.silu_backward(g * b, a), F.silu(a).mul_(g)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=16)
 @torch.inference_mode(False)  # tables made while evaluating must serve training too
-def rotation(
-    kind: str, context: int, canvas: int, raster: int, head: int, copies: int, dtype: torch.dtype, device: str
-) -> tuple[Tensor, Tensor] | None:
-    """Rotary tables of `context` tokens followed by `copies` canvases, each continuing the raster of the one before."""
-    if kind in ("learned", "none"):
+def waves(size: int, planes: int, device: str) -> tuple[Tensor, Tensor]:
+    """cos, sin (size, planes) of positions 0..size - 1."""
+    rate = 1e4 ** -(torch.arange(planes, dtype=torch.float32) / planes)
+    angle = torch.arange(size)[:, None] * rate
+    return angle.cos().to(device), angle.sin().to(device)
+
+
+Turn = tuple[Tensor, Tensor] | None  # cos, sin (N, 2, h, head) of queries and keys; None: positions are not rotary
+
+
+def turn_of(position: Tensor | None, heads: int, head: int, dtype: torch.dtype) -> Turn:
+    """Rotary tables of positions (N,), or (N, 2): rows turn one half of a head's planes, columns the other.
+
+    Attention's 1 / sqrt(head) is part of the queries' tables."""
+    if position is None:
         return None
-    r, c = torch.meshgrid(torch.arange(canvas), torch.arange(canvas), indexing="ij")
-    r, c = r.flatten(), c.flatten()
-    if kind == "rope":
-        line = torch.cat([r * raster + c + k * raster**2 for k in range(copies)])
-        position = torch.cat((torch.arange(context), context + line))
-    else:  # context tokens stand at the origin, cells count from 1
-        cells = torch.cat([torch.stack((1 + r + k * raster, 1 + c), -1) for k in range(copies)])
-        position = torch.cat((cells.new_zeros(context, 2), cells))
-    cos, sin = rotary(position, head)
-    sin[:, : head // 2] *= -1
-    return cos.to(device, dtype), sin.to(device, dtype)
+    axes = position.T if position.ndim == 2 else position[None]
+    tables = waves(4096 if len(axes) == 1 else 128, head // 2 // len(axes), str(position.device))
+    cos, sin = (torch.cat([t[x] for x in axes], -1) for t in tables)
+    cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+    scale = torch.tensor([head**-0.5, 1.0], device=position.device)[:, None, None]
+    wide = [(x[:, None, None] * scale).to(dtype).expand(-1, -1, heads, -1).contiguous() for x in (cos, sin)]
+    return wide[0], wide[1]
 
 
-def rotate(x: Tensor, table: tuple[Tensor, Tensor] | None) -> Tensor:
-    """(..., S, head) turned by its positions; the sine's first half comes negated, so that a roll serves both halves."""
-    return x if table is None else torch.addcmul(x * table[0], x.roll(x.shape[-1] // 2, -1), table[1])
+def position_of(kind: str, at: Tensor, raster: int) -> Tensor | None:
+    """Cells on the raster, at (M, 2), to rotary positions: their number in reading order (published), or row and column
+    counted from 1, for context tokens stand at the origin. None: positions are not rotary."""
+    return {"rope": at[:, 0] * raster + at[:, 1], "rope2d": at + 1}.get(kind)
 
 
+def rotate(qk: Tensor, turn: Turn) -> Tensor:
+    """(N, 2, h, head) queries and keys turned by their positions, queries scaled by 1 / sqrt(head)."""
+    if turn is None:
+        return qk * qk.new_tensor([qk.shape[-1] ** -0.5, 1.0])[:, None, None]
+    return torch.addcmul(qk * turn[0], qk.roll(qk.shape[-1] // 2, -1), turn[1])
+
+
+RUN = 512  # tokens of a run, about
 SCORES = 4_000_000  # numbers in the score matrices that attention makes at once
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Softmax attention, (b, h, S, head) each; mask (b, 1, 1, S) true where a key may be seen; no key seen gives 0.
+    """Softmax attention of scaled queries, (b, h, s, head) each; mask (b, 1, 1, s) true where a key may be seen; no key
+    seen gives 0.
 
     On CPU plain products, a few slots at a time so that their scores stay in cache: torch's fused kernel is slower
     there in bf16, 2.5 times at 10 x 2 x 416 x 64 and 2 times at 10 x 2 x 916 x 64, forward and backward, and its
     backward 5 times at 48 x 2 x 116 x 64; in float32 it is no better.
     """
     if q.device.type == "cuda":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    at_once = max(1, SCORES // (q.shape[1] * q.shape[2] * k.shape[2]))
-    q = q * q.shape[-1] ** -0.5
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+    at_once = max(1, SCORES // (q.shape[1] * q.shape[2] * max(1, k.shape[2])))
     out = []
     for i in range(0, max(1, len(q)), at_once):
         part = slice(i, i + at_once)
@@ -215,45 +254,59 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     return out[0] if len(out) == 1 else torch.cat(out)
 
 
-def split_heads(x: Tensor, heads: int) -> tuple[Tensor, ...]:
-    """(b, S, 3 D) to q, k, v of (b, h, S, D / h)."""
-    return tuple(rearrange(x, "b s (n h d) -> n b h s d", n=3, h=heads))
+Runs = Sequence[tuple[int, int, bool]]  # (slots, tokens of a slot, whether some may not be seen), in packed order
 
 
-Layout = Sequence[tuple[int, int]]  # (slots, tokens of a slot) of each pool
-Tables = Sequence[tuple[Tensor, Tensor] | None]
+def runs_of(tokens: Sequence[int], masked: Sequence[int] | None = None) -> Runs:
+    """Neighbours of equal size and kind together, in powers of two and few if they are large: a shape that was not seen
+    before costs a kernel's compilation on CPU (bf16, every canvas new: 3.0 instead of 2.5 s a step)."""
+    found: list[tuple[int, int, bool]] = []
+    for (s, m), same in itertools.groupby(zip(tokens, masked or [0] * len(tokens), strict=True)):
+        left, most = len(list(same)), 1 << (RUN // max(1, s)).bit_length() >> 1
+        while left:
+            b = min(max(1, most), 1 << left.bit_length() >> 1)
+            found.append((b, s, bool(m)))
+            left -= b
+    return found
 
 
-def self_attention(p: Block, heads: int, x: Tensor, layout: Layout, tables: Tables) -> Tensor:
-    """(N, D): one product for all tokens, attention within each slot, pool by pool."""
+def self_attention(qkv: Tensor, o: Tensor, heads: int, x: Tensor, runs: Runs, turn: Turn, seen: Tensor | None = None) -> Tensor:
+    """(N, D): products and positions for all tokens at once, attention within each slot, run by run; seen (N,) bool."""
+    if not runs:
+        return x
+    d, sizes = x.shape[1], [b * s for b, s, _ in runs]
+    queries_keys = rotate((x @ qkv[: 2 * d].T).unflatten(-1, (2, heads, -1)), turn)
+    values = (x @ qkv[2 * d :].T).unflatten(-1, (heads, -1))
+    masks = None if seen is None else seen.split(sizes)
     out = []
-    for (b, s), table, part in zip(layout, tables, (x @ p.qkv.T).split([b * s for b, s in layout]), strict=True):
-        q, k, v = split_heads(part.view(b, s, -1), heads)
-        y = attention(rotate(q, table), rotate(k, table), v)
-        out.append(rearrange(y, "b h s d -> (b s) (h d)"))
-    return torch.cat(out) @ p.o.T
+    for i, ((b, s, masked), qk, v) in enumerate(zip(runs, queries_keys.split(sizes), values.split(sizes), strict=True)):
+        q, k = qk.unflatten(0, (b, s)).permute(2, 0, 3, 1, 4)
+        mask = masks[i].view(b, 1, 1, s) if masked and masks else None
+        y = attention(q, k, v.unflatten(0, (b, s)).transpose(1, 2), mask)
+        out.append(y.transpose(1, 2).reshape(b * s, d))
+    return torch.cat(out) @ o.T
 
 
 def swiglu(gate_up: Tensor, down: Tensor, x: Tensor) -> Tensor:
-    gate, up = (x @ gate_up.T).chunk(2, -1)
-    return (F.silu(gate) * up) @ down.T
+    gate, up = gate_up.chunk(2)
+    return _Gate.apply(x @ gate.T, x @ up.T) @ down.T
 
 
-def block(p: Block, heads: int, x: Tensor, layout: Layout, tables: Tables) -> Tensor:
+def block(p: Block, heads: int, x: Tensor, runs: Runs, turn: Turn) -> Tensor:
     """Post-norm transformer block on packed tokens (N, D)."""
-    x = rms(x + self_attention(p, heads, x, layout, tables))
+    x = rms(x + self_attention(p.qkv, p.o, heads, x, runs, turn))
     return rms(x + swiglu(p.gate_up, p.down, x))
 
 
 # ---------------------------------------------------------------- the recursive core
 
 
-def reason(p: Core, cfg: ModelConfig, z_H: Tensor, z_L: Tensor, e: Tensor, layout: Layout, tables: Tables) -> tuple[Tensor, Tensor]:
+def reason(p: Core, cfg: ModelConfig, z_H: Tensor, z_L: Tensor, e: Tensor, runs: Runs, turn: Turn) -> tuple[Tensor, Tensor]:
     """H_cycles of (L_cycles updates of z_L, one of z_H), all by the same blocks; only the last cycle has gradient."""
 
     def level(z: Tensor) -> Tensor:
         for b in p.blocks:
-            z = block(b, cfg.heads, z, layout, tables)
+            z = block(b, cfg.heads, z, runs, turn)
         return z
 
     def cycle(z_H: Tensor, z_L: Tensor) -> tuple[Tensor, Tensor]:
@@ -267,21 +320,46 @@ def reason(p: Core, cfg: ModelConfig, z_H: Tensor, z_L: Tensor, e: Tensor, layou
     return cycle(z_H, z_L)
 
 
-def place(p: Core, cfg: ModelConfig, context: Tensor, inputs: Sequence[Tensor]) -> Tensor:
-    """Context (B, T, D) and tokens per pool (b, C * C) to the injected embedding (N, D); tokens enter with std 1."""
-    root = math.sqrt(cfg.hidden)
+class Layout(NamedTuple):
+    """Where the tokens of all slots lie."""
+
+    tokens: tuple[int, ...]  # of each slot
+    slot: Tensor  # (N,) whose token it is
+    first: Tensor  # (B,) each slot's first context token
+    cells: Tensor  # (M,) the tokens that are cells
+    source: Tensor  # (N,) row in (B * T context tokens, then M cells) that stands there
+
+
+def layout_of(cfg: ModelConfig, cells: Sequence[int], device: torch.device) -> Layout:
+    t, b, m = cfg.context_tokens, len(cells), sum(cells)
+    tokens = tuple(t + c for c in cells)
+    count = torch.tensor(cells, device=device)
+    slot = torch.arange(b, device=device).repeat_interleave(count + t, output_size=b * t + m)
+    first = (count + t).cumsum(0) - count - t
+    place = torch.arange(b * t + m, device=device) - first[slot]
+    source = torch.where(place < t, slot * t + place, b * t - t + torch.arange(b * t + m, device=device) - slot * t)
+    of_cell = torch.arange(b, device=device).repeat_interleave(count, output_size=m)
+    return Layout(tokens, slot, first, torch.arange(m, device=device) + t * (of_cell + 1), source)
+
+
+def place(p: Core, cfg: ModelConfig, context: Tensor, batch: Batch, layout: Layout) -> tuple[Tensor, Turn]:
+    """Context (B, T, D) and the cells' tokens to the injected embedding (N, D), and its rotary tables; tokens enter with std 1."""
+    root, t = math.sqrt(cfg.hidden), cfg.context_tokens
     scale = root if p.context_gain is None else p.context_gain
-    parts = []
-    for tokens, ctx in zip(inputs, (context * scale).split([len(t) for t in inputs]), strict=True):
-        x = torch.cat((ctx, F.embedding(tokens, p.embed) * root), 1)
-        if p.position is not None:
-            side = math.isqrt(tokens.shape[1])
-            at = torch.arange(side, device=tokens.device)
-            cells = cfg.context_tokens + (at[:, None] * cfg.raster + at).flatten()
-            ours = torch.cat((p.position[: cfg.context_tokens], p.position[cells]))
-            x = math.sqrt(0.5) * (x + root * ours)
-        parts.append(x.flatten(0, 1))
-    return torch.cat(parts)
+    cells = F.embedding(batch.inputs, p.embed) * root
+    slots = len(layout.tokens)
+    if p.position is not None:
+        ours = p.position[:t].expand(slots, -1, -1)
+        context = math.sqrt(0.5) * (context * scale + root * ours)
+        cells = math.sqrt(0.5) * (cells + root * F.embedding(t + batch.at[:, 0] * cfg.raster + batch.at[:, 1], p.position))
+    else:
+        context = context * scale
+    e = torch.cat((context.flatten(0, 1), cells))[layout.source]
+    position = position_of(cfg.positions, batch.at, cfg.raster)
+    if position is not None:
+        start = torch.arange(t, device=position.device).repeat(slots) if position.ndim == 1 else position.new_zeros(slots * t, 2)
+        position = torch.cat((start, position + (t if position.ndim == 1 else 0)))[layout.source]
+    return e, turn_of(position, cfg.heads, cfg.hidden // cfg.heads, e.dtype)
 
 
 class Carry(NamedTuple):
@@ -292,28 +370,36 @@ class Carry(NamedTuple):
     steps: Tensor  # (B,) ACT steps spent on the episode
     halted: Tensor  # (B,) bool: the next step starts an episode
     n: Tensor  # (B,) episodes the slot has finished or begun
+    tokens: tuple[int, ...]  # of each slot
 
 
 class Output(NamedTuple):
-    logits: tuple[Tensor, ...]  # per pool (b, C * C, V)
+    logits: Tensor  # (M, V)
     q_halt: Tensor  # (B,) float32
     q_continue: Tensor  # (B,) float32
 
 
-def layout_of(cfg: ModelConfig, inputs: Sequence[Tensor]) -> Layout:
-    return [(len(t), cfg.context_tokens + t.shape[1]) for t in inputs]
+def fresh_carry(cfg: ModelConfig, cells: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Carry:
+    """The carry before the first step on canvases of so many cells: all halted, so that nothing in it is ever read."""
+    tokens = tuple(cfg.context_tokens + c for c in cells)
+    zeros = torch.zeros(len(cells), dtype=torch.int64, device=device)
+    z = torch.zeros(sum(tokens), cfg.hidden, dtype=dtype, device=device)
+    return Carry(z, z.clone(), zeros, torch.ones(len(cells), dtype=torch.bool, device=device), zeros - 1, tokens)
 
 
-def fresh_carry(cfg: ModelConfig, inputs: Sequence[Tensor], dtype: torch.dtype) -> Carry:
-    """The carry before the first step: all halted, so that nothing in it is ever read."""
-    size, slots = sum(b * s for b, s in layout_of(cfg, inputs)), sum(len(t) for t in inputs)
-    device = inputs[0].device
-    zeros = torch.zeros(slots, dtype=torch.int64, device=device)
-    z = torch.zeros(size, cfg.hidden, dtype=dtype, device=device)
-    return Carry(z, z.clone(), zeros, torch.ones(slots, dtype=torch.bool, device=device), zeros - 1)
+def relaid(cfg: ModelConfig, carry: Carry, halted: Sequence[bool], cells: Sequence[int]) -> Carry:
+    """The carry on the canvases to come: slots that go on keep their states, those that halted get room."""
+    tokens = tuple(cfg.context_tokens + c for c in cells)
+    if tokens == carry.tokens:
+        return carry
+    states = []
+    for z in (carry.z_H, carry.z_L):
+        rows = zip(halted, z.split(carry.tokens), tokens, strict=True)
+        states.append(torch.cat([z.new_zeros(n, cfg.hidden) if h else old for h, old, n in rows]))
+    return carry._replace(z_H=states[0], z_L=states[1], tokens=tokens)
 
 
-Encode = Callable[[Any, "Batch", int], Tensor]  # (encoder parameters, batch, slots) -> context (B, T, D)
+Encode = Callable[[Any, "Batch"], Tensor]  # (encoder parameters, batch) -> context (B, T, D)
 
 
 def act_step(
@@ -324,36 +410,21 @@ def act_step(
     min_steps (B,): exploration, no slot halts before it (0: free); None at evaluation: halts at halt_max_steps only.
     No gradient reaches the carry that came in; the one returned is detached.
     """
-    layout, p = layout_of(cfg, batch.inputs), params.core
-    slots, dtype = len(carry.steps), carry.z_H.dtype
-    context = encode(params.encoder, batch, slots)
-    e = place(p, cfg, context, batch.inputs)
-    tables = [
-        rotation(cfg.positions, cfg.context_tokens, math.isqrt(t.shape[1]), cfg.raster, cfg.hidden // cfg.heads, 1, dtype,
-                 str(e.device))
-        for t in batch.inputs
-    ]  # fmt: skip
-    reset = per_token(carry.halted, layout)[:, None]
-    z_H = torch.where(reset, p.H_init.to(dtype), carry.z_H.detach())
-    z_L = torch.where(reset, p.L_init.to(dtype), carry.z_L.detach())
-    z_H, z_L = reason(p, cfg, z_H, z_L, e, layout, tables)
+    p, layout = params.core, layout_of(cfg, batch.cells, carry.z_H.device)
+    e, turn = place(p, cfg, encode(params.encoder, batch), batch, layout)
+    reset = carry.halted[layout.slot][:, None]
+    z_H = torch.where(reset, p.H_init, carry.z_H.detach())
+    z_L = torch.where(reset, p.L_init, carry.z_L.detach())
+    z_H, z_L = reason(p, cfg, z_H, z_L, e, runs_of(layout.tokens), turn)
 
-    pools = [z.view(b, s, -1) for z, (b, s) in zip(z_H.split([b * s for b, s in layout]), layout, strict=True)]
-    head = p.embed if p.head is None else p.head
-    logits = tuple(z[:, cfg.context_tokens :] @ head.T for z in pools)
-    q = (torch.cat([z[:, 0] for z in pools]) @ p.q_weight.T + p.q_bias).float()
+    logits = z_H[layout.cells] @ (p.embed if p.head is None else p.head).T
+    q = (z_H[layout.first] @ p.q_weight.T + p.q_bias).float()
     steps = torch.where(carry.halted, 0, carry.steps) + 1
     halted = steps >= cfg.halt_max_steps
     if min_steps is not None:
         halted = (halted | (q[:, 0] > 0)) & (steps >= min_steps)
-    new = Carry(z_H.detach(), z_L.detach(), steps, halted, carry.n)
+    new = Carry(z_H.detach(), z_L.detach(), steps, halted, carry.n, carry.tokens)
     return new, Output(logits, q[:, 0], q[:, 1])
-
-
-def per_token(x: Tensor, layout: Layout) -> Tensor:
-    """(B,) to (N,): a slot's value at each of its tokens."""
-    parts = x.split([b for b, _ in layout])
-    return torch.cat([v[:, None].expand(b, s).reshape(-1) for v, (b, s) in zip(parts, layout, strict=True)])
 
 
 # ---------------------------------------------------------------- the ACT loss
@@ -376,28 +447,29 @@ class Loss(NamedTuple):
     labelled: Tensor  # bool: has a valid cell at all
 
 
-def act_loss(cfg: ModelConfig, out: Output, labels: Sequence[Tensor]) -> Loss:
-    """Loss and scores of one ACT step, per slot, in float32. A negative label is not asked for."""
-    lm, right, count = [], [], []
-    for logits, label in zip(out.logits, labels, strict=True):
-        valid = label >= 0
-        n = valid.sum(-1)
-        x = logits.float()
-        log_p = torch.log_softmax(log_stable(x) if cfg.loss == "stablemax" else x, -1)
-        ce = -log_p.gather(-1, label.clamp(min=0)[..., None]).squeeze(-1)
-        lm.append(torch.where(valid, ce, 0.0).sum(-1) / n.clamp(min=1))
-        right.append(((x.argmax(-1) == label) & valid).sum(-1))
-        count.append(n)
-    cells, hits, loss = torch.cat(count), torch.cat(right), torch.cat(lm)
-    exact, labelled = hits == cells, cells > 0
+def act_loss(cfg: ModelConfig, out: Output, labels: Tensor, cells: Sequence[int]) -> Loss:
+    """Loss and scores of one ACT step, per slot, in float32; labels (M,), cells of each slot. A negative label is not
+    asked for."""
+    lengths = torch.tensor(cells, device=labels.device)
+
+    def per_slot(x: Tensor) -> Tensor:
+        return torch.segment_reduce(x.float(), "sum", lengths=lengths, unsafe=True)
+
+    valid, x = labels >= 0, out.logits.float()
+    log_p = torch.log_softmax(log_stable(x) if cfg.loss == "stablemax" else x, -1)
+    ce = -log_p.gather(-1, labels.clamp(min=0)[:, None]).squeeze(-1)
+    asked = per_slot(valid)
+    hits = per_slot((x.argmax(-1) == labels) & valid)
+    lm = per_slot(torch.where(valid, ce, 0.0)) / asked.clamp(min=1)
+    exact, labelled = hits == asked, asked > 0
     q = F.binary_cross_entropy_with_logits(out.q_halt, exact.float(), reduction="none")
     if not cfg.published_halting:
         q = torch.where(labelled, q, 0.0)
     return Loss(
-        total=loss + cfg.q_weight * q,
-        lm=loss.detach(),
+        total=lm + cfg.q_weight * q,
+        lm=lm.detach(),
         q=q.detach(),
-        cell_accuracy=hits / cells.clamp(min=1),
+        cell_accuracy=hits / asked.clamp(min=1),
         exact=exact & labelled,
         q_right=((out.q_halt >= 0) == exact) & labelled,
         labelled=labelled,
@@ -407,8 +479,8 @@ def act_loss(cfg: ModelConfig, out: Output, labels: Sequence[Tensor]) -> Loss:
 def think(params: Params, cfg: ModelConfig, encode: Encode, batch: Batch, dtype: torch.dtype, act_steps: int) -> Output:
     """Evaluation: every slot for `act_steps` ACT steps from the initial states; the context is computed once."""
     with torch.no_grad():
-        carry = fresh_carry(cfg, batch.inputs, dtype)
-        context = encode(params.encoder, batch, len(carry.steps))
+        carry = fresh_carry(cfg, batch.cells, dtype, batch.inputs.device)
+        context = encode(params.encoder, batch)
         for _ in range(act_steps):
             carry, out = act_step(params, cfg, lambda *_: context, carry, batch, None)
         return out

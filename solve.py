@@ -1,6 +1,6 @@
 """Views -> predictions -> votes -> scores. One forward path: `etrm.think`, the one that training watches itself with.
 
-Axes: R rows = (query, view) pairs of one pool; C side of the canvas.
+Axes: R rows = queries of one batch, M cells of their canvases.
 """
 
 from __future__ import annotations
@@ -63,30 +63,27 @@ def predict(
     dtype = train.dtype_of(cfg.train.dtype, device)
     cast, encode = tree_map(lambda x: x.to(device, dtype), params), encoder_of(cfg.model)
     packed = data.pack(tasks)
+    packed = packed._replace(cells=packed.cells.to(device))
     asked = data.queries(packed, "test", cfg.data.canvases)
     number = asked.pair - packed.first[asked.task] - packed.n_demos[asked.task]
     votes: list[list[Vote]] = [[] for _ in asked.pair]
     first: list[tuple[bool, float] | None] = [None] * len(asked.pair)
-    work = [(c, rows, v) for c, rows in train.by_pool(asked, cfg.model, cfg.eval.tokens) for v in range(views)]
-    for done, (canvas, rows, v) in enumerate(work):
+    work = [(rows, v) for rows in train.portions(asked, cfg.model, cfg.eval.tokens) for v in range(views)]
+    for done, (rows, v) in enumerate(work):
         seen = [view(tasks[int(asked.task[r])], int(number[r]), v, cfg.data) for r in rows]
         symmetry = Symmetry(*(torch.stack([s[i] for s, _ in seen]) for i in range(2)))
-        demos = data.candidates(packed, asked.pair[rows], "test")
         lots = torch.nn.utils.rnn.pad_sequence([u for _, u in seen], batch_first=True)
-        demos = data.choose_demos(demos, lots, cfg.data.max_demos)
-        shift = torch.zeros(len(rows), 1 + demos.shape[1], 2, dtype=torch.float64)
-        episodes = data.Episodes(asked.pair[rows], demos, symmetry, shift)
-        batch = data.batch(packed, episodes, [(canvas, len(rows))], cfg.data.demo_canvases)
-        moved = train.to_device(batch, device)
-        out = etrm.think(cast, cfg.model, encode, moved, dtype, cfg.model.halt_max_steps)
-        tokens = out.logits[0].float().argmax(-1).view(-1, canvas, canvas).cpu().numpy()
+        episodes = data.posed(packed, cfg.data, "test", data.chosen(asked, rows), view=(symmetry, lots))
+        batch = data.batch(packed, episodes, cfg.data, cfg.model.raster)
+        out = etrm.think(cast, cfg.model, encode, batch, dtype, cfg.model.halt_max_steps)
+        tokens = out.logits.float().argmax(-1).cpu().split(batch.cells)
         back = data.inverse(symmetry)
         for i, r in enumerate(rows.tolist()):
-            grid = data.untokenise(tokens[i])
+            grid = data.untokenise(tokens[i].view(*episodes.canvas[i].tolist()).numpy())
             ours = None if grid is None else data.apply(Symmetry(back.dihedral[i], back.colours[i]), grid)
             votes[r].append((ours, float(out.q_halt[i])))
         if v == 0:
-            loss = act_loss(cfg.model, out, moved.labels)
+            loss = act_loss(cfg.model, out, batch.labels, batch.cells)
             for i, r in enumerate(rows.tolist()):
                 if loss.labelled[i]:
                     fits = bool(asked.fits[r])
@@ -99,7 +96,7 @@ def predict(
         exact, cells = first[r] or ((False, 0.0) if known else (None, None))
         begin = int(packed.first[t])
         need = max(int(sides[begin : begin + int(packed.n_demos[t])].max()), int(packed.grids[pair, 0, 1:].max()))
-        large = 0 if asked.canvas[r] else need
+        large = 0 if asked.canvas[r, 0] else need
         made.append(Prediction(tasks[t].name, int(number[r]), votes[r], exact, cells, large))
     return made
 
@@ -257,7 +254,7 @@ def overfit(cfg: Config, fit: Callable[[Config], dict[str, Any]]) -> dict[str, A
     dtype = train.dtype_of(cfg.train.dtype, device)
     raw, ema = (train.probe(p, cfg, packed, cfg.data.query, dtype) for p in (c.params, c.ema))
     wrong = [f"{tasks[t].name}[{p - int(packed.first[t])}]" for p, t in ((p, int(packed.task_of[p])) for p in raw["wrong"])]
-    sizes = {int(s): int((asked.canvas == s).sum()) for s in asked.canvas.unique()}
+    sizes = data.histogram(asked.canvas.amax(1))
     text = (
         f"{len(tasks)} tasks, {raw['n']} pairs asked, canvases {', '.join(f'{k}: {v}' for k, v in sizes.items())}\n"
         f"raw weights: exact match {100 * raw['exact']:.1f} %, cells {100 * raw['cell_accuracy']:.2f} %; "

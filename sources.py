@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import torch
 
-from .data import MAX_SIDE, DataConfig, Symmetry, Task, UserError, apply, nearest, pack, queries
+from .data import MAX_SIDE, DataConfig, Symmetry, Task, UserError, apply, histogram, nearest, pack, queries
 
 DEV_TASKS = 80
 
@@ -264,8 +264,8 @@ def guard(
 
 def prepare(cfg: DataConfig) -> tuple[list[Task], list[Task], Finding]:
     """(training tasks, dev tasks, the guard's finding) of a config."""
-    if cfg.demo_canvases[-1:] != (MAX_SIDE,):
-        raise UserError(f"data.demo_canvases: must end with {MAX_SIDE}, the largest demo")
+    if cfg.demo_canvases and max(cfg.demo_canvases) != MAX_SIDE:
+        raise UserError(f"data.demo_canvases: must hold {MAX_SIDE}, the largest demo")
     if cfg.policy == "demos" and cfg.query == "test":
         raise UserError("data.policy: held-out demos are asked one by one, which needs data.query = leave_one_out")
     dev, held_out = (load(names) if names else [] for names in (cfg.dev, cfg.held_out))
@@ -288,10 +288,7 @@ def describe(tasks: Sequence[Task], canvases: Sequence[int] = DataConfig().canva
         "hidden_outputs": int((packed.grids[:, 1, 1] == 0).sum()),
         "demos_per_task": {int(k): int((packed.n_demos == k).sum()) for k in packed.n_demos.unique()},
         "side": {"median": int(sides.median()), "max": int(sides.max())},
-        "pools": {
-            rule: {int(c): int((q.canvas == c).sum()) for c in q.canvas.unique()} | {"too_large": int((~q.fits).sum())}
-            for rule, q in asked.items()
-        },
+        "canvases": {rule: histogram(q.canvas[q.fits].amax(1)) | {"too_large": int((~q.fits).sum())} for rule, q in asked.items()},
         "bytes": sum(x.numel() * x.element_size() for x in packed),
         "hash": set_hash(tasks),
     }

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import checkpoint, data, etrm, sources
 from .config import Config
-from .data import DataConfig, UserError
+from .data import UserError
 from .encoders import encoder_of, init_params
 from .etrm import Carry, Encode, ModelConfig, Params, act_loss, act_step, fresh_carry, leaves, rebuild, tree_map
 from .optim import check_patterns, is_frozen, learning_rate, load_optimizers, optimizer_tensors, optimizers, update
@@ -63,34 +63,23 @@ def dtype_of(wanted: str, device: torch.device) -> torch.dtype:
 # ---------------------------------------------------------------- slots, shards, batches
 
 
-class Shard(NamedTuple):
-    """A part of the global batch: for each pool with slots here, their global ids."""
+def cost_of(d: data.Deck, cfg: ModelConfig) -> Tensor:
+    """(B,) tokens that each slot's canvas has on average over its band."""
+    points = (torch.arange(16) + 0.5) / 16
+    canvas = d.canvas[data.dealt(d, points, torch.arange(d.slots)[:, None])]
+    return cfg.context_tokens + canvas.prod(-1).double().mean(-1)
 
-    pools: tuple[data.Pool, ...]
-    slots: tuple[Tensor, ...]
 
-
-def deal(pools: Sequence[data.Pool], cfg: ModelConfig, parts: int) -> tuple[Shard, ...]:
-    """Deal all slots to shards, the costliest first, each to the shard with least work: every slot exactly once."""
-    cost = [cfg.context_tokens + p.canvas**2 for p in pools]
-    first = [sum(p.slots for p in pools[:i]) for i in range(len(pools))]
-    load, dealt = [0] * parts, [[[] for _ in pools] for _ in range(parts)]  # type: list[int], list[list[list[int]]]
-    for i in sorted(range(len(pools)), key=lambda i: -cost[i]):
-        for slot in range(first[i], first[i] + pools[i].slots):
-            to = min(range(parts), key=lambda r: (load[r], r))
-            load[to] += cost[i]
-            dealt[to][i].append(slot)
+def deal(d: data.Deck, cfg: ModelConfig, parts: int) -> tuple[Tensor, ...]:
+    """Global ids of the slots of each shard, ascending: the costliest slot first, each to the shard with least work."""
+    cost, load, dealt = cost_of(d, cfg).tolist(), [0.0] * parts, [[] for _ in range(parts)]  # type: list[float], list[float], list[list[int]]
+    for slot in sorted(range(d.slots), key=lambda i: (-cost[i], i)):
+        to = min(range(parts), key=lambda r: (load[r], r))
+        load[to] += cost[slot]
+        dealt[to].append(slot)
     if not all(load):
-        raise UserError(f"train.batch: {sum(p.slots for p in pools)} slots cannot fill {parts} shards")
-    return tuple(
-        Shard(tuple(p for p, s in zip(pools, mine, strict=True) if s), tuple(torch.tensor(s) for s in mine if s)) for mine in dealt
-    )
-
-
-def episodes_of(tasks: data.Tasks, shard: Shard, cfg: DataConfig, seed: int, n: Tensor) -> data.Episodes:
-    """The n-th episode (B,) of each slot of the shard."""
-    parts = n.split([len(s) for s in shard.slots])
-    return data.join([data.draw(tasks, p, cfg, seed, s, k) for p, s, k in zip(shard.pools, shard.slots, parts, strict=True)])
+        raise UserError(f"train.batch: {d.slots} slots cannot fill {parts} shards")
+    return tuple(torch.tensor(sorted(mine)) for mine in dealt)
 
 
 def min_steps(cfg: ModelConfig, seed: int, slots: Tensor, n: Tensor, step: Tensor) -> Tensor:
@@ -105,6 +94,7 @@ def min_steps(cfg: ModelConfig, seed: int, slots: Tensor, n: Tensor, step: Tenso
 def keep_pages() -> None:
     """Let glibc reuse freed memory instead of returning it: fresh pages cost more than the product written to them
     (20,000 x 128 x 1,024 in bf16: 17 against 7 ms; a training step: 3.9 against 3.3 s)."""
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32768")  # canvases come in hundreds of shapes
     try:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX
@@ -113,28 +103,18 @@ def keep_pages() -> None:
         pass  # not glibc
 
 
-def to_device(tree: Any, device: torch.device) -> Any:
-    return tree if device.type == "cpu" else tree_map(lambda x: x.to(device, non_blocking=True), tree)
-
-
-def next_batch(tasks: data.Tasks, shard: Shard, cfg: Config, carry: Carry, device: torch.device) -> tuple[Carry, data.Batch, Tensor]:
+def next_batch(s: Setup, cfg: Config, slots: Tensor, carry: Carry) -> tuple[Carry, data.Batch, Tensor]:
     """Halted slots go on to their next episode; the batch of all slots, and their exploration.
 
-    The one wait for the device in a step: which slots have halted decides the shapes of the ragged demos.
+    The one wait for the device in a step: which slots have halted decides the shapes of what comes.
     """
-    halted, steps = carry.halted.cpu(), carry.steps.cpu()
-    n = carry.n.cpu() + halted
-    ids = torch.cat(shard.slots)
-    episodes = episodes_of(tasks, shard, cfg.data, cfg.run.seed, n)
-    pools = [(p.canvas, len(s)) for p, s in zip(shard.pools, shard.slots, strict=True)]
-    batch = data.batch(tasks, episodes, pools, cfg.data.demo_canvases)
-    least = min_steps(cfg.model, cfg.run.seed, ids, n, torch.where(halted, 0, steps) + 1)
-    return carry._replace(n=n.to(device)), to_device(batch, device), least.to(device)
-
-
-def slot_weights(shard: Shard, batch: int) -> Tensor:
-    """(B,) so that the weighted sum over all slots is the mean over tasks."""
-    return torch.cat([torch.full((len(s),), p.weight / batch) for p, s in zip(shard.pools, shard.slots, strict=True)])
+    halted, steps, n = (x.cpu() for x in (carry.halted, carry.steps, carry.n))
+    n = n + halted
+    episodes = data.draw(s.tasks, s.deck, cfg.data, cfg.run.seed, slots, n)
+    batch = data.batch(s.tasks, episodes, cfg.data, cfg.model.raster)
+    least = min_steps(cfg.model, cfg.run.seed, slots, n, torch.where(halted, 0, steps) + 1)
+    carry = etrm.relaid(cfg.model, carry, halted.tolist(), batch.cells)
+    return carry._replace(n=n.to(s.device)), batch, least.to(s.device)
 
 
 # ---------------------------------------------------------------- one step
@@ -144,17 +124,17 @@ SUMS = ("lm_loss", "q_loss", "cell_accuracy", "exact", "q_right", "steps", "coun
 
 def train_step(
     params: dict[str, Tensor], like: Params, cfg: ModelConfig, encode: Encode, dtype: torch.dtype, carry: Carry,
-    batch: data.Batch, least: Tensor, weight: Tensor, scale: float = 1.0,
+    batch: data.Batch, least: Tensor, scale: float,
 ) -> tuple[Carry, list[Tensor], Tensor]:  # fmt: skip
-    """One ACT step of a shard: (new carry, gradients of scale * weighted loss, sums (2, 7) over all and halted slots).
+    """One ACT step of a shard: (new carry, gradients of scale * summed loss, sums (2, 7) over all and halted slots).
 
     params: path -> float32 leaf, in the order of the gradients; cast to the compute dtype once, here.
     """
     cast = rebuild(like, {k: v.to(dtype) for k, v in params.items()})
     carry, out = act_step(cast, cfg, encode, carry, batch, least)
-    loss = act_loss(cfg, out, batch.labels)
+    loss = act_loss(cfg, out, batch.labels, batch.cells)
     trained = [v for v in params.values() if v.requires_grad]
-    grads = torch.autograd.grad((loss.total * weight).sum() * scale, trained, allow_unused=True)
+    grads = torch.autograd.grad(loss.total.sum() * scale, trained, allow_unused=True)
     with torch.no_grad():
         rows = (loss.lm, loss.q, loss.cell_accuracy, loss.exact, loss.q_right, carry.steps, torch.ones_like(loss.lm))
         table = torch.stack([r.float() for r in rows]) * loss.labelled
@@ -186,13 +166,20 @@ def reduce(per_shard: Sequence[Sequence[Tensor]]) -> list[Tensor]:
 # ---------------------------------------------------------------- watching a run
 
 
-def by_pool(asked: data.Queries, cfg: ModelConfig, tokens: int) -> list[tuple[int, Tensor]]:
-    """(canvas, rows of `asked`) of each evaluation batch: one pool, at most `tokens` tokens."""
-    made = []
-    for canvas in asked.canvas[asked.canvas > 0].unique().tolist():
-        rows = torch.nonzero(asked.canvas == canvas).flatten()
-        made += [(canvas, part) for part in rows.split(max(1, tokens // (cfg.context_tokens + canvas**2)))]
-    return made
+def portions(asked: data.Queries, cfg: ModelConfig, tokens: int) -> list[Tensor]:
+    """Rows of `asked` of each evaluation batch, by size, at most `tokens` tokens each; those without a canvas are left out."""
+    cells = asked.canvas.prod(1)
+    order = torch.argsort(cells, stable=True)
+    made: list[list[int]] = []
+    room = 0
+    for row in order[cells[order] > 0].tolist():
+        need = cfg.context_tokens + int(cells[row])
+        if need > room:
+            made.append([])
+            room = tokens
+        made[-1].append(row)
+        room -= need
+    return [torch.tensor(rows) for rows in made]
 
 
 def donors(task: Tensor, seed: int) -> Tensor:
@@ -211,18 +198,17 @@ def probe(params: Params, cfg: Config, tasks: data.Tasks, rule: str, dtype: torc
 
     Means over queries; one whose output does not fit its canvas counts as wrong and has no loss. `wrong`: their pairs.
     """
-    device = leaves(params)["core.embed"].device
-    asked = data.known_only(data.queries(tasks, rule, cfg.data.canvases))
+    tasks = tasks._replace(cells=tasks.cells.to(leaves(params)["core.embed"].device))
+    asked = data.queries(tasks, rule, cfg.data.canvases)
+    asked = data.chosen(asked, asked.known)
     shown = asked.pair[donors(asked.task, cfg.run.seed)] if foreign else asked.pair
     encode, cast = encoder_of(cfg.model), tree_map(lambda x: x.to(dtype), params)
     lm, cells, exact = (torch.zeros(len(asked.pair)) for _ in range(3))
-    for canvas, rows in by_pool(asked, cfg.model, cfg.eval.tokens):
-        demos = data.candidates(tasks, shown[rows], rule)
-        demos = data.choose_demos(demos, torch.arange(demos.shape[1] + 1).expand(len(rows), -1) / 1e4, cfg.data.max_demos)
-        shift = torch.zeros(len(rows), 1 + demos.shape[1], 2, dtype=torch.float64)
-        e = data.Episodes(asked.pair[rows], demos, data.identity(len(rows)), shift)
-        batch = to_device(data.batch(tasks, e, [(canvas, len(rows))], cfg.data.demo_canvases), device)
-        loss = act_loss(cfg.model, etrm.think(cast, cfg.model, encode, batch, dtype, cfg.eval.act_steps), batch.labels)
+    for rows in portions(asked, cfg.model, cfg.eval.tokens):
+        e = data.posed(tasks, cfg.data, rule, data.chosen(asked, rows), shown[rows])
+        batch = data.batch(tasks, e, cfg.data, cfg.model.raster)
+        out = etrm.think(cast, cfg.model, encode, batch, dtype, cfg.eval.act_steps)
+        loss = act_loss(cfg.model, out, batch.labels, batch.cells)
         lm[rows], cells[rows], exact[rows] = loss.lm.cpu(), loss.cell_accuracy.cpu(), loss.exact.float().cpu()
     fits = asked.fits.float()
     return {
@@ -257,10 +243,11 @@ def watch(params: Params, ema: Params, cfg: Config, tasks: data.Tasks, dtype: to
 class Setup(NamedTuple):
     """Everything a run stands on, made from its config alone."""
 
-    tasks: data.Tasks  # training set, on the host
+    tasks: data.Tasks  # training set, its grids on the device
+    deck: data.Deck
     watched: data.Tasks
     meta: dict[str, Any]  # what a checkpoint says of itself
-    shards: tuple[Shard, ...]  # of this process, out of cfg.train.shards
+    shards: tuple[Tensor, ...]  # slots of each shard of this process, out of cfg.train.shards
     left_out: int  # training queries whose output or demos fit no canvas
     device: torch.device
     dtype: torch.dtype
@@ -280,29 +267,29 @@ def setup(cfg: Config, rank: int = 0, world: int = 1) -> Setup:
     if cfg.train.shards % world:
         raise UserError(f"train.shards: {cfg.train.shards} shards cannot be spread over {world} processes")
     asked = data.queries(tasks, cfg.data.query, cfg.data.canvases)
-    shards = deal(data.pools(asked, cfg.train.batch), cfg.model, cfg.train.shards)
+    deck = data.deck(asked, cfg.train.batch)
+    shards = deal(deck, cfg.model, cfg.train.shards)
     watched = tasks if cfg.eval.on == "train" else data.pack(dev)
-    questions = data.known_only(data.queries(watched, rule_of(cfg), cfg.data.canvases))
-    if not len(questions.pair):
+    questions = data.queries(watched, rule_of(cfg), cfg.data.canvases)
+    if not questions.known.any():
         raise UserError(f"eval.on: no task of the {cfg.eval.on} set has a query with a known output")
     if cfg.eval.foreign:
-        donors(questions.task, cfg.run.seed)  # before an hour has gone by
-    if max(cfg.data.canvases) > cfg.model.raster:
-        raise UserError(f"data.canvases: {max(cfg.data.canvases)} is larger than model.raster = {cfg.model.raster}")
+        donors(questions.task[questions.known], cfg.run.seed)  # before an hour has gone by
+    if (largest := max(cfg.data.canvases or (data.MAX_SIDE,))) > cfg.model.raster:
+        raise UserError(f"data.canvases: {largest} is larger than model.raster = {cfg.model.raster}")
     like = init_params(cfg.model, cfg.run.seed)
     check_patterns(cfg.optimizer, leaves(like))
     params = {k: v.to(device).requires_grad_(not is_frozen(cfg.optimizer, k)) for k, v in leaves(like).items()}
     meta = {"config": json.loads(msgspec.json.encode(cfg)), "data": sources.set_hash(train), "finding": msgspec.to_builtins(finding)}
     return Setup(
-        tasks, watched, {**meta, "tasks": len(train), "dtype": str(dtype)},
+        tasks._replace(cells=tasks.cells.to(device)), deck, watched, {**meta, "tasks": len(train), "dtype": str(dtype)},
         shards[rank::world], int((~asked.fits).sum()), device, dtype, params, like,
         encoder_of(cfg.model),
     )  # fmt: skip
 
 
-def start_carry(cfg: Config, shard: Shard, device: torch.device, dtype: torch.dtype) -> Carry:
-    shapes = [torch.empty(len(s), p.canvas**2, device=device) for p, s in zip(*shard, strict=True)]
-    return fresh_carry(cfg.model, shapes, dtype)
+def start_carry(s: Setup, cfg: Config, slots: Tensor) -> Carry:
+    return fresh_carry(cfg.model, [0] * len(slots), s.dtype, s.device)
 
 
 def one_step(
@@ -310,10 +297,9 @@ def one_step(
 ) -> tuple[list[Carry], list[Tensor], Tensor, bool]:
     """One ACT step of every slot: (carries, gradients of all processes, sums of this one, did any process ask to stop)."""
     new, grads, sums = [], [], torch.zeros(2, len(SUMS), device=s.device)
-    for shard, carry in zip(s.shards, carries, strict=True):
-        carry, batch, least = next_batch(s.tasks, shard, cfg, carry, s.device)
-        weight = slot_weights(shard, cfg.train.batch).to(s.device)
-        carry, g, part = train_step(s.params, s.like, cfg.model, s.encode, s.dtype, carry, batch, least, weight, scale)
+    for slots, carry in zip(s.shards, carries, strict=True):
+        carry, batch, least = next_batch(s, cfg, slots, carry)
+        carry, g, part = train_step(s.params, s.like, cfg.model, s.encode, s.dtype, carry, batch, least, scale / cfg.train.batch)
         new.append(carry)
         grads.append([*g, g[0].new_tensor([float(ask)])])  # the vote travels with the gradients
         sums += part
@@ -321,18 +307,20 @@ def one_step(
     return new, total, sums, float(vote) > 0
 
 
-def carry_tensors(cfg: ModelConfig, shard: Shard, carry: Carry) -> dict[int, dict[str, Tensor]]:
+CARRY = Carry._fields[:-1]  # its tensors
+
+
+def carry_tensors(slots: Tensor, carry: Carry) -> dict[int, dict[str, Tensor]]:
     """The carry slot by slot (global ids), so that any number of shards and processes can take it up."""
-    spans = [cfg.context_tokens + p.canvas**2 for p, slots in zip(*shard, strict=True) for _ in slots]
-    rows = zip(carry.z_H.split(spans), carry.z_L.split(spans), carry.steps, carry.halted, carry.n, strict=True)
-    return {int(i): dict(zip(Carry._fields, row, strict=True)) for i, row in zip(torch.cat(shard.slots), rows, strict=True)}
+    rows = zip(carry.z_H.split(carry.tokens), carry.z_L.split(carry.tokens), carry.steps, carry.halted, carry.n, strict=True)
+    return {int(i): dict(zip(CARRY, row, strict=True)) for i, row in zip(slots, rows, strict=True)}
 
 
-def carry_from(slots: dict[int, dict[str, Tensor]], shard: Shard, device: torch.device) -> Carry:
+def carry_from(saved: dict[int, dict[str, Tensor]], slots: Tensor, device: torch.device) -> Carry:
     """The carry of a shard from its slots."""
-    mine = [slots[int(i)] for i in torch.cat(shard.slots)]
-    joined = {k: (torch.cat if k in ("z_H", "z_L") else torch.stack)([s[k] for s in mine]).to(device) for k in Carry._fields}
-    return Carry(**joined)
+    mine = [saved[int(i)] for i in slots]
+    joined = {k: (torch.cat if k in ("z_H", "z_L") else torch.stack)([s[k] for s in mine]).to(device) for k in CARRY}
+    return Carry(**joined, tokens=tuple(len(s["z_H"]) for s in mine))
 
 
 class Run:
@@ -415,17 +403,17 @@ def fresh_state(cfg: Config, s: Setup) -> State:
     return State(
         ema={k: v.detach().clone() for k, v in s.params.items()},
         opts=optimizers(cfg.optimizer, s.params),
-        carries=[start_carry(cfg, shard, s.device, s.dtype) for shard in s.shards],
+        carries=[start_carry(s, cfg, slots) for slots in s.shards],
         sums=torch.zeros(2, len(SUMS), device=s.device),
         facts={"step": 0, "best": math.inf, "last": {}, "seconds": 0.0, "scale": 2.0**16 if s.dtype == torch.float16 else 1.0},
     )
 
 
-def state_tensors(cfg: Config, s: Setup, state: State, rank: int) -> dict[str, Tensor]:
+def state_tensors(s: Setup, state: State, rank: int) -> dict[str, Tensor]:
     """What one process saves: its carries slot by slot; rank 0 also what all processes share."""
     found = {"sums": state.sums}
-    for shard, carry in zip(s.shards, state.carries, strict=True):
-        for slot, fields in carry_tensors(cfg.model, shard, carry).items():
+    for slots, carry in zip(s.shards, state.carries, strict=True):
+        for slot, fields in carry_tensors(slots, carry).items():
             found |= {f"slot.{slot}.{k}": v for k, v in fields.items()}
     if rank == 0:
         found |= {f"params.{k}": v for k, v in s.params.items()} | {f"ema.{k}": v for k, v in state.ema.items()}
@@ -463,7 +451,7 @@ def take_up(s: Setup, state: State, run: Run, world: int, say: Callable[[dict[st
             state.ema[k].copy_(parts[0][f"ema.{k}"])
     load_optimizers(state.opts, parts[0])
     slots = saved_slots(parts)
-    state.carries = [carry_from(slots, shard, s.device) for shard in s.shards]
+    state.carries = [carry_from(slots, mine, s.device) for mine in s.shards]
     if len(parts) == world:
         state.sums = parts[run.rank]["sums"].to(s.device)
     elif run.rank == 0:
@@ -569,7 +557,7 @@ def loop(
             save_weights("last")
             if run.rank == 0:
                 checkpoint.sync(run.folder / "metrics.jsonl")
-            tensors, meta = state_tensors(cfg, s, state, run.rank), {**facts, "seconds": time.monotonic() - begun, **s.meta}
+            tensors, meta = state_tensors(s, state, run.rank), {**facts, "seconds": time.monotonic() - begun, **s.meta}
             checkpoint.save_state(run.folder, step, run.rank, world, tensors, dist.barrier if world > 1 else lambda: None, meta)
     result = {"step": step, "samples": step * cfg.train.batch, "seconds": round(time.monotonic() - begun, 1)}
     return {**facts["last"], **result, **({"stopped": stopped} if stopped else {})}

@@ -1,13 +1,11 @@
 """Random tasks for the property tests: everything is made from a torch.Generator, so a seed says it all."""
 
-from collections.abc import Sequence
-
 import hypothesis.strategies as st
 import numpy as np
 import torch
 
 from etrm_arc import data
-from etrm_arc.data import DataConfig, Episodes, Pool, Symmetry, Task, Tasks
+from etrm_arc.data import Symmetry, Task
 
 generators = st.integers(0, 2**32 - 1).map(lambda seed: torch.Generator().manual_seed(seed))
 
@@ -45,11 +43,3 @@ def symmetry(g: torch.Generator, *shape: int) -> Symmetry:
 
 def moved(s: Symmetry, pair: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return data.apply(s, pair[0]), data.apply(s, pair[1])
-
-
-def episodes(packed: Tasks, made: Sequence[Pool], cfg: DataConfig, seed: int, n: torch.Tensor) -> Episodes:
-    """The n-th episode (B,) of every slot, slots numbered pool after pool."""
-    parts = []
-    for slot, count in zip(torch.arange(sum(p.slots for p in made)).split([p.slots for p in made]), made, strict=True):
-        parts.append(data.draw(packed, count, cfg, seed, slot, n[slot]))
-    return data.join(parts)

@@ -119,7 +119,7 @@ def test_a_bad_task_file_is_one_line(tmp_path, content, said):
         (["train", "cpu", "--set", "model.heads=5"], "model.heads"),
         (["train", "cpu", "--set", "data.demo_canvases=[10]"], "data.demo_canvases"),
         (["train", "cpu", "--set", "data.policy=demos", "--set", "data.query=test"], "data.policy"),
-        (["train", "cpu", "--set", "train.batch=2"], "2 slots cannot serve"),
+        (["train", "cpu", "--set", "train.batch=2", "--set", "train.shards=3"], "2 slots cannot fill 3 shards"),
         (["train", "cpu", "--set", "optimizer.freeze=['nothing']"], "matches no parameter"),
         (["train", "cpu", "--set", "optimizer.freeze=['[']"], "is no regular expression"),
         (["train", "cpu", "--set", "optimizer.freeze=['.*']"], "nothing is left to train"),

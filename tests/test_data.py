@@ -1,4 +1,4 @@
-"""Laws of the data path: symmetries, tokens, painting, queries, pools, episodes, loading and the held-out guard."""
+"""Laws of the data path: symmetries, tokens, painting, queries, bands, episodes, loading and the held-out guard."""
 
 import json
 
@@ -85,14 +85,14 @@ def test_every_symmetry_is_drawn():
 def test_untokenise_inverts_tokenise(g, side, room):
     x = puzzles.grid(g, side, side) if room == 0 else puzzles.grid(g, 1, side)
     canvas = min(30, side + room)
-    assert np.array_equal(data.untokenise(data.tokenise(x, canvas)), x)
+    assert np.array_equal(data.untokenise(data.tokenise(x, (canvas, canvas))), x)
 
 
 @given(generators, st.integers(2, 8), st.booleans())
 def test_a_colour_on_the_border_is_no_answer(g, side, below):
     x = puzzles.grid(g, 2, side)
     h, w = x.shape
-    tokens = data.tokenise(x, side + 1)
+    tokens = data.tokenise(x, (side + 1, side + 1))
     at = (h, puzzles.integer(g, 0, w - 1)) if below else (puzzles.integer(g, 0, h - 1), w)
     tokens[at] = puzzles.integer(g, 2, 11)
     assert data.untokenise(tokens) is None
@@ -107,7 +107,10 @@ def test_an_empty_canvas_is_no_answer():
 shares = st.one_of(st.sampled_from([0.0, 0.5, 1 - 2.0**-53]), st.floats(0, 1, exclude_max=True))
 
 
-@given(generators, st.integers(6, 30), st.lists(st.tuples(shares, shares), min_size=8, max_size=8))
+sizes = st.tuples(st.integers(6, 30), st.integers(6, 30))
+
+
+@given(generators, st.lists(sizes, min_size=8, max_size=8), st.lists(st.tuples(shares, shares), min_size=8, max_size=8))
 @settings(max_examples=50)
 def test_painting_is_apply_then_tokenise(g, canvas, shift):
     some = puzzles.tasks(g, 4, hidden=True)
@@ -115,51 +118,61 @@ def test_painting_is_apply_then_tokenise(g, canvas, shift):
     pair = torch.randint(0, len(pairs), (8,), generator=g)
     s = puzzles.symmetry(g, 8)
     share = torch.tensor(shift, dtype=torch.float64)
-    painted = data.paint(packed, pair, s, share, canvas)
-    for i in range(8):
+    *painted, at = data.paint(packed, pair, s, share, torch.tensor(canvas), 30)
+    cells = [h * w for h, w in canvas]
+    for i, (h, w) in enumerate(canvas):
         grids = [None if x is None else data.apply(one(s, i), x) for x in pairs[pair[i]]]
         size = np.max([x.shape for x in grids if x is not None], axis=0)
-        room = [int(canvas - n) for n in size]
+        room = [int(c - n) for c, n in zip((h, w), size, strict=True)]
         offset = tuple(int(u * (r + 1)) for u, r in zip(shift[i], room, strict=True))
         assert all(0 <= o <= r for o, r in zip(offset, room, strict=True))
         for tokens, x in zip(painted, grids, strict=True):
-            want = np.zeros((canvas, canvas), np.uint8) if x is None else data.tokenise(x, canvas, offset)
-            assert np.array_equal(tokens[i].view(canvas, canvas).numpy(), want)
-            assert (tokens[i] >= data.FIRST_COLOUR).sum() == (0 if x is None else x.size)
+            want = np.zeros((h, w), np.uint8) if x is None else data.tokenise(x, (h, w), offset)
+            mine = tokens.split(cells)[i]
+            assert np.array_equal(mine.view(h, w).numpy(), want)
+            assert (mine >= data.FIRST_COLOUR).sum() == (0 if x is None else x.size)
+        origin = torch.tensor([int(u * (30 - c + 1)) for u, c in zip(shift[i], (h, w), strict=True)])
+        places = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"), -1).flatten(0, 1)
+        assert torch.equal(at.split(cells)[i], origin + places) and at.max() < 30
 
 
 @given(generators)
 @settings(max_examples=50)
 def test_a_batch_paints_each_episode_on_its_canvas(g):
     packed, cfg = data.pack(puzzles.tasks(g, 6)), DataConfig(demo_canvases=(3, 6), canvases=CANVASES)
-    made = data.pools(data.queries(packed, "leave_one_out", CANVASES), 8)
-    e = puzzles.episodes(packed, made, cfg, 1, torch.arange(8))
-    b = data.batch(packed, e, [(p.canvas, p.slots) for p in made], cfg.demo_canvases)
-    slot = 0
-    for p, x, y in zip(made, b.inputs, b.labels, strict=True):
-        for i in range(p.slots):
-            s, at = data.Symmetry(*(v[slot : slot + 1] for v in e.symmetry)), e.shift[slot : slot + 1, 0]
-            want = data.paint(packed, e.query[slot : slot + 1], s, at, p.canvas)
-            assert torch.equal(x[i], want[0][0])
-            assert torch.equal(y[i], torch.where(want[1][0] == data.PAD, data.IGNORE, want[1][0]))
-            slot += 1
-    seen = set()
-    for d in b.demos:
-        for x, y, owner, place in zip(d.inputs, d.outputs, d.owner.tolist(), d.place.tolist(), strict=True):
-            pair = e.demos[owner, place]
-            side, canvas = int(packed.grids[pair, :, 1:].max()), int(len(x) ** 0.5)
-            assert canvas == (3 if side <= 3 else 6)
-            s, at = Symmetry(*(v[owner : owner + 1] for v in e.symmetry)), e.shift[owner : owner + 1, 1 + place]
-            assert same((x[None], y[None]), data.paint(packed, pair[None], s, at, canvas))
-            seen.add((owner, place))
+    made = data.deck(data.queries(packed, "leave_one_out", CANVASES), 8)
+    e = data.draw(packed, made, cfg, 1, torch.arange(8), torch.arange(8))
+    b = data.batch(packed, e, cfg)
+    canvas = dict(zip(made.pair.tolist(), made.canvas.tolist(), strict=True))
+    assert len(b.cells) == 8 and sum(b.cells) == len(b.inputs) == len(b.labels)
+    for slot, (x, y) in enumerate(zip(b.inputs.split(b.cells), b.labels.split(b.cells), strict=True)):
+        s, at = Symmetry(*(v[slot : slot + 1] for v in e.symmetry)), e.shift[slot : slot + 1, 0]
+        h, w = canvas[int(e.query[slot])]
+        assert e.canvas[slot].tolist() == ([w, h] if data.SWAP[s.dihedral] else [h, w])
+        want = data.paint(packed, e.query[slot : slot + 1], s, at, e.canvas[slot : slot + 1])
+        assert torch.equal(x, want[0])
+        assert torch.equal(y, torch.where(want[1] == data.PAD, data.IGNORE, want[1]))
+    d, seen = b.demos, set()
+    assert list(d.cells) == sorted(d.cells) and sum(d.cells) == len(d.inputs) and d.most == e.demos.shape[1]
+    rows = zip(d.inputs.split(d.cells), d.outputs.split(d.cells), d.gaps, d.owner.tolist(), d.place.tolist(), strict=True)
+    for x, y, gap, owner, place in rows:
+        pair = e.demos[owner, place]
+        size = torch.tensor([[3 if n <= 3 else 6 for n in packed.grids[pair, :, 1:].amax(0)]])
+        s, at = Symmetry(*(v[owner : owner + 1] for v in e.symmetry)), e.shift[owner : owner + 1, 1 + place]
+        assert same((x, y), data.paint(packed, pair[None], s, at, data.turned(s.dihedral, size))[:2])
+        assert gap or bool(((x != data.PAD) | (y != data.PAD)).all())
+        seen.add((owner, place))
     assert seen == {tuple(at) for at in torch.nonzero(e.demos >= 0).tolist()}
+    owner = d.owner.repeat_interleave(torch.tensor(d.cells))
+    assert torch.equal(owner[d.by_slot], owner.sort().values)
+    assert list(d.cells_of) == torch.bincount(owner, minlength=8).tolist()
 
 
-# ---------------------------------------------------------------- queries and pools
+# ---------------------------------------------------------------- queries and bands
 
 
-@given(generators, st.sampled_from(RULES), st.sampled_from([(3, 4, 6), (4,), (2, 5), (6,)]))
-def test_a_pool_is_the_smallest_canvas_for_demos_and_input(g, rule, canvases):
+@given(generators, st.sampled_from(RULES), st.sampled_from([(3, 4, 6), (4,), (2, 5), (6,), ()]))
+def test_a_canvas_is_the_smallest_for_demos_and_input(g, rule, canvases):
     some = puzzles.tasks(g, 5, hidden=True)
     packed = data.pack(some)
     asked = data.queries(packed, rule, canvases)
@@ -172,15 +185,17 @@ def test_a_pool_is_the_smallest_canvas_for_demos_and_input(g, rule, canvases):
             demos = [p for i, (u, p) in enumerate(pairs) if u == t and i != q and p[1] is not None]
             is_query = y is not None
         if is_query and demos:
-            side = max(max(grid.shape) for grid in (x, *(grid for p in demos for grid in p)))
-            canvas = min((c for c in canvases if c >= side), default=0)
-            expected.append((q, t, canvas, canvas > 0 and (y is None or max(y.shape) <= canvas)))
+            size = np.max([grid.shape for grid in (x, *(grid for p in demos for grid in p))], axis=0)
+            canvas = [min((c for c in canvases or range(31) if c >= n), default=0) for n in size]
+            canvas = canvas if all(canvas) else [0, 0]
+            fits = y is None or all(n <= c for n, c in zip(y.shape, canvas, strict=True))
+            expected.append((q, t, canvas, canvas[0] > 0 and fits))
     found = zip(*(v.tolist() for v in (asked.pair, asked.task, asked.canvas, asked.fits)), strict=True)
     assert list(found) == expected
 
 
 @given(generators, st.sampled_from(RULES))
-def test_a_pool_knows_nothing_of_the_output(g, rule):
+def test_a_canvas_knows_nothing_of_the_output(g, rule):
     some = puzzles.tasks(g, 4)
     before = data.queries(data.pack(some), rule, CANVASES)
     which = puzzles.integer(g, 0, len(before.pair) - 1)
@@ -193,37 +208,35 @@ def test_a_pool_knows_nothing_of_the_output(g, rule):
         n = len(some[t].demos)
         after = data.queries(data.pack([*some[:t], Task("t", changed[:n], changed[n:]), *some[t + 1 :]]), rule, CANVASES)
         assert torch.equal(after.pair, before.pair)
-        assert after.canvas[which] == before.canvas[which]
-        too_large = output is not None and max(output.shape) > int(after.canvas[which])
-        assert bool(after.fits[which]) == (after.canvas[which] > 0 and not too_large)
+        assert torch.equal(after.canvas[which], before.canvas[which])
+        size = [0, 0] if output is None else output.shape
+        fits = all(n <= int(c) for n, c in zip(size, after.canvas[which], strict=True))
+        assert bool(after.fits[which]) == (bool(after.canvas[which].all()) and fits)
 
 
-@given(generators, st.sampled_from(RULES), st.integers(3, 64))
-def test_pools_share_the_batch_by_tasks(g, rule, slots):
+@given(generators, st.sampled_from(RULES), st.integers(1, 64))
+def test_every_task_has_the_same_share_of_a_batch(g, rule, slots):
+    """Bands: a slot draws from its own part of the deck, from small to large; together they are the whole deck."""
     packed = data.pack([*puzzles.tasks(g, 7, high=4), puzzles.task(g, high=3)])
     asked = data.queries(packed, rule, CANVASES[:2])  # 3 and 4: some outputs do not fit
-    made = data.pools(asked, slots)
-    assert sum(p.slots for p in made) == slots and all(p.slots >= 1 for p in made)
-    assert torch.equal(torch.cat([p.pair for p in made]).sort().values, asked.pair[asked.fits])
-    # A task's sample-steps: its chance in each pool times what the pool's slots weigh.
-    chance = torch.zeros(8, dtype=torch.float64)
-    for p in made:
-        each = torch.diff(p.cdf, prepend=torch.zeros(1)) * p.weight * p.slots / slots
-        chance.scatter_add_(0, packed.task_of[p.pair], each)
-        assert p.cdf[-1] == 1
-        assert set(asked.canvas[torch.isin(asked.pair, p.pair)].tolist()) == {p.canvas}
-    asked_tasks = asked.task[asked.fits].unique()
-    torch.testing.assert_close(chance[asked_tasks], torch.full_like(chance[asked_tasks], 1 / len(asked_tasks)))
+    made = data.deck(asked, slots)
+    assert torch.equal(made.pair.sort().values, asked.pair[asked.fits]) and made.cdf[-1] == 1
+    cells = made.canvas.prod(1)
+    assert torch.equal(cells, cells.sort().values)
+    share = torch.zeros(8, dtype=torch.float64).scatter_add_(0, packed.task_of[made.pair], torch.diff(made.cdf, prepend=torch.zeros(1)))
+    there = asked.task[asked.fits].unique()
+    torch.testing.assert_close(share[there], torch.full_like(share[there], 1 / len(there)))
+    u = torch.tensor([0.0, 0.5, 1 - 2.0**-53], dtype=torch.float64)
+    rows = data.dealt(made, u, torch.arange(slots)[:, None])
+    assert torch.equal(rows.flatten(), rows.flatten().sort().values)
+    last = torch.searchsorted(made.cdf, (torch.arange(slots) + 1.0) / slots - 1e-12, right=True)
+    assert (rows[:, -1] <= last.clamp(max=len(cells) - 1) + 1).all() and rows[0, 0] == 0 and rows[-1, -1] == len(cells) - 1
 
 
-def test_pools_refuse_what_they_cannot_serve():
+def test_a_deck_without_a_query_is_refused():
     g = torch.Generator().manual_seed(0)
-    asked = data.queries(data.pack([puzzles.task(g, low=n, high=n) for n in (3, 4, 6)]), "test", CANVASES)
-    assert len(data.pools(asked, 3)) == 3
-    with pytest.raises(UserError, match="train.batch: 2 slots cannot serve 3 pools"):
-        data.pools(asked, 2)
     with pytest.raises(UserError, match="no query to train on"):
-        data.pools(data.queries(data.pack([puzzles.task(g, low=5)]), "test", (3,)), 3)
+        data.deck(data.queries(data.pack([puzzles.task(g, low=5)]), "test", (3,)), 3)
 
 
 def chi_square(counts, expected):
@@ -235,12 +248,12 @@ def chi_square(counts, expected):
 def test_queries_are_drawn_task_by_task(rule):
     g = torch.Generator().manual_seed(3)
     packed = data.pack(puzzles.tasks(g, 6))
-    (pool,) = data.pools(data.queries(packed, rule, (6,)), 1)
+    made = data.deck(data.queries(packed, rule, (6,)), 3)
     n = torch.arange(6000)
-    query = data.draw(packed, pool, DataConfig(query=rule), 5, torch.zeros_like(n), n).query
+    query = data.draw(packed, made, DataConfig(query=rule), 5, n % 3, n // 3).query
     assert chi_square(torch.bincount(packed.task_of[query], minlength=6), torch.full((6,), 1000)) < 25  # 5 degrees
-    asked = torch.bincount(query, minlength=len(packed.task_of))[pool.pair]
-    each = torch.diff(pool.cdf, prepend=torch.zeros(1)) * 6000
+    asked = torch.bincount(query, minlength=len(packed.task_of))[made.pair]
+    each = torch.diff(made.cdf, prepend=torch.zeros(1)) * 6000
     assert chi_square(asked, each) < 3 * len(asked) + 15
 
 
@@ -275,24 +288,24 @@ def test_uniform_is_uniform(seed):
 
 
 def drawn(g, rule, **options):
-    """Tasks and six episodes of each of their pools."""
+    """Tasks and six episodes of a batch of 36."""
     some = [*puzzles.tasks(g, 5, hidden=True), puzzles.task(g, "known")]
     packed, cfg = data.pack(some), DataConfig(query=rule, canvases=CANVASES, **options)
     asked = data.queries(packed, rule, (6,))
-    (pool,) = data.pools(asked, 6)
+    deck = data.deck(asked, 36)
     slot, n = torch.arange(6) * 7, torch.randint(0, 10**9, (6,), generator=g)
-    return some, packed, pool, cfg, slot, n
+    return some, packed, deck, cfg, slot, n
 
 
 @given(generators, st.sampled_from(RULES), st.integers(1, 6))
 def test_an_episode_never_shows_its_query(g, rule, most):
     """Its demos are other pairs of the task, known, none twice, and all of them where `max_demos` allows."""
-    some, packed, pool, cfg, slot, n = drawn(g, rule, max_demos=most)
-    e = data.draw(packed, pool, cfg, 11, slot, n)
+    some, packed, deck, cfg, slot, n = drawn(g, rule, max_demos=most)
+    e = data.draw(packed, deck, cfg, 11, slot, n)
     for query, row in zip(e.query.tolist(), e.demos.tolist(), strict=True):
         shown = [d for d in row if d >= 0]
         task = int(packed.task_of[query])
-        assert query in pool.pair.tolist()
+        assert query in deck.pair.tolist()
         assert row[: len(shown)] == shown and len(set(shown)) == len(shown)
         first, t = int(packed.first[task]), some[task]
         pairs = [*t.demos, *t.queries]
@@ -304,8 +317,8 @@ def test_an_episode_never_shows_its_query(g, rule, most):
 @given(generators, st.sampled_from(RULES), st.integers(1, 4), st.integers(1, 4))
 def test_demo_subsets_have_the_size_asked_for(g, rule, least, most):
     least, most = sorted((least, most))
-    _, packed, pool, cfg, slot, n = drawn(g, rule, max_demos=most, min_demos=least)
-    e = data.draw(packed, pool, cfg, 2, slot, n)
+    _, packed, deck, cfg, slot, n = drawn(g, rule, max_demos=most, min_demos=least)
+    e = data.draw(packed, deck, cfg, 2, slot, n)
     there = (data.candidates(packed, e.query, rule) >= 0).sum(-1).clamp(max=most)
     shown = (e.demos >= 0).sum(-1)
     assert (shown <= there).all() and (shown >= there.clamp(max=least)).all()
@@ -322,50 +335,34 @@ def test_every_size_order_and_demo_occurs():
 @given(generators, st.sampled_from(RULES))
 def test_episodes_are_a_pure_function_of_seed_slot_and_n(g, rule):
     """Whoever asks, and with whomever: the slots of two ranks are the rows of the whole."""
-    _, packed, pool, cfg, slot, n = drawn(g, rule, min_demos=1)
-    whole = data.draw(packed, pool, cfg, 3, slot, n)
+    _, packed, deck, cfg, slot, n = drawn(g, rule, min_demos=1)
+    whole = data.draw(packed, deck, cfg, 3, slot, n)
     order = torch.randperm(6, generator=g)
     cut = puzzles.integer(g, 1, 5)
     for part in (order[:cut], order[cut:]):
-        e = data.draw(packed, pool, cfg, 3, slot[part], n[part])
+        e = data.draw(packed, deck, cfg, 3, slot[part], n[part])
         k = e.demos.shape[1]
         assert same((e.query, *e.symmetry), (whole.query[part], *(v[part] for v in whole.symmetry)))
         assert torch.equal(e.demos, whole.demos[part, :k]) and (whole.demos[part, k:] == -1).all()
         assert torch.equal(e.shift, whole.shift[part, : 1 + k])
-    for other in (data.draw(packed, pool, cfg, 4, slot, n), data.draw(packed, pool, cfg, 3, slot + 1, n)):
+    for other in (data.draw(packed, deck, cfg, 4, slot, n), data.draw(packed, deck, cfg, 3, slot + 1, n)):
         assert not torch.equal(other.shift[:, 0], whole.shift[:, 0])
-
-
-@given(generators)
-@settings(max_examples=30)
-def test_joined_episodes_paint_what_they_did_apart(g):
-    packed, cfg = data.pack(puzzles.tasks(g, 6)), DataConfig(canvases=CANVASES, demo_canvases=(6,), min_demos=1)
-    made = data.pools(data.queries(packed, "leave_one_out", CANVASES), 6)
-    n, at = torch.arange(6), 0
-    whole = data.batch(packed, puzzles.episodes(packed, made, cfg, 9, n), [(p.canvas, p.slots) for p in made], (6,))
-    for i, p in enumerate(made):
-        e = data.draw(packed, p, cfg, 9, torch.arange(at, at + p.slots), n[at : at + p.slots])
-        alone = data.batch(packed, e, [(p.canvas, p.slots)], (6,))
-        assert torch.equal(alone.inputs[0], whole.inputs[i]) and torch.equal(alone.labels[0], whole.labels[i])
-        mine = (whole.demos[0].owner >= at) & (whole.demos[0].owner < at + p.slots)
-        assert same(alone.demos[0][:2], [v[mine] for v in whole.demos[0][:2]])
-        at += p.slots
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_one_demo_and_one_query_are_enough(rule):
     g = torch.Generator().manual_seed(0)
     packed = data.pack([Task("t", [puzzles.pair(g)], [puzzles.pair(g)])])
-    (pool,) = data.pools(data.queries(packed, rule, (6,)), 2)
-    e = data.draw(packed, pool, DataConfig(query=rule), 0, torch.arange(20), torch.zeros(20, dtype=torch.int64))
+    made = data.deck(data.queries(packed, rule, (6,)), 20)
+    e = data.draw(packed, made, DataConfig(query=rule), 0, torch.arange(20), torch.zeros(20, dtype=torch.int64))
     assert set(e.query.tolist()) == ({0, 1} if rule == "leave_one_out" else {1})
     assert [[d for d in row if d >= 0] for row in e.demos.tolist()] == (1 - e.query[:, None]).tolist()
-    assert len(data.batch(packed, e, [(6, 20)], (6,)).demos[0].owner) == 20
+    assert len(data.batch(packed, e, DataConfig()).demos.owner) == 20
 
 
 def test_without_translation_grids_lie_at_the_corner():
-    _, packed, pool, cfg, slot, n = drawn(torch.Generator().manual_seed(0), "test", translate=False)
-    assert not data.draw(packed, pool, cfg, 0, slot, n).shift.any()
+    _, packed, deck, cfg, slot, n = drawn(torch.Generator().manual_seed(0), "test", translate=False)
+    assert not data.draw(packed, deck, cfg, 0, slot, n).shift.any()
 
 
 # ---------------------------------------------------------------- loading
@@ -516,7 +513,7 @@ def test_describe_counts():
     assert said["tasks"] == 6 and said["pairs"] == sum(len(t.demos) + len(t.queries) for t in some)
     assert said["hidden_outputs"] == sum(y is None for t in some for _, y in t.queries) > 0
     assert sum(said["demos_per_task"].values()) == 6
-    assert sum(said["pools"]["test"].values()) - said["pools"]["test"]["too_large"] == said["queries"]
+    assert sum(said["canvases"]["test"].values()) == said["queries"]
     json.dumps(said)
 
 

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 
 from etrm_arc import data, etrm
 from etrm_arc.data import DataConfig
-from etrm_arc.encoders import attend_tokens, encoder_of, init_params, lookup
-from etrm_arc.etrm import Carry, EncoderConfig, ModelConfig, Output, act_loss, act_step, fresh_carry, leaves, tree_map
+from etrm_arc.encoders import attend_cells, encoder_of, init_params, lookup
+from etrm_arc.etrm import EncoderConfig, ModelConfig, Output, act_loss, act_step, fresh_carry, leaves, tree_map
 from etrm_arc.tests import puzzles
 from etrm_arc.tests.puzzles import generators
 
-CANVASES, DEMO_CANVASES, SLOTS = (4, 8), (3, 5, 8), 5
+SLOTS = 5
 POOLINGS, NORMS = ("mean", "max", "attention", "weighted"), ("post", "pre")
 ENCODERS = [("standard", p, n) for p in POOLINGS for n in NORMS] + [("perceiver", "mean", n) for n in NORMS]
 
@@ -31,7 +31,7 @@ cycles = st.integers(1, 2)
 
 
 class World:
-    """Random parameters and a batch of random tasks in two pools."""
+    """Random parameters and a batch of random tasks on canvases of several sizes."""
 
     def __init__(self, g, cfg, **options):
         self.cfg, self.encode = cfg, encoder_of(cfg)
@@ -39,53 +39,47 @@ class World:
         # Some demos and queries small, some large; no output larger than what its task shows.
         some = [puzzles.task(g, low=high - 1, high=high) for high in (2, 3, 4, 6, 7, 7)]
         self.packed = data.pack(some)
-        self.data = DataConfig(canvases=CANVASES, demo_canvases=DEMO_CANVASES, min_demos=1, **options)
-        self.pools = data.pools(data.queries(self.packed, "leave_one_out", CANVASES), SLOTS)
-        self.canvases = [(p.canvas, p.slots) for p in self.pools]
-        assert [c for c, _ in self.canvases] == [4, 8]
+        self.data = DataConfig(**{"min_demos": 1, **options})
+        self.deck = data.deck(data.queries(self.packed, "leave_one_out", self.data.canvases), SLOTS)
         self.episodes = self.draw(torch.zeros(SLOTS, dtype=torch.int64))
         self.batch = self.paint(self.episodes)
 
     def draw(self, n):
-        return puzzles.episodes(self.packed, self.pools, self.data, 7, n)
+        return data.draw(self.packed, self.deck, self.data, 7, torch.arange(SLOTS), n)
 
     def paint(self, episodes):
-        return data.batch(self.packed, episodes, self.canvases, DEMO_CANVASES)
+        return data.batch(self.packed, episodes, self.data, self.cfg.raster)
 
     def context(self, batch=None, params=None):
-        return self.encode((params or self.params).encoder, batch or self.batch, SLOTS)
+        return self.encode((params or self.params).encoder, batch or self.batch)
 
     def trainable(self):
         return tree_map(lambda x: x.clone().requires_grad_(), self.params)
 
     def start(self, batch=None):
-        return fresh_carry(self.cfg, (batch or self.batch).inputs, torch.float32)
+        return fresh_carry(self.cfg, (batch or self.batch).cells, torch.float32)
 
     def step(self, carry, params=None, batch=None, min_steps=None):
         return act_step(params or self.params, self.cfg, self.encode, carry, batch or self.batch, min_steps)
 
+    def owner(self, batch=None):
+        """(N,) whose token it is."""
+        tokens = torch.tensor((batch or self.batch).cells) + self.cfg.context_tokens
+        return torch.arange(len(tokens)).repeat_interleave(tokens)
+
     def running(self, g):
         """A carry in the midst of things: some slots halted, some not."""
-        layout = etrm.layout_of(self.cfg, self.batch.inputs)
-        z = torch.randn(2, sum(b * s for b, s in layout), self.cfg.hidden, generator=g)
+        fresh = self.start()
+        z = torch.randn(2, *fresh.z_H.shape, generator=g)
         steps = torch.randint(1, self.cfg.halt_max_steps, (SLOTS,), generator=g)
         halted = torch.rand(SLOTS, generator=g) < 0.5
-        return Carry(z[0], z[1], steps, halted, torch.zeros_like(steps))
+        return fresh._replace(z_H=z[0], z_L=z[1], steps=steps, halted=halted, n=torch.zeros_like(steps))
 
-    def of(self, slot, out):
+    def of(self, slot, out, batch=None):
         """What one slot gets: its logits and q, its part of z_H and z_L."""
-        (carry, out), pool, first = out, 0, 0
-        while slot - first >= self.canvases[pool][1]:
-            first += self.canvases[pool][1]
-            pool += 1
-        token = etrm.per_token(torch.arange(SLOTS), etrm.layout_of(self.cfg, self.batch.inputs)) == slot
-        return (
-            out.logits[pool][slot - first],
-            out.q_halt[slot],
-            out.q_continue[slot],
-            carry.z_H[token],
-            carry.z_L[token],
-        )
+        (carry, out), batch = out, batch or self.batch
+        token = self.owner(batch) == slot
+        return out.logits.split(batch.cells)[slot], out.q_halt[slot], out.q_continue[slot], carry.z_H[token], carry.z_L[token]
 
 
 def close(a, b, tolerance=1e-5):
@@ -99,7 +93,8 @@ def gradients(params):
 
 
 def total(world, out, batch=None):
-    return act_loss(world.cfg, out, (batch or world.batch).labels).total
+    batch = batch or world.batch
+    return act_loss(world.cfg, out, batch.labels, batch.cells).total
 
 
 # ---------------------------------------------------------------- the carry
@@ -139,8 +134,8 @@ def test_every_slot_trains_the_encoder_in_every_step(encoder, g):
     w = World(g, config(encoder))
     params, carry, contexts = w.trainable(), w.start(), []
 
-    def encode(p, batch, slots):
-        context = w.encode(p, batch, slots)
+    def encode(p, batch):
+        context = w.encode(p, batch)
         context.retain_grad()
         contexts.append(context)
         return context
@@ -162,7 +157,7 @@ def test_every_slot_trains_the_encoder_in_every_step(encoder, g):
 def test_a_halted_slot_forgets(g, garbage):
     w = World(g, config())
     carry, fresh = w.running(g), w.start()
-    halted = etrm.per_token(carry.halted, etrm.layout_of(w.cfg, w.batch.inputs))[:, None]
+    halted = carry.halted[w.owner()][:, None]
     spoilt = carry._replace(
         z_H=torch.where(halted, garbage, carry.z_H),
         z_L=torch.where(halted, -garbage, carry.z_L),
@@ -192,7 +187,7 @@ def test_evaluation_is_the_same_steps_with_the_context_computed_once(encoder, g)
     for _ in range(3):
         carry, out = w.step(carry)
     got = etrm.think(w.params, w.cfg, w.encode, w.batch, torch.float32, 3)
-    close([*got.logits, got.q_halt, got.q_continue], [*out.logits, out.q_halt, out.q_continue])
+    close(got, out)
 
 
 # ---------------------------------------------------------------- slots do not see each other
@@ -200,12 +195,24 @@ def test_evaluation_is_the_same_steps_with_the_context_computed_once(encoder, g)
 
 def mix(slot, mine, others):
     """Episodes: one slot's from `mine`, the others' from `others`."""
-    own = torch.arange(SLOTS) == slot
-    k = max(mine.demos.shape[1], others.demos.shape[1])
-    both = data.join([mine, others])
+    own, k = torch.arange(SLOTS) == slot, max(mine.demos.shape[1], others.demos.shape[1])
+
+    def joined(a, b, n=None, value=0):
+        wide = lambda x: x if n is None else torch.cat((x, x.new_full((SLOTS, n - x.shape[1], *x.shape[2:]), value)), 1)  # noqa: E731
+        return torch.cat((wide(a), wide(b)))
+
+    both = data.Episodes(
+        joined(mine.query, others.query), joined(mine.demos, others.demos, k, -1),
+        data.Symmetry(*(joined(*x) for x in zip(mine.symmetry, others.symmetry, strict=True))),
+        joined(mine.shift, others.shift, k + 1), joined(mine.canvas, others.canvas),
+    )  # fmt: skip
     row = torch.where(own, torch.arange(SLOTS), SLOTS + torch.arange(SLOTS))
     assert both.demos.shape[1] == k
-    return data.Episodes(both.query[row], both.demos[row], data.Symmetry(*(x[row] for x in both.symmetry)), both.shift[row])
+    return rows_of(both, row)
+
+
+def rows_of(e, rows):
+    return data.Episodes(*(data.Symmetry(*(y[rows] for y in x)) if isinstance(x, tuple) else x[rows] for x in e))
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
@@ -217,10 +224,26 @@ def test_a_slot_is_untouched_by_what_others_hold(encoder, g):
     before = w.step(carry)
     for slot in range(SLOTS):
         batch = w.paint(mix(slot, w.episodes, others))
-        noise = torch.randn(carry.z_H.shape, generator=g)
-        own = (etrm.per_token(torch.arange(SLOTS), etrm.layout_of(w.cfg, batch.inputs)) == slot)[:, None]
-        changed = carry._replace(z_H=torch.where(own, carry.z_H, noise), z_L=torch.where(own, carry.z_L, -noise))
-        close(w.of(slot, w.step(changed, batch=batch)), w.of(slot, before))
+        noise = torch.randn(2, len(w.owner(batch)), w.cfg.hidden, generator=g)
+        noise[:, w.owner(batch) == slot] = torch.stack((carry.z_H, carry.z_L))[:, w.owner() == slot]
+        changed = carry._replace(z_H=noise[0], z_L=noise[1], tokens=w.start(batch).tokens)
+        close(w.of(slot, w.step(changed, batch=batch), batch), w.of(slot, before))
+
+
+@given(generators)
+@settings(max_examples=25)
+def test_a_slot_that_goes_on_keeps_its_states_on_whatever_the_others_get(g):
+    w = World(g, config())
+    carry, others = w.running(g), w.draw(torch.arange(1, 1 + SLOTS))
+    rows = torch.where(carry.halted, SLOTS + torch.arange(SLOTS), torch.arange(SLOTS))
+    cells = [(*w.batch.cells, *w.paint(others).cells)[r] for r in rows]
+    got = etrm.relaid(w.cfg, carry, carry.halted.tolist(), cells)
+    assert got.tokens == tuple(c + w.cfg.context_tokens for c in cells)
+    for name in ("z_H", "z_L"):
+        for slot, (new, old) in enumerate(
+            zip(getattr(got, name).split(got.tokens), getattr(carry, name).split(carry.tokens), strict=True)
+        ):
+            assert len(new) == got.tokens[slot] and (carry.halted[slot] or torch.equal(new, old))
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
@@ -228,17 +251,11 @@ def test_a_slot_is_untouched_by_what_others_hold(encoder, g):
 @settings(max_examples=4)
 def test_a_row_alone_is_the_row_in_the_batch(encoder, g):
     w = World(g, config(encoder))
-    together, slot = w.step(w.start()), 0
-    for canvas, slots in w.canvases:
-        for _ in range(slots):
-            e = data.Episodes(*(
-                data.Symmetry(*(y[slot : slot + 1] for y in x)) if isinstance(x, tuple) else x[slot : slot + 1]
-                for x in w.episodes
-            ))  # fmt: skip
-            batch = data.batch(w.packed, e, [(canvas, 1)], DEMO_CANVASES)
-            carry, out = w.step(w.start(batch), batch=batch)
-            close((out.logits[0][0], out.q_halt[0], out.q_continue[0], carry.z_H, carry.z_L), w.of(slot, together))
-            slot += 1
+    together = w.step(w.start())
+    for slot in range(SLOTS):
+        batch = w.paint(rows_of(w.episodes, slice(slot, slot + 1)))
+        carry, out = w.step(w.start(batch), batch=batch)
+        close((out.logits, out.q_halt[0], out.q_continue[0], carry.z_H, carry.z_L), w.of(slot, together))
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
@@ -251,10 +268,10 @@ def test_the_demos_of_others_get_exactly_no_gradient(encoder, g):
     params = w.params._replace(encoder=e._replace(input_embed=e.input_embed.repeat(2, 1), output_embed=e.output_embed.repeat(2, 1)))
     other = puzzles.integer(g, 0, SLOTS - 1)
 
-    def own(d, tokens):
-        return tokens + 12 * ((d.owner[:, None] == other) & (tokens != data.PAD))
-
-    demos = tuple(d._replace(inputs=own(d, d.inputs), outputs=own(d, d.outputs)) for d in w.batch.demos)
+    d = w.batch.demos
+    theirs = d.owner.repeat_interleave(torch.tensor(d.cells)) == other
+    own = lambda tokens: tokens + 12 * (theirs & (tokens != data.PAD))  # noqa: E731
+    demos = d._replace(inputs=own(d.inputs), outputs=own(d.outputs))
     params = tree_map(lambda x: x.clone().requires_grad_(), params)
     loss = total(w, w.step(w.start(), params, w.batch._replace(demos=demos))[1])
     tables = (params.encoder.input_embed, params.encoder.output_embed)
@@ -284,7 +301,8 @@ def test_the_order_of_demos_does_not_matter(encoder, g):
 @settings(max_examples=6)
 def test_empty_places_do_not_matter(encoder, g, stride, more):
     w = World(g, config(encoder))
-    demos = tuple(d._replace(place=d.place * stride, most=d.most * stride + more) for d in w.batch.demos)
+    d = w.batch.demos
+    demos = d._replace(place=d.place * stride, most=d.most * stride + more)
     close([w.context(w.batch._replace(demos=demos))], [w.context()])
 
 
@@ -293,37 +311,23 @@ def test_empty_places_do_not_matter(encoder, g, stride, more):
 @settings(max_examples=6)
 def test_the_canvas_of_a_demo_does_not_matter(encoder, g, positions):
     """Where padding does not attend, and there is room for the end-of-grid marks (grids here are 7 a side at most)."""
-    w = World(g, config(encoder, positions=positions), translate=False)
-    pair_sides = w.packed.grids[:, :, 1:].amax()
-    assert pair_sides <= 7
-    small, large = (data.batch(w.packed, w.episodes, w.canvases, sizes).demos for sizes in ((8,), (11,)))
-    close([w.context(w.batch._replace(demos=small))], [w.context(w.batch._replace(demos=large))])
-
-
-@pytest.mark.parametrize("encoder", ENCODERS)
-@given(generators)
-@settings(max_examples=4)
-def test_the_groups_of_demos_do_not_matter(encoder, g):
-    """Grouped by size or one by one, in any order of groups."""
-    w = World(g, config(encoder))
-    singles = [data.Demos(*(x[i : i + 1] for x in d[:4]), d.most) for d in w.batch.demos for i in range(len(d.owner))]
-    order = torch.randperm(len(singles), generator=g).tolist()
-    close([w.context(w.batch._replace(demos=tuple(singles[i] for i in order)))], [w.context()])
+    w = World(g, config(encoder, positions=positions), translate=False, demo_canvases=(8, 30))
+    assert w.packed.grids[:, :, 1:].amax() <= 7
+    large = data.batch(w.packed, w.episodes, DataConfig(demo_canvases=(11, 30)), 30).demos
+    close([w.context(w.batch._replace(demos=large))], [w.context()])
 
 
 @given(generators)
 @settings(max_examples=25)
-def test_merged_attention_is_one_softmax_over_all_cells_of_a_slot(g):
+def test_context_tokens_attend_to_all_cells_of_their_slot(g):
     w = World(g, config())
-    p, demos = w.params.encoder.sets[0], w.batch.demos
-    context = torch.randn(SLOTS, 4, 32, generator=g)
-    tokens = [torch.randn(*d.inputs.shape, 32, generator=g) * 10 for d in demos]
-    masks = [d.inputs != data.PAD for d in demos]
-    got = attend_tokens(p, w.cfg, tokens, masks, demos, context)
+    p, d = w.params.encoder.sets[0], w.batch.demos
+    context, x = torch.randn(SLOTS, 4, 32, generator=g), torch.randn(len(d.inputs), 32, generator=g) * 10
+    seen, owner = d.inputs != data.PAD, d.owner.repeat_interleave(torch.tensor(d.cells))
+    got = attend_cells(p, w.cfg, x[d.by_slot], seen[d.by_slot], d.cells_of, context)
     heads = lambda x: x.unflatten(-1, (2, 16)).transpose(0, 1)  # noqa: E731
     for slot in range(SLOTS):
-        cells = torch.cat([x[d.owner == slot][m[d.owner == slot]] for x, m, d in zip(tokens, masks, demos, strict=True)])
-        q, k, v = (heads(x @ weight.T) for x, weight in ((context[slot], p.q), (cells, p.k), (cells, p.v)))
+        q, k, v = (heads(t @ weight.T) for t, weight in ((context[slot], p.q), *[(x[(owner == slot) & seen], m) for m in (p.k, p.v)]))
         want = torch.softmax(q @ k.transpose(1, 2) / 4, -1) @ v
         close([got[slot]], [want.transpose(0, 1).flatten(1)], 1e-4)
 
@@ -334,15 +338,13 @@ def test_merged_attention_is_one_softmax_over_all_cells_of_a_slot(g):
 def test_the_context_depends_on_every_demo(encoder, g):
     w = World(g, config(encoder))
     before = w.context()
-    for d in range(len(w.batch.demos)):
-        group = w.batch.demos[d]
-        i = puzzles.integer(g, 0, len(group.owner) - 1)
-        outputs = group.outputs.clone()
-        outputs[i] = torch.where(outputs[i] >= data.FIRST_COLOUR, 13 - outputs[i], outputs[i])
-        demos = (*w.batch.demos[:d], group._replace(outputs=outputs), *w.batch.demos[d + 1 :])
-        changed = (w.context(w.batch._replace(demos=demos)) - before).flatten(1).norm(dim=1)
-        assert changed[group.owner[i]] > 1e-4
-        assert changed[torch.arange(SLOTS) != group.owner[i]].max() < 1e-4
+    d = w.batch.demos
+    of = torch.arange(len(d.owner)).repeat_interleave(torch.tensor(d.cells))
+    for i in range(len(d.owner)):
+        outputs = torch.where((of == i) & (d.outputs >= data.FIRST_COLOUR), 13 - d.outputs, d.outputs)
+        changed = (w.context(w.batch._replace(demos=d._replace(outputs=outputs))) - before).flatten(1).norm(dim=1)
+        assert changed[d.owner[i]] > 1e-4
+        assert changed[torch.arange(SLOTS) != d.owner[i]].max() < 1e-4
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
@@ -395,7 +397,8 @@ def test_extreme_logits_keep_the_loss_finite(g, loss, published, size):
     q = torch.randint(-1, 2, (4,), generator=g) * size
     logits.requires_grad_()
     q.requires_grad_()
-    found = act_loss(config(loss=loss, published_halting=published), Output((logits,), q, q.detach()), (labels,))
+    cfg = config(loss=loss, published_halting=published)
+    found = act_loss(cfg, Output(logits.flatten(0, 1), q, q.detach()), labels.flatten(), [9] * 4)
     found.total.sum().backward()
     assert all(torch.isfinite(x.float()).all() for x in (*found, logits.grad, q.grad))
     assert (found.lm >= 0).all() and found.lm[0] == 0
@@ -407,67 +410,90 @@ def test_extreme_logits_keep_the_loss_finite(g, loss, published, size):
 @given(generators)
 @settings(max_examples=25)
 def test_the_loss_of_a_slot_is_its_own(g):
-    """Scores and gradients of a slot neither know its pool nor the others; all right is exact."""
-    labels = [torch.randint(-1, 12, (n, c * c), generator=g) for n, c in ((2, 3), (3, 2))]
-    labels = [torch.where(y < 0, data.IGNORE, y) for y in labels]
-    logits = tuple(torch.randn(*y.shape, 12, generator=g).requires_grad_() for y in labels)
-    logits[0].data[0] = torch.nn.functional.one_hot(labels[0][0].clamp(min=0), 12) * 9.0
+    """Scores and gradients of a slot do not know the others; all right is exact."""
+    cells = [9, 9, 4, 0, 4]
+    labels = torch.randint(-1, 12, (26,), generator=g)
+    labels = torch.where(labels < 0, data.IGNORE, labels)
+    logits = torch.randn(26, 12, generator=g)
+    logits[:9] = torch.nn.functional.one_hot(labels[:9].clamp(min=0), 12) * 9.0
+    logits.requires_grad_()
     q = torch.randn(5, generator=g)
-    whole = act_loss(config(), Output(logits, q, q), labels)
-    assert bool(whole.exact[0]) == bool((labels[0][0] >= 0).any())
-    slot = 0
-    for x, y in zip(logits, labels, strict=True):
-        for i in range(len(y)):
-            one = act_loss(config(), Output((x[i : i + 1],), q[slot : slot + 1], q), (y[i : i + 1],))
-            close([v[0].float() for v in one], [v[slot].float() for v in whole])
-            grads = torch.autograd.grad(whole.total[slot], logits, retain_graph=True, allow_unused=True)
-            touched = torch.cat([v.flatten(1).abs().sum(1) for v in grads]) > 0
-            assert not touched[torch.arange(5) != slot].any()
-            slot += 1
+    whole = act_loss(config(), Output(logits, q, q), labels, cells)
+    assert bool(whole.exact[0]) == bool((labels[:9] >= 0).any())
+    owner = torch.arange(5).repeat_interleave(torch.tensor(cells))
+    for slot, (x, y) in enumerate(zip(logits.split(cells), labels.split(cells), strict=True)):
+        alone = act_loss(config(), Output(x, q[slot : slot + 1], q), y, [len(y)])
+        close([v[0].float() for v in alone], [v[slot].float() for v in whole])
+        (grad,) = torch.autograd.grad(whole.total[slot], logits, retain_graph=True)
+        assert not grad[owner != slot].any()
+        assert torch.equal(grad[owner == slot].any(-1), y >= 0)
 
 
 # ---------------------------------------------------------------- positions and layers
 
 
-@given(generators, st.sampled_from(["rope", "rope2d"]), st.integers(1, 30), st.integers(0, 4), st.integers(1, 2))
-def test_a_canvas_is_a_corner_of_the_raster(g, kind, canvas, context, copies):
-    make = lambda side: etrm.rotation(kind, context, side, 30, 16, copies, torch.float32, "cpu")  # noqa: E731
-    at = torch.arange(canvas)
-    cells = torch.cat([context + k * 900 + (at[:, None] * 30 + at).flatten() for k in range(copies)])
-    rows = torch.cat((torch.arange(context), cells))
-    for small, large in zip(make(canvas), make(30), strict=True):
-        assert torch.equal(small, large[rows])
+def cells_at(side):
+    return torch.cartesian_prod(torch.arange(side), torch.arange(side))
 
 
-@given(generators, st.integers(1, 6))
+@given(generators, st.sampled_from(["rope", "rope2d", "learned"]), st.integers(0, 20), st.integers(0, 20))
 @settings(max_examples=20)
-def test_learned_positions_are_a_corner_of_the_raster(g, canvas):
-    """The same tokens and the same codes, whether the canvas is small or the whole raster."""
-    cfg = config(positions="learned", raster=6)
-    p = etrm.init_core(cfg, g)
-    context, tokens = torch.randn(1, 4, 32, generator=g), torch.randint(0, 12, (1, 6, 6), generator=g)
-    small = etrm.place(p, cfg, context, (tokens[:, :canvas, :canvas].flatten(1),))
-    large = etrm.place(p, cfg, context, (tokens.flatten(1),))
-    assert torch.equal(small[:4], large[:4])
-    assert torch.equal(small[4:].view(canvas, canvas, -1), large[4:].view(6, 6, -1)[:canvas, :canvas])
+def test_a_position_is_that_of_the_raster(g, kind, top, left):
+    """Whatever the canvas, a token's code is that of its place on the raster, that of a context token its own."""
+    cfg = config(positions=kind)
+    p, context = etrm.init_core(cfg, g), torch.randn(1, 4, 32, generator=g)
+    codes = {}
+    for name, at in (("raster", cells_at(30)), ("canvas", cells_at(6) + torch.tensor([top, left]))):
+        batch = data.Batch(torch.full((len(at),), 5), torch.zeros(len(at)), at, (len(at),), None)
+        e, turn = etrm.place(p, cfg, context, batch, etrm.layout_of(cfg, batch.cells, at.device))
+        codes[name] = e if turn is None else torch.cat([x.flatten(1) for x in turn], 1)
+    rows = 4 + (cells_at(6) + torch.tensor([top, left])) @ torch.tensor([30, 1])
+    assert torch.equal(codes["canvas"], codes["raster"][torch.cat((torch.arange(4), rows))])
+    assert len(codes["canvas"].unique(dim=0)) == (40 if kind != "rope2d" else 37)
 
 
 @given(generators, st.sampled_from(["rope", "rope2d"]))
 def test_rotation_keeps_lengths_and_sees_distances_only(g, kind):
-    table = etrm.rotation(kind, 3, 6, 30, 16, 1, torch.float32, "cpu")
-    x = torch.randn(2, 39, 16, generator=g)
-    close([etrm.rotate(x, table).norm(dim=-1)], [x.norm(dim=-1)])
-    assert torch.equal(etrm.rotate(x, None), x)
-    a, b = x[0, :1].expand(39, -1), x[1, :1].expand(39, -1)
-    cells = [etrm.rotate(y, table)[3:].view(6, 6, 16) for y in (a, b)]
-    dot = torch.einsum("ijd,kld->ijkl", *cells)
+    turn = etrm.turn_of(etrm.position_of(kind, cells_at(6), 30), 1, 16, torch.float32)
+    qk = torch.randn(36, 2, 1, 16, generator=g)
+    scale = torch.tensor([0.25, 1.0])
+    close([etrm.rotate(qk, turn).norm(dim=-1)], [qk.norm(dim=-1) * scale[:, None]])
+    close([etrm.rotate(qk, None)], [qk * scale[:, None, None]])
+    same = etrm.rotate(qk[:1].expand(36, -1, -1, -1), turn)
+    dot = torch.einsum("ijd,kld->ijkl", same[:, 0, 0].view(6, 6, 16), same[:, 1, 0].view(6, 6, 16))
     close([dot[:-1, :-1, :-1, :-1]], [dot[1:, 1:, 1:, 1:]], 1e-4)
     assert (dot[0, 0] - dot[0, 0, 0, 0]).flatten()[1:].abs().min() > 0  # no two cells look alike
 
 
+@given(generators, st.lists(st.tuples(st.integers(1, 40), st.booleans()), max_size=30))
+def test_runs_are_the_slots_in_order(g, slots):
+    tokens, masked = [s for s, _ in slots], [int(m) for _, m in slots]
+    runs = etrm.runs_of(tokens, masked)
+    assert [(s, m) for b, s, m in runs for _ in range(b)] == slots
+    assert all(b == 1 << (b.bit_length() - 1) and b * s <= max(s, etrm.RUN) for b, s, _ in runs)
+
+
+@given(generators, st.integers(2, 6))
+@settings(max_examples=20)
+def test_attention_stays_within_a_slot(g, slots):
+    """Packed and run by run, masked or not, it is what each slot gives alone."""
+    tokens = sorted(torch.randint(1, 5, (slots,), generator=g).tolist())
+    x, qkv, o = (torch.randn(n, 32, generator=g) / 6 for n in (6 * sum(tokens), 96, 32))
+    x = x[: sum(tokens)]
+    turn = etrm.turn_of(torch.arange(sum(tokens)), 2, 16, torch.float32)
+    seen, masked = torch.rand(sum(tokens), generator=g) < 0.7, [s % 2 for s in tokens]
+    got = etrm.self_attention(qkv, o, 2, x, etrm.runs_of(tokens, masked), turn, seen)
+    at = 0
+    for s, m in zip(tokens, masked, strict=True):
+        part = slice(at, at + s)
+        alone = etrm.self_attention(qkv, o, 2, x[part], [(1, s, bool(m))], (turn[0][part], turn[1][part]), seen[part])
+        close([got[part]], [alone])
+        at += s
+
+
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
 def test_tables_made_while_evaluating_serve_training(mode):
-    etrm.rotation.cache_clear()
+    etrm.waves.cache_clear()
     w = World(torch.Generator().manual_seed(0), config())
     with mode():
         w.step(w.start())
@@ -479,8 +505,21 @@ def test_tables_made_while_evaluating_serve_training(mode):
 @given(generators, st.sampled_from([1e-3, 1.0, 1e4]))
 def test_rms_norm(g, size):
     x = torch.randn(5, 32, generator=g) * size
-    want = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-    close([etrm.rms(x)], [want])
+    ours, plain, g_out = x.clone().requires_grad_(), x.clone().requires_grad_(), torch.randn(5, 32, generator=g)
+    want = plain / (plain.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    close([etrm.rms(ours)], [want])
+    got, expected = torch.autograd.grad(etrm.rms(ours), ours, g_out), torch.autograd.grad(want, plain, g_out)
+    close([got[0] * size], [expected[0] * size], 1e-4)
+
+
+@given(generators)
+def test_swiglu(g):
+    x, gate_up, down = (torch.randn(*shape, generator=g).requires_grad_() for shape in ((5, 8), (12, 8), (8, 6)))
+    a, b = (x @ gate_up.T).chunk(2, -1)
+    want, got = (torch.nn.functional.silu(a) * b) @ down.T, etrm.swiglu(gate_up, down, x)
+    close([got], [want], 1e-4)
+    g_out = torch.randn(5, 8, generator=g)
+    close(*(torch.autograd.grad(y, (x, gate_up, down), g_out) for y in (got, want)), 1e-4)
 
 
 @given(generators, st.integers(1, 5), st.integers(1, 20))
@@ -509,7 +548,7 @@ def test_attention_is_a_mean_over_what_may_be_seen(g, queries, keys):
         seen = mask[b, 0, 0]
         if seen.any():
             close([got[b : b + 1]], [etrm.attention(q[b : b + 1], k[b : b + 1, :, seen], v[b : b + 1, :, seen])])
-    want = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=1.0)
     close([etrm.attention(q, k, v)], [want])
 
 
@@ -529,9 +568,11 @@ def test_a_tree_survives_being_taken_apart(encoder, positions):
     twice = etrm.tree_map(lambda x: 2 * x, params)
     assert torch.equal(leaves(twice)["core.blocks.0.qkv"], 2 * params.core.blocks[0].qkv)
     assert leaves(params)["encoder.queries"] is params.encoder.queries
-    demos = data.Demos(*torch.arange(4), 7)
-    assert list(leaves(demos)) == ["inputs", "outputs", "owner", "place"]
-    assert etrm.tree_map(lambda x: x + 1, demos) == data.Demos(*torch.arange(1, 5), 7)
+    batch = World(torch.Generator().manual_seed(0), config()).batch
+    names = ["inputs", "labels", "at", *(f"demos.{k}" for k in ("inputs", "outputs", "at", "owner", "place", "by_slot"))]
+    assert list(leaves(batch)) == names
+    moved = etrm.tree_map(lambda x: x + 1, batch)
+    assert moved.cells == batch.cells and torch.equal(moved.demos.at, batch.demos.at + 1)
 
 
 @given(st.integers(0, 2**32))
@@ -568,11 +609,10 @@ def test_a_whole_step_runs_on_the_meta_device(encoder):
     w = World(torch.Generator().manual_seed(0), config(encoder))
     batch = tree_map(lambda x: x.to("meta"), w.batch)
     params = tree_map(lambda x: x.to("meta").requires_grad_(), w.params)
-    carry = w.start(batch)
-    assert carry.z_H.device.type == "meta"
+    carry = fresh_carry(w.cfg, batch.cells, torch.float32, "meta")
     least = torch.zeros(SLOTS, dtype=torch.int64, device="meta")
     for _ in range(2):
         carry, out = w.step(carry, params, batch, least)
-    act_loss(w.cfg, out, batch.labels).total.sum().backward()
-    assert [x.shape for x in out.logits] == [(s, c * c, 12) for c, s in w.canvases]
+    act_loss(w.cfg, out, batch.labels, batch.cells).total.sum().backward()
+    assert out.logits.shape == (len(w.batch.inputs), 12)
     assert leaves(params)["encoder.queries"].grad.shape == (4, 32)

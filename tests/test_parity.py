@@ -19,13 +19,27 @@ def close(ours, theirs, tolerance=2e-5):
     assert ((a - b).abs() / (1 + b.abs())).max() <= tolerance
 
 
-def batch_of(inputs, labels, demos=()):
-    return Batch((inputs.long(),), (labels.long(),), demos)
+def places(n, side=6):
+    """(n * side * side, 2) row and column of every cell of n square canvases."""
+    return torch.cartesian_prod(torch.arange(side), torch.arange(side)).repeat(n, 1)
+
+
+def batch_of(inputs, labels, demos=None):
+    return Batch(inputs.long().flatten(), labels.long().flatten(), places(len(inputs)), (inputs.shape[1],) * len(inputs), demos)
 
 
 def all_demos(inputs, outputs, mask):
     owner, place = torch.nonzero(mask, as_tuple=True)
-    return (Demos(inputs[owner, place].long(), outputs[owner, place].long(), owner, place, mask.shape[1]),)
+    x, y, cells = inputs[owner, place].long(), outputs[owner, place].long(), inputs.shape[-1]
+    return Demos(
+        x.flatten(), y.flatten(), places(len(x)), (cells,) * len(x), (1,) * len(x), owner, place, mask.shape[1],
+        torch.arange(x.numel()), tuple((mask.sum(1) * cells).tolist()),
+    )  # fmt: skip
+
+
+def rows_loss(cfg, logits, q, labels):
+    """Of a table of equally long rows."""
+    return act_loss(cfg, Output(logits.flatten(0, 1), q, q), labels.long().flatten(), [labels.shape[1]] * len(labels))
 
 
 def published_sums(loss, steps, counted):
@@ -47,17 +61,18 @@ def test_core(golden):
     cfg, p = config(), tree_map(lambda x: x.clone().requires_grad_(), core(sub(t, "sd.inner.")))
     context = t["context"].clone().requires_grad_()
     batch = batch_of(t["batch.inputs"], t["batch.labels"])
-    close(etrm.place(p, cfg, context, batch.inputs), t["input_embeddings"].flatten(0, 1))
-    carry = fresh_carry(cfg, batch.inputs, torch.float32)
+    layout = etrm.layout_of(cfg, batch.cells, context.device)
+    close(etrm.place(p, cfg, context, batch, layout)[0], t["input_embeddings"].flatten(0, 1))
+    carry = fresh_carry(cfg, batch.cells, torch.float32)
     for step in (1, 2, 3):
         carry, out = act_step(Params((), p), cfg, lambda *_: context, carry, batch, None)
         close(carry.z_H.view(4, 52, 64), t[f"step{step}.z_H"])
         close(carry.z_L.view(4, 52, 64), t[f"step{step}.z_L"])
-        close(out.logits[0], t[f"step{step}.logits"])
+        close(out.logits, t[f"step{step}.logits"].flatten(0, 1))
         close(out.q_halt, t[f"step{step}.q_halt_logits"])
         close(out.q_continue, t[f"step{step}.q_continue_logits"])
         if step == 1:
-            loss = act_loss(cfg, out, batch.labels).total.sum()
+            loss = act_loss(cfg, out, batch.labels, batch.cells).total.sum()
             close(loss, t["loss.total"])
             (loss / 4).backward()
     ours = {k.replace("blocks", "L_level.layers"): v.grad for k, v in leaves(p).items()}
@@ -86,7 +101,7 @@ def test_core(golden):
 def test_act_loss(golden, name):
     t, _ = golden("act_loss")
     logits, q = t["logits"].clone().requires_grad_(), t["q_halt_logits"].clone().requires_grad_()
-    loss = act_loss(config(), Output((logits,), q, t["q_continue_logits"]), (t["labels"].long(),))
+    loss = rows_loss(config(), logits, q, t["labels"])
     counted = loss.labelled if name == "etrm_train" else loss.labelled & t["halted"]
     steps = t["steps"]
     for key, value in published_sums(loss, steps, counted).items():
@@ -102,7 +117,7 @@ def test_unlabelled_row_trains_no_head_by_default(golden):
     t, _ = golden("act_loss")
     q = t["q_halt_logits"].clone().requires_grad_()
     cfg = config(published_halting=False)
-    loss = act_loss(cfg, Output((t["logits"],), q, q), (t["labels"].long(),))
+    loss = rows_loss(cfg, t["logits"], q, t["labels"])
     loss.total.sum().backward()
     assert q.grad[2] == 0 and (q.grad[[0, 1, 3, 4, 5, 6]] != 0).all()
 
@@ -111,9 +126,8 @@ def test_loss_pieces(golden):
     t, _ = golden("act_loss")
     close(torch.log_softmax(etrm.log_stable(t["log_stablemax.x"].float()), -1), t["log_stablemax.y"])
     close(etrm.log_stable(t["s.x"].float()).exp(), t["s.y"])
-    out = Output((t["logits"],), t["q_halt_logits"], t["q_halt_logits"])
     mean = t["softmax_ce_per_token"].sum(-1) / t["row.loss_counts"].clamp(min=1)
-    close(act_loss(config(loss="softmax"), out, (t["labels"].long(),)).lm, mean)
+    close(rows_loss(config(loss="softmax"), t["logits"], t["q_halt_logits"], t["labels"]).lm, mean)
 
 
 def test_act_trace(golden):
@@ -126,7 +140,7 @@ def test_act_trace(golden):
     table, carry, data_now = sd["puzzle_emb.weights"], None, None
     for i in range(8):
         offered = sub(t, f"t{i}.batch.")
-        carry = carry or fresh_carry(cfg, (offered["inputs"],), torch.float32)
+        carry = carry or fresh_carry(cfg, [36] * len(offered["inputs"]), torch.float32)
         data_now = data_now or offered
         data_now = {k: torch.where(carry.halted.view(-1, *[1] * (v.ndim - 1)), v, data_now[k]) for k, v in offered.items()}
         assert torch.equal(data_now["puzzle_identifiers"], t[f"t{i}.used.puzzle_identifiers"])
@@ -136,21 +150,21 @@ def test_act_trace(golden):
         carry, out = act_step(Params((), p), cfg, lambda *_, c=context: c, carry, batch, least)
         assert torch.equal(carry.halted, t[f"t{i}.halted"])
         assert torch.equal(carry.steps.int(), t[f"t{i}.steps"].int())
-        close(out.logits[0], t[f"t{i}.logits"])
+        close(out.logits, t[f"t{i}.logits"].flatten(0, 1))
         close(out.q_halt, t[f"t{i}.q_halt_logits"])
-        loss = act_loss(cfg, out, batch.labels)
+        loss = act_loss(cfg, out, batch.labels, batch.cells)
         for key, value in published_sums(loss, carry.steps, loss.labelled & carry.halted).items():
             close(value, t[f"t{i}.loss." + ("total" if key == "total_loss" else key)])
     close(carry.z_H.view_as(t["final.z_H"]), t["final.z_H"])
 
     batch = batch_of(t["t0.batch.inputs"], t["t0.batch.labels"])
     context = table[t["t0.batch.puzzle_identifiers"].long()].view(-1, 16, 64)
-    carry = fresh_carry(cfg, batch.inputs, torch.float32)
+    carry = fresh_carry(cfg, batch.cells, torch.float32)
     for n in range(1, 5):
         carry, out = act_step(Params((), p), cfg, lambda *_: context, carry, batch, None)
         close(out.q_halt, t[f"eval.s{n}.q_halt_logits"])
         assert bool(carry.halted.all()) == (n == 4)
-    close(out.logits[0], t["eval.logits"])
+    close(out.logits, t["eval.logits"].flatten(0, 1))
 
 
 ENCODER = {"hidden": 32, "H_cycles": 1}
@@ -163,7 +177,7 @@ def encoder_config(**options):
 def test_standard_encoder(golden):
     t, demos = golden("enc_standard")[0], all_demos(*golden("enc_inputs")[0].values())
     p = tree_map(lambda x: x.clone().requires_grad_(), standard(sub(t, "sd.")))
-    context = apply_standard(p, encoder_config(), demos, 3)
+    context = apply_standard(p, encoder_config(), demos)
     close(context, t["eval.context"])
     (context * t["gradprobe.W"]).sum().backward()
     grads = [v.grad.norm() for v in leaves(p).values()]
@@ -189,12 +203,12 @@ def test_standard_options(golden, variant):
     if variant == "weightedpool":  # published: NaN wherever a demo is padded, so one demo each
         inputs, outputs, mask = inputs[:, :1], outputs[:, :1], mask[:, :1]
         want = t["weightedpool.eval.context_first_demo_only"]
-    close(apply_standard(p, encoder_config(**options), all_demos(inputs, outputs, mask), 3), want)
+    close(apply_standard(p, encoder_config(**options), all_demos(inputs, outputs, mask)), want)
 
 
 def test_no_demo_gives_the_published_context(golden):
     p = standard(sub(golden("enc_standard")[0], "sd."))
-    context = apply_standard(p, encoder_config(), all_demos(*(x[:1] * 0 for x in golden("enc_inputs")[0].values())), 1)
+    context = apply_standard(p, encoder_config(), all_demos(*(x[:1] * 0 for x in golden("enc_inputs")[0].values())))
     close(context, golden("enc_standard_options")[0]["nodemos.standard.context"])
 
 
@@ -204,16 +218,16 @@ def test_gradients_of_the_whole(golden):
     demos = all_demos(t["batch.demo_inputs"], t["batch.demo_labels"], t["batch.demo_mask"])
     batch = batch_of(t["batch.inputs"], t["batch.labels"], demos)
     build = lambda sd: Params(standard(sub(sd, "encoder.")), core(sub(sd, "inner.")))  # noqa: E731
-    carry = fresh_carry(cfg, batch.inputs, torch.float32)
+    carry = fresh_carry(cfg, batch.cells, torch.float32)
     for step in (1, 2):
         p = tree_map(lambda x: x.clone().requires_grad_(), build(sub(t, "sd.")))
         least = (t[f"step{step}.rand"] < cfg.exploration) * t[f"step{step}.randint"]
-        carry, out = act_step(p, cfg, lambda e, b, n: apply_standard(e, cfg, b.demos, n), carry, batch, least)
-        loss = act_loss(cfg, out, batch.labels).total.sum()
+        carry, out = act_step(p, cfg, lambda e, b: apply_standard(e, cfg, b.demos), carry, batch, least)
+        loss = act_loss(cfg, out, batch.labels, batch.cells).total.sum()
         close(loss, t[f"step{step}.total_loss"])
         (loss / 4).backward()
         assert torch.equal(carry.halted, t[f"step{step}.halted"])
-        close(out.logits[0], t[f"step{step}.logits"])
+        close(out.logits, t[f"step{step}.logits"].flatten(0, 1))
         wanted = sub(t, f"step{step}.gradnorm.")
         norms = build({**dict.fromkeys(("inner.H_init", "inner.L_init"), None), **wanted})
         for path, leaf in leaves(p).items():
@@ -235,15 +249,15 @@ def test_tokens_and_offsets(golden):
     for key in [k.removesuffix(".input") for k in t if k.startswith("task.") and k.endswith(".input")]:
         pair = [t[f"{key}.{side}"].numpy() for side in ("input", "output")]
         for grid, side in zip(pair, ("in", "out"), strict=True):
-            assert np.array_equal(data.tokenise(grid, 30).ravel(), t[f"{key}.seq_{side}"])
+            assert np.array_equal(data.tokenise(grid, (30, 30)).ravel(), t[f"{key}.seq_{side}"])
             offset = tuple(t[f"{key}.shift_rc"].tolist())
-            assert np.array_equal(data.tokenise(grid, 30, offset).ravel(), t[f"{key}.shifted_seq_{side}"])
+            assert np.array_equal(data.tokenise(grid, (30, 30), offset).ravel(), t[f"{key}.shifted_seq_{side}"])
         packed = data.pack([data.Task("x", [tuple(pair)], [])])
         room = t[f"{key}.shift_rc_exclusive_max"].double()
         shift = (t[f"{key}.shift_rc"].double() + 0.5) / room
-        painted = data.paint(packed, torch.tensor([0]), data.identity(1), shift[None], 30)
+        painted = data.paint(packed, torch.tensor([0]), data.identity(1), shift[None], torch.tensor([[30, 30]]))[:2]
         for tokens, side in zip(painted, ("in", "out"), strict=True):
-            assert torch.equal(tokens[0], t[f"{key}.shifted_seq_{side}"].long())
+            assert torch.equal(tokens, t[f"{key}.shifted_seq_{side}"].long())
         checked += 1
     assert checked > 8
 
@@ -272,5 +286,6 @@ def test_crop(golden):
 
 
 def test_to_slots_puts_each_demo_at_its_place():
-    groups = [Demos(torch.zeros(2, 1), torch.zeros(2, 1), torch.tensor([1, 0]), torch.tensor([0, 1]), 2)]
-    assert to_slots([torch.tensor([5.0, 7.0])], groups, 2, -1).tolist() == [[-1, 7], [5, -1]]
+    one = torch.zeros(2, dtype=torch.int64)
+    demos = Demos(one, one, places(2, 1), (1, 1), (0, 0), torch.tensor([1, 0]), torch.tensor([0, 1]), 2, one, (1, 1))
+    assert to_slots(torch.tensor([5.0, 7.0]), demos, -1).tolist() == [[-1, 7], [5, -1]]

@@ -115,9 +115,8 @@ def test_views_are_mapped_back_to_the_frame_of_the_task(run, monkeypatch):
     from etrm_arc import etrm
 
     def copy(params, cfg, encode, batch, dtype, steps):
-        logits = tuple(etrm.F.one_hot(x, 12).float() for x in batch.inputs)
-        q = etrm.torch.zeros(sum(len(x) for x in batch.inputs))
-        return etrm.Output(logits, q, q)
+        q = etrm.torch.zeros(len(batch.cells))
+        return etrm.Output(etrm.F.one_hot(batch.inputs, 12).float(), q, q)
 
     monkeypatch.setattr(etrm, "think", copy)
     c, cfg = solve.opened(run)

@@ -16,11 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from etrm_arc import checkpoint, config, data, optim, plan, sources, train
-from etrm_arc.data import Batch, UserError
+from etrm_arc.data import UserError
 from etrm_arc.encoders import ENCODERS, encoder_of, init_params
 from etrm_arc.etrm import EncoderConfig, ModelConfig, Params, act_loss, act_step, fresh_carry, leaves, rebuild
-from etrm_arc.tests import published
+from etrm_arc.tests import published, puzzles
 from etrm_arc.tests.kill import outcome
+from etrm_arc.tests.puzzles import generators
+from etrm_arc.tests.test_parity import all_demos, batch_of
 
 TINY = {
     "data": {"dev": [], "held_out": [], "train": ["tests"], "canvases": [6, 10]},
@@ -68,15 +70,15 @@ def test_training_trace_of_the_published_trainer(golden):
     table, carry, now = sd["puzzle_emb.weights"].clone(), None, None
     for i in range(6):
         offered = published.sub(t, f"t{i}.batch.")
-        carry = carry or fresh_carry(cfg, (offered["inputs"],), torch.float32)
+        carry = carry or fresh_carry(cfg, [36] * len(offered["inputs"]), torch.float32)
         now = now or offered
         now = {k: torch.where(carry.halted.view(-1, *[1] * (v.ndim - 1)), v, now[k]) for k, v in offered.items()}
         ids = now["puzzle_identifiers"].long()
         rows = table[ids].clone().requires_grad_()
         least = (t[f"t{i}.rand"] < cfg.exploration) * t[f"t{i}.randint"]
-        batch = Batch((now["inputs"].long(),), (now["labels"].long(),), ())
+        batch = batch_of(now["inputs"], now["labels"])
         carry, out = act_step(rebuild(like, params), cfg, lambda *_, r=rows: r.view(-1, 16, 64), carry, batch, least)
-        total = act_loss(cfg, out, batch.labels).total.sum() / 6
+        total = act_loss(cfg, out, batch.labels, batch.cells).total.sum() / 6
         *grads, row_grads = torch.autograd.grad(total, [*trained.values(), rows])
         lr = optim.learning_rate(opt, i + 1, hyper["total_steps"])
         assert abs(lr - float(t[f"t{i}.reported.lr"])) < 1e-9
@@ -196,20 +198,20 @@ def test_overrides_are_toml_or_plain_strings(tmp_path):
 # ---------------------------------------------------------------- dealing
 
 
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(1, 4))
-def test_shards_partition_the_slots_and_share_the_work(counts, parts):
-    pools = [data.Pool(6 + 4 * i, n, torch.tensor([0]), torch.tensor([1.0]), 1.0) for i, n in enumerate(counts)]
+@given(generators, st.integers(1, 12), st.integers(1, 4))
+def test_shards_partition_the_slots_and_share_the_work(g, slots, parts):
+    deck = data.deck(data.queries(data.pack(puzzles.tasks(g, 6)), "leave_one_out", ()), slots)
     cfg = ModelConfig()
-    if sum(counts) < parts:
+    if slots < parts:
         with pytest.raises(UserError, match="cannot fill"):
-            train.deal(pools, cfg, parts)
+            train.deal(deck, cfg, parts)
         return
-    shards = train.deal(pools, cfg, parts)
-    seen = [(p.canvas, int(s)) for shard in shards for p, slots in zip(*shard, strict=True) for s in slots]
-    want = [p.canvas for p in pools for _ in range(p.slots)]
-    assert sorted(seen, key=lambda x: x[1]) == list(zip(want, range(len(want)), strict=True))
-    cost = [sum((cfg.context_tokens + p.canvas**2) * len(s) for p, s in zip(*x, strict=True)) for x in shards]
-    assert max(cost) - min(cost) <= cfg.context_tokens + max(p.canvas for p in pools) ** 2
+    shards = train.deal(deck, cfg, parts)
+    assert sorted(torch.cat(shards).tolist()) == list(range(slots))
+    assert all(s.tolist() == sorted(s.tolist()) for s in shards)
+    cost = train.cost_of(deck, cfg)
+    load = [float(cost[s].sum()) for s in shards]
+    assert max(load) - min(load) <= float(cost.max()) + 1e-9
 
 
 def test_gradients_of_shards_sum_to_those_of_the_whole(tmp_path):
@@ -218,15 +220,9 @@ def test_gradients_of_shards_sum_to_those_of_the_whole(tmp_path):
     for shards in (1, 3):
         cfg = tiny(tmp_path, train__shards=shards)
         s = train.setup(cfg)
-        grads, ids = [], []
-        for shard in s.shards:
-            carry = train.start_carry(cfg, shard, s.device, s.dtype)
-            carry, batch, least = train.next_batch(s.tasks, shard, cfg, carry, s.device)
-            weight = train.slot_weights(shard, cfg.train.batch)
-            grads.append(train.train_step(s.params, s.like, cfg.model, s.encode, s.dtype, carry, batch, least, weight)[1])
-            ids += torch.cat(shard.slots).tolist()
-        assert sorted(ids) == list(range(cfg.train.batch))
-        total[shards] = torch.cat([g.flatten() for g in train.reduce(grads)])
+        assert sorted(torch.cat(s.shards).tolist()) == list(range(cfg.train.batch))
+        _, grads, _, _ = train.one_step(s, cfg, [train.start_carry(s, cfg, slots) for slots in s.shards])
+        total[shards] = torch.cat([g.flatten() for g in grads])
     assert total[1].abs().max() > 1e-4
     torch.testing.assert_close(total[1], total[3], rtol=1e-4, atol=1e-6)
 
@@ -310,8 +306,8 @@ def test_resuming_with_other_shards_deals_the_carry_anew(tmp_path):
     more = tiny(tmp_path, train__steps=4, train__shards=2)
     s = train.setup(more)
     slots, seen = train.saved_slots(before), {}
-    for shard in s.shards:
-        seen |= train.carry_tensors(more.model, shard, train.carry_from(slots, shard, s.device))
+    for mine in s.shards:
+        seen |= train.carry_tensors(mine, train.carry_from(slots, mine, s.device))
     assert sorted(seen) == list(range(6))
     assert all(torch.equal(seen[i][k], slots[i][k]) for i in slots for k in slots[i])
     assert train.fit(more, resume=True)["step"] == 4
@@ -432,7 +428,7 @@ def test_hidden_outputs_are_neither_trained_on_nor_probed(tmp_path):
     asked = data.queries(packed, "test", (6, 20))
     assert not asked.known.any() and asked.fits.all()
     with pytest.raises(UserError, match="no query to train on"):
-        data.pools(asked, 6)
+        data.deck(asked, 6)
     both = data.pack([tasks[0], *sources.load([str(Path(__file__).parent / "data" / "set")])[1:]])
     s = train.setup(tiny(tmp_path))
     row = train.probe(rebuild(s.like, s.params), tiny(tmp_path), both, "test", torch.float32)
@@ -510,8 +506,8 @@ def test_foreign_and_misshapen_checkpoints_are_refused(tmp_path):
 
 def test_encode_is_the_table_entry():
     cfg = ModelConfig(hidden=32, heads=2, context_tokens=4)
-    params = init_params(cfg, 0)
-    demos = data.Demos(torch.full((1, 36), 2), torch.full((1, 36), 3), torch.tensor([0]), torch.tensor([0]), 1)
-    context = encoder_of(cfg)(params.encoder, Batch((), (), (demos,)), 1)
+    grids = torch.full((1, 1, 36), 2)
+    demos = all_demos(grids, grids + 1, torch.ones(1, 1, dtype=torch.bool))
+    context = encoder_of(cfg)(init_params(cfg, 0).encoder, batch_of(grids[0], grids[0], demos))
     assert context.shape == (1, 4, 32)
     assert torch.allclose(context.square().mean(-1), torch.ones(1, 4), atol=1e-3)
