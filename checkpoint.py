@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,10 +32,14 @@ class Checkpoint(NamedTuple):
     meta: dict[str, Any]  # config, step, data (hash of the training set), finding, score
 
 
+def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """On the host, each in memory of its own: safetensors refuses shared memory, and training may go on."""
+    return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
+
+
 def write_file(path: Path, tensors: dict[str, Tensor], meta: dict[str, str]) -> None:
-    """As `commit`, of tensors; they are copied first, for safetensors refuses tensors that share memory."""
-    own = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    commit(path, lambda aside: save_file(own, aside, metadata=meta))
+    """As `commit`, of tensors that share no memory."""
+    commit(path, lambda aside: save_file(tensors, aside, metadata=meta))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -65,7 +70,7 @@ def sync(path: Path) -> None:
 def save(path: Path, params: Params, ema: Params, meta: dict[str, Any]) -> None:
     """Write a checkpoint that `load` reads back bit for bit. `meta` must hold the config (as a dict)."""
     tensors = {f"{name}.{k}": v for name, tree in (("params", params), ("ema", ema)) for k, v in leaves(tree).items()}
-    write_file(path, tensors, {"etrm": json.dumps({"format": FORMAT, **meta})})
+    write_file(path, copied(tensors), {"etrm": json.dumps({"format": FORMAT, **meta})})
 
 
 def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -123,20 +128,23 @@ def load(path: str | Path) -> Checkpoint:
 # ---------------------------------------------------------------- the full state of a run
 
 
-def save_state(
-    folder: Path, step: int, rank: int, world: int, tensors: dict[str, Tensor], wait: Callable[[], None], meta: dict[str, Any]
-) -> None:
-    """Each process writes its file; when all have, rank 0 commits them by a manifest and drops all but two states.
+PATIENCE = 600  # seconds that rank 0 waits for the files of the others
+
+
+def save_state(folder: Path, step: int, rank: int, world: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    """Each process writes its file; when all are there, rank 0 commits them by a manifest and drops all but two states.
 
     A state without its manifest does not exist; one whose files differ from the manifest's checksums is not whole.
     """
     write_file(folder / f"state-{step:08d}-{rank}.safetensors", tensors, {})
-    wait()
     if rank:
         return
     parts = [folder / f"state-{step:08d}-{r}.safetensors" for r in range(world)]
-    if missing := [p.name for p in parts if not p.is_file()]:
-        raise UserError(f"{folder}: {missing[0]} is not there: all processes must share run.dir")
+    deadline = time.monotonic() + PATIENCE
+    while missing := [p.name for p in parts if not p.is_file()]:
+        if time.monotonic() > deadline:
+            raise UserError(f"{folder}: {missing[0]} is not there: all processes must share run.dir")
+        time.sleep(0.05)
     files = {p.name: digest(p) for p in parts}
     write_text(folder / f"state-{step:08d}.json", json.dumps({**meta, "step": step, "files": files}))
     for old in sorted(folder.glob("state-*.json"))[:-2]:

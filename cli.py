@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import time
 from collections.abc import Callable
 from typing import Annotated, Any, Optional
 
@@ -36,6 +37,10 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
             typer.echo(f"etrm: {e}", err=True)
             raise typer.Exit(2) from None
         except (MemoryError, RuntimeError) as e:
+            if os.environ.get("WORLD_SIZE", "1") != "1" and re.search("gloo|NCCL|[Cc]onnection|[Tt]imed out", str(e)):
+                time.sleep(3 * ("ETRM_BEAT" in os.environ))  # the launcher says whose fault it was
+                typer.echo(f"etrm: process {os.environ.get('RANK')} lost the others; what was saved is whole: --resume", err=True)
+                raise typer.Exit(1) from None
             if not isinstance(e, MemoryError) and not re.search("out of memory|can't allocate memory", str(e)):
                 raise
             typer.echo("etrm: out of memory: raise train.shards, or lower train.batch, eval.tokens or model.hidden", err=True)
@@ -117,12 +122,12 @@ def seconds(text: str) -> float:
     return sum(int(n or 0) * unit for n, unit in zip(found.groups(), (3600, 60, 1), strict=True))
 
 
-def fit_aloud(cfg: Any, resume: bool = False, limit: float = math.inf) -> dict[str, Any]:
+def fit_aloud(cfg: Any, **options: Any) -> dict[str, Any]:
     from . import train
 
     say = progress(cfg.train.steps)
     try:
-        return train.fit(cfg, say, resume, limit)
+        return train.fit(cfg, say, **options)
     finally:
         say.stop()  # type: ignore[attr-defined]
 
@@ -130,32 +135,100 @@ def fit_aloud(cfg: Any, resume: bool = False, limit: float = math.inf) -> dict[s
 @app.command(name="train")
 @friendly
 def train_command(
-    recipe: Annotated[str, typer.Argument(metavar="CONFIG", help="A TOML file, or the name of a shipped one.")],
+    recipes: Annotated[
+        list[str], typer.Argument(metavar="CONFIG...", help="TOML files, or names of shipped ones; one after the other.")
+    ],
     fast: Annotated[bool, typer.Option("--fast", help="The config's quick setting.")] = False,
     sets: Set = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole state of run.dir.")] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="Run each config with so many seeds, each in run.dir-s<seed>.")] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole state; runs that ended are skipped.")] = False,
+    source: Annotated[str, typer.Option("--from", help="Fork: go on in run.dir from the state of this folder.")] = "",
     time_limit: Annotated[str, typer.Option(help="Save and stop after 8h50m, 90m or seconds; exit code 75.")] = "",
+    procs: Annotated[int, typer.Option(min=1, help="Processes on this machine (torchrun for several machines).")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it would take, train nothing.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train from a TOML recipe; a shipped one may be named without its path."""
-    from . import config
-    from . import plan as planner
+    """Train from TOML recipes; a shipped one may be named without its path."""
+    import msgspec
 
-    cfg = config.load_config(recipe, sets or [], fast)
-    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
-    plan = planner.plan(cfg, timed=dry_run) if first else {}
-    if first:
+    from . import config
+
+    limit = time.monotonic() + (seconds(time_limit) if time_limit else math.inf)
+    if procs > 1 and "RANK" not in os.environ and not dry_run:
+        from .launch import launch
+
+        sets = spread([config.load_config(r, sets or [], fast) for r in recipes], sets or [], procs)
+        given = [*(["--fast"] if fast else []), *(["--resume"] if resume else []), *(["--json"] if as_json else [])]
+        given += [x for item in sets for x in ("--set", item)] + ["--seeds", str(seeds)]
+        given += (["--from", source] if source else []) + (["--time-limit", time_limit] if time_limit else [])
+        raise typer.Exit(launch(["train", *recipes, *given], procs))
+    for recipe in recipes:
+        cfg = config.load_config(recipe, sets or [], fast)
+        for k in range(seeds):
+            run = msgspec.structs.replace(
+                cfg.run, seed=cfg.run.seed + k, dir=f"{cfg.run.dir}-s{cfg.run.seed + k}" if seeds > 1 else cfg.run.dir
+            )
+            one = msgspec.structs.replace(cfg, run=run)
+            several = len(recipes) * seeds > 1
+            result = train_one(one, resume, several, source, limit - time.monotonic(), dry_run)
+            last_line(as_json and os.environ.get("RANK", "0") == "0", result)
+            if result.get("stopped") not in (None, "eval.stop_at", "eval.patience"):
+                raise typer.Exit(75)  # EX_TEMPFAIL: run again with --resume
+
+
+def spread(configs: list[Any], sets: list[str], procs: int) -> list[str]:
+    """Settings under which every process has work: as many shards as processes where the config's cannot be spread."""
+    if all(c.train.shards % procs == 0 for c in configs):
+        return sets
+    return [*sets, f"train.shards={procs}"]
+
+
+def train_one(cfg: Any, resume: bool, several: bool, source: str, limit: float, dry_run: bool) -> dict[str, Any]:
+    """One run; of several that are resumed, those that ended are left alone and those that never began begin."""
+    from pathlib import Path
+
+    from . import plan as planner
+    from . import runs, train
+
+    rank, world = train.place_of()
+    folder = Path(cfg.run.dir)
+    begun = any(folder.glob("state-*.json"))
+    if several and resume and begun and (row := runs.listing(folder)[0])["state"] not in ("running", "stopped"):
+        if rank == 0:
+            typer.echo(f"{folder} has ended: {row['state']}")
+        return row
+    setup = train.setup(cfg, rank, world)
+    plan = planner.plan(cfg, setup, timed=dry_run) if rank == 0 else {}
+    if rank == 0:
         typer.echo(plan.pop("text"))
-    elif dry_run:
-        return
-    result = plan if dry_run else fit_aloud(cfg, resume, seconds(time_limit) if time_limit else math.inf)
-    if not dry_run and first:
+    if dry_run:
+        return plan
+    go_on = resume and (begun or not several)
+    forked = Path(source) if source and not go_on else None
+    result = fit_aloud(cfg, resume=go_on, limit=limit, source=forked, s=setup)
+    if rank == 0:
         why = f"stopped ({result['stopped']})" if "stopped" in result else "done"
         typer.echo(f"{why}: {cfg.run.dir} after {result['step']} steps, {result['seconds']:.0f} s")
-    last_line(as_json and first, result)
-    if result.get("stopped") not in (None, "eval.stop_at"):
-        raise typer.Exit(75)  # EX_TEMPFAIL: run again with --resume
+    return result
+
+
+@app.command(name="runs")
+@friendly
+def runs_command(
+    folder: Annotated[str, typer.Argument(help="Looked through with all that is in it.")] = "runs", as_json: Json = False
+) -> None:
+    """List runs: running, stopped or ended, how far, the best value of what they watch, minutes since their last row."""
+    from pathlib import Path
+
+    from .runs import listing
+
+    found = listing(Path(folder))
+    for row in found:
+        best = "" if row.get("best") is None else f"{row['watched']} {row['best']:.4f}"
+        typer.echo(
+            f"{row['run']:40} {row['state']:14} {row.get('step', 0):>7}/{row.get('steps', 0):<7} {best:36} {row['age_s'] / 60:.0f} min"
+        )
+    last_line(as_json, {"runs": found})
 
 
 @app.command(name="eval")

@@ -20,6 +20,7 @@ from .etrm import Count, ModelConfig
 class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dir: str = "runs/etrm"
     seed: int = 0
+    track: Literal["", "tensorboard", "wandb"] = ""  # beside metrics.jsonl, offline
 
 
 class OptimizerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -46,6 +47,8 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ema: float = 0.999
     log_every: Count = 10
     save_every: Count = 200
+    keep_every: int = 0  # steps after which the weights are kept for good; 0: last and best only
+    non_finite: Literal["stop", "skip"] = "stop"  # a gradient that is not finite ends the run, or its step is left out
 
 
 class EvalConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -56,6 +59,9 @@ class EvalConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weights: Annotated[tuple[Literal["ema", "raw"], ...], msgspec.Meta(min_length=1)] = ("ema",)  # the first decides what is best
     act_steps: Count = 16
     foreign: bool = True  # also with another task's demos: is the encoder used?
+    best: Literal["loss", "cell_accuracy", "exact"] = "loss"  # with the task's own demos: what the best checkpoint is best in
+    min_gain: float = 0.0  # by which the best must be beaten
+    patience: int = 0  # evaluations without such a gain after which training ends; 0: never
     stop_at: float = 0.0  # exact match with the task's own demos at which training ends; 0: never
     tokens: Count = 16384  # of a batch
 

@@ -14,7 +14,7 @@ from . import data, sources
 from .config import Config
 from .etrm import tree_map
 from .optim import optimizers, update
-from .train import Setup, next_batch, one_step, setup, start_carry, train_step
+from .train import Setup, next_batch, one_step, start_carry, train_step
 
 
 def to_meta(tree: Any) -> Any:
@@ -40,9 +40,8 @@ def flops(s: Setup, cfg: Config) -> tuple[float, float]:
     return total / 1e9, most / 1e9
 
 
-def plan(cfg: Config, timed: bool) -> dict[str, Any]:
+def plan(cfg: Config, s: Setup, timed: bool) -> dict[str, Any]:
     """What a run would take: parameters, slots per pool, GFLOP a step, memory, and, where timed, seconds of real steps."""
-    s = setup(cfg)
     params = sum(p.numel() for p in s.params.values())
     sides = s.deck.canvas[data.dealt(s.deck, torch.full((cfg.train.batch,), 0.5), torch.arange(cfg.train.batch))].amax(1)
     slots = data.histogram(sides)

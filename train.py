@@ -7,12 +7,10 @@ on its shards one after the other, each with a carry of its own, and gradients a
 from __future__ import annotations
 
 import ctypes
-import dataclasses
+import datetime
 import json
 import math
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,17 +21,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import checkpoint, data, etrm, sources
+from . import checkpoint, data, etrm, launch, sources
 from .config import Config
 from .data import UserError
 from .encoders import encoder_of, init_params
 from .etrm import Carry, Encode, ModelConfig, Params, act_loss, act_step, fresh_carry, leaves, rebuild, tree_map
-from .optim import check_patterns, is_frozen, learning_rate, load_optimizers, optimizer_tensors, optimizers, update
-
-try:
-    import fcntl
-except ImportError:  # Windows: run folders are not locked
-    fcntl = None  # type: ignore[assignment]
+from .optim import check_patterns, is_frozen, learning_rate, optimizers, update
+from .runs import Run, State, fresh_facts, state_tensors, take_up
 
 # ---------------------------------------------------------------- where and in what numbers
 
@@ -72,7 +66,8 @@ def cost_of(d: data.Deck, cfg: ModelConfig) -> Tensor:
 
 def deal(d: data.Deck, cfg: ModelConfig, parts: int) -> tuple[Tensor, ...]:
     """Global ids of the slots of each shard, ascending: the costliest slot first, each to the shard with least work."""
-    cost, load, dealt = cost_of(d, cfg).tolist(), [0.0] * parts, [[] for _ in range(parts)]  # type: list[float], list[float], list[list[int]]
+    cost, load = cost_of(d, cfg).tolist(), [0.0] * parts
+    dealt: list[list[int]] = [[] for _ in range(parts)]
     for slot in sorted(range(d.slots), key=lambda i: (-cost[i], i)):
         to = min(range(parts), key=lambda r: (load[r], r))
         load[to] += cost[slot]
@@ -204,12 +199,17 @@ def probe(params: Params, cfg: Config, tasks: data.Tasks, rule: str, dtype: torc
     shown = asked.pair[donors(asked.task, cfg.run.seed)] if foreign else asked.pair
     encode, cast = encoder_of(cfg.model), tree_map(lambda x: x.to(dtype), params)
     lm, cells, exact = (torch.zeros(len(asked.pair)) for _ in range(3))
-    for rows in portions(asked, cfg.model, cfg.eval.tokens):
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    for rows in portions(asked, cfg.model, cfg.eval.tokens)[rank::world]:
         e = data.posed(tasks, cfg.data, rule, data.chosen(asked, rows), shown[rows])
         batch = data.batch(tasks, e, cfg.data, cfg.model.raster)
         out = etrm.think(cast, cfg.model, encode, batch, dtype, cfg.eval.act_steps)
         loss = act_loss(cfg.model, out, batch.labels, batch.cells)
         lm[rows], cells[rows], exact[rows] = loss.lm.cpu(), loss.cell_accuracy.cpu(), loss.exact.float().cpu()
+    if world > 1:  # each row was answered by one process, all others hold its zero
+        every = torch.stack((lm, cells, exact)).to(tasks.cells.device)
+        dist.all_reduce(every)
+        lm, cells, exact = every.cpu()
     fits = asked.fits.float()
     return {
         "loss": float((lm * fits).sum() / fits.sum()),
@@ -244,6 +244,7 @@ class Setup(NamedTuple):
     """Everything a run stands on, made from its config alone."""
 
     tasks: data.Tasks  # training set, its grids on the device
+    names: tuple[str, ...]  # of its tasks
     deck: data.Deck
     watched: data.Tasks
     meta: dict[str, Any]  # what a checkpoint says of itself
@@ -281,10 +282,10 @@ def setup(cfg: Config, rank: int = 0, world: int = 1) -> Setup:
     check_patterns(cfg.optimizer, leaves(like))
     params = {k: v.to(device).requires_grad_(not is_frozen(cfg.optimizer, k)) for k, v in leaves(like).items()}
     meta = {"config": json.loads(msgspec.json.encode(cfg)), "data": sources.set_hash(train), "finding": msgspec.to_builtins(finding)}
+    meta |= {"tasks": len(train), "dtype": str(dtype)}
     return Setup(
-        tasks._replace(cells=tasks.cells.to(device)), deck, watched, {**meta, "tasks": len(train), "dtype": str(dtype)},
-        shards[rank::world], int((~asked.fits).sum()), device, dtype, params, like,
-        encoder_of(cfg.model),
+        tasks._replace(cells=tasks.cells.to(device)), tuple(t.name for t in train), deck, watched, meta, shards[rank::world],
+        int((~asked.fits).sum()), device, dtype, params, like, encoder_of(cfg.model),
     )  # fmt: skip
 
 
@@ -307,157 +308,6 @@ def one_step(
     return new, total, sums, float(vote) > 0
 
 
-CARRY = Carry._fields[:-1]  # its tensors
-
-
-def carry_tensors(slots: Tensor, carry: Carry) -> dict[int, dict[str, Tensor]]:
-    """The carry slot by slot (global ids), so that any number of shards and processes can take it up."""
-    rows = zip(carry.z_H.split(carry.tokens), carry.z_L.split(carry.tokens), carry.steps, carry.halted, carry.n, strict=True)
-    return {int(i): dict(zip(CARRY, row, strict=True)) for i, row in zip(slots, rows, strict=True)}
-
-
-def carry_from(saved: dict[int, dict[str, Tensor]], slots: Tensor, device: torch.device) -> Carry:
-    """The carry of a shard from its slots."""
-    mine = [saved[int(i)] for i in slots]
-    joined = {k: (torch.cat if k in ("z_H", "z_L") else torch.stack)([s[k] for s in mine]).to(device) for k in CARRY}
-    return Carry(**joined, tokens=tuple(len(s["z_H"]) for s in mine))
-
-
-class Run:
-    """A run folder held by one process (or one group of processes): its lock, its metrics, what ends it early."""
-
-    def __init__(self, folder: Path, rank: int, resume: bool) -> None:
-        self.folder, self.rank, self.stop = folder, rank, ""
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if rank == 0:
-                self.lock = open(folder / "lock", "w")  # noqa: SIM115 (held for the life of the run)
-                if fcntl:
-                    fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"run.dir: {folder} is held by a live process") from None
-        except OSError as e:
-            raise UserError(f"run.dir: {folder}: {e.strerror}") from None
-        if not resume and any(folder.glob("state-*.json")):
-            raise UserError(f"run.dir: {folder} holds a run already: go on with --resume, or choose another --set run.dir=...")
-
-    def open_log(self, step: int) -> None:
-        """metrics.jsonl, cut back to the rows of steps up to `step`."""
-        path = self.folder / "metrics.jsonl"
-        kept = []
-        if step and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line + "\n")
-                except ValueError:
-                    break  # the line being written when the run was killed
-        checkpoint.write_text(path, "".join(kept))
-        self.log = open(path, "a", encoding="utf-8")  # noqa: SIM115
-
-    def write(self, row: dict[str, Any]) -> None:
-        self.log.write(json.dumps(row) + "\n")
-        self.log.flush()
-
-    def __enter__(self) -> Run:
-        def ask(signum: int, frame: Any) -> None:
-            self.stop = signal.Signals(signum).name
-
-        main = threading.current_thread() is threading.main_thread()
-        self.before = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)} if main else {}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for s, handler in self.before.items():
-            signal.signal(s, handler)
-        for name in ("log", "lock"):
-            if file := getattr(self, name, None):
-                file.close()
-
-
-MAY_CHANGE = {"run": {"dir"}, "train": {"steps", "shards", "log_every", "save_every"}, "eval": None, "fast": None}
-
-
-def check_same(saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises UserError when a field that decides the course of a run differs from the one that is resumed."""
-    for table, fields in now.items():
-        free = MAY_CHANGE.get(table, set())
-        if free is not None:
-            for key in fields:
-                if key not in free and saved.get(table, {}).get(key) != fields[key]:
-                    raise UserError(f"--resume: {table}.{key} is {fields[key]}, the run has {saved.get(table, {}).get(key)}")
-
-
-@dataclasses.dataclass
-class State:
-    """All that changes during a run, beside the parameters: what is saved and taken up again."""
-
-    ema: dict[str, Tensor]
-    opts: list[torch.optim.Optimizer]
-    carries: list[Carry]  # of this process's shards
-    sums: Tensor  # (2, 7) metric sums since the last row, of this process
-    facts: dict[str, Any]  # step, best, last evaluation, seconds, scale of the loss (fp16)
-
-
-def fresh_state(cfg: Config, s: Setup) -> State:
-    return State(
-        ema={k: v.detach().clone() for k, v in s.params.items()},
-        opts=optimizers(cfg.optimizer, s.params),
-        carries=[start_carry(s, cfg, slots) for slots in s.shards],
-        sums=torch.zeros(2, len(SUMS), device=s.device),
-        facts={"step": 0, "best": math.inf, "last": {}, "seconds": 0.0, "scale": 2.0**16 if s.dtype == torch.float16 else 1.0},
-    )
-
-
-def state_tensors(s: Setup, state: State, rank: int) -> dict[str, Tensor]:
-    """What one process saves: its carries slot by slot; rank 0 also what all processes share."""
-    found = {"sums": state.sums}
-    for slots, carry in zip(s.shards, state.carries, strict=True):
-        for slot, fields in carry_tensors(slots, carry).items():
-            found |= {f"slot.{slot}.{k}": v for k, v in fields.items()}
-    if rank == 0:
-        found |= {f"params.{k}": v for k, v in s.params.items()} | {f"ema.{k}": v for k, v in state.ema.items()}
-        found |= optimizer_tensors(state.opts)
-    return found
-
-
-def saved_slots(parts: Sequence[dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
-    """The carries of all processes, by global slot id."""
-    slots: dict[int, dict[str, Tensor]] = {}
-    for part in parts:
-        for key in (k for k in part if k.startswith("slot.")):
-            _, slot, field = key.split(".")
-            slots.setdefault(int(slot), {})[field] = part[key]
-    return slots
-
-
-def take_up(s: Setup, state: State, run: Run, world: int, say: Callable[[dict[str, Any]], None]) -> None:
-    """Go on from the newest whole state of the run folder, in place. Raises UserError where that would not be the same run."""
-    manifest, parts, skipped = checkpoint.load_state(run.folder)
-    for reason in skipped:
-        say({"skipped": reason})
-    if manifest is None:
-        raise UserError(f"--resume: {run.folder} holds no whole state; skipped: {'; '.join(skipped) or 'nothing'}")
-    check_same(manifest["config"], s.meta["config"])
-    for key, name in (("data", "training set"), ("dtype", "compute dtype")):
-        if manifest[key] != s.meta[key]:
-            raise UserError(f"--resume: the {name} is {s.meta[key]}, that of {run.folder} is {manifest[key]}")
-    state.facts = {k: manifest[k] for k in state.facts}
-    if any(manifest["config"]["eval"][k] != s.meta["config"]["eval"][k] for k in ("on", "weights", "act_steps")):
-        state.facts["best"] = math.inf  # measured by another yardstick
-    with torch.no_grad():
-        for k, p in s.params.items():
-            p.copy_(parts[0][f"params.{k}"])
-            state.ema[k].copy_(parts[0][f"ema.{k}"])
-    load_optimizers(state.opts, parts[0])
-    slots = saved_slots(parts)
-    state.carries = [carry_from(slots, mine, s.device) for mine in s.shards]
-    if len(parts) == world:
-        state.sums = parts[run.rank]["sums"].to(s.device)
-    elif run.rank == 0:
-        state.sums = torch.stack([p["sums"] for p in parts]).sum(0).to(s.device)
-
-
 def metrics_row(sums: Tensor) -> dict[str, float]:
     """Means over slots, all of them and those that halted, from the sums (2, 7) of all processes."""
     row: dict[str, float] = {}
@@ -467,28 +317,60 @@ def metrics_row(sums: Tensor) -> dict[str, float]:
     return row
 
 
+def fresh_state(cfg: Config, s: Setup) -> State:
+    return State(
+        ema={k: v.detach().clone() for k, v in s.params.items()},
+        opts=optimizers(cfg.optimizer, s.params),
+        carries=[start_carry(s, cfg, slots) for slots in s.shards],
+        sums=torch.zeros(2, len(SUMS), device=s.device),
+        facts=fresh_facts(2.0**16 if s.dtype == torch.float16 else 1.0),
+    )
+
+
+def place_of() -> tuple[int, int]:
+    """(rank, number of processes), as torchrun and our own launcher say."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+STALL = datetime.timedelta(minutes=10)  # that one process may be behind the others
+
+
 def fit(
-    cfg: Config, say: Callable[[dict[str, Any]], None] = lambda row: None, resume: bool = False, limit: float = math.inf
-) -> dict[str, Any]:
+    cfg: Config, say: Callable[[dict[str, Any]], None] = lambda row: None, resume: bool = False, limit: float = math.inf,
+    source: Path | None = None, s: Setup | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Train as the config says; rows of metrics go to `say` and to metrics.jsonl. Returns the last evaluation's row.
 
-    resume: go on from the newest whole state of the run folder, to the same bits as if never interrupted. SIGTERM,
-    SIGINT and `limit` (seconds) finish the step and save; "stopped" then says why. Raises UserError on a non-finite
-    gradient, naming the step; the state before it stays.
+    resume: go on from the newest whole state of the run folder, to the same bits as if never interrupted; `source`: of
+    another folder, which is only read (a fork). SIGTERM, SIGINT and `limit` (seconds) finish the step and save;
+    "stopped" then says why. Raises UserError on a non-finite gradient, naming the step; the state before it stays.
     """
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    s = setup(cfg, rank, world)
+    rank, world = place_of()
+    s = s or setup(cfg, rank, world)
+    launch.beat(rank)
     if world > 1 and not dist.is_initialized():
         if s.device.type == "cuda":
             torch.cuda.set_device(s.device)
-        dist.init_process_group("nccl" if s.device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if s.device.type == "cuda" else "gloo", timeout=STALL)
     with Run(Path(cfg.run.dir), rank, resume) as run:
         state, show = fresh_state(cfg, s), say if rank == 0 else lambda row: None
-        if resume:
-            take_up(s, state, run, world, show)
+        if resume or source:
+            take_up(s, state, source or run.folder, source is not None, rank, world, show)
         if rank == 0:
-            run.open_log(state.facts["step"])
+            run.begin(state.facts["step"], source or run.folder, s.meta, cfg.run.track)
         return loop(cfg, s, state, run, show, time.monotonic() + limit, world)
+
+
+def culprits(s: Setup, cfg: Config, carries: Sequence[Carry]) -> str:
+    """The tasks, and their canvases, of this process's slots whose states are not finite."""
+    said = []
+    for slots, carry in zip(s.shards, carries, strict=True):
+        e = data.draw(s.tasks, s.deck, cfg.data, cfg.run.seed, slots, carry.n.cpu())
+        for i, z in enumerate(carry.z_H.split(carry.tokens)):
+            if not bool(z.isfinite().all()):
+                h, w = e.canvas[i].tolist()
+                said.append(f"{s.names[int(s.tasks.task_of[e.query[i]])]} on {h} x {w}")
+    return f"tasks {', '.join(said[:3])}{f' and {len(said) - 3} more' if said[3:] else ''}" if said else "every state is"
 
 
 def loop(
@@ -498,6 +380,7 @@ def loop(
     facts, trained = state.facts, [p for p in s.params.values() if p.requires_grad]
     begun = time.monotonic() - facts["seconds"]
     step, stopped, since, since_step = facts["step"], "", time.monotonic(), facts["step"]
+    watched = f"{cfg.eval.on}/{cfg.eval.weights[0]}/own"
 
     def note(row: dict[str, Any]) -> None:
         row = {"step": step, "samples": step * cfg.train.batch, "seconds": round(time.monotonic() - begun, 3), **row}
@@ -509,6 +392,18 @@ def loop(
         if run.rank == 0:
             raw, mean = rebuild(s.like, s.params), rebuild(s.like, state.ema)
             checkpoint.save(run.folder / f"{name}.safetensors", raw, mean, {**s.meta, "step": step, "score": facts["last"]})
+
+    def save_all() -> None:
+        save_weights("last")
+        tensors = checkpoint.copied(state_tensors(s, state, run.rank))
+        meta = {**facts, "seconds": time.monotonic() - begun, **s.meta}
+
+        def write(at: int = step) -> None:
+            if run.rank == 0:
+                checkpoint.sync(run.folder / "metrics.jsonl")
+            checkpoint.save_state(run.folder, at, run.rank, world, tensors, meta)
+
+        run.save(write)
 
     while step < cfg.train.steps and not stopped:
         step += 1
@@ -523,8 +418,12 @@ def loop(
             torch._foreach_lerp_(list(state.ema.values()), list(s.params.values()), 1 - cfg.train.ema)
         elif facts["scale"] > 1:
             facts["scale"] /= 2
+        elif cfg.train.non_finite == "skip":
+            facts["skipped"] += 1
         else:
-            raise UserError(f"step {step}: the gradient is not finite; {run.folder} keeps the state before it")
+            run.wait()
+            who = culprits(s, cfg, state.carries)
+            raise UserError(f"step {step}: the gradient is not finite ({who}); {run.folder} keeps the state before it")
 
         facts["step"], done = step, step == cfg.train.steps
         if asked and not done:
@@ -536,28 +435,30 @@ def loop(
             now = time.monotonic()
             norms = {"grad_norm": norm, "grad_norm_clipped": min(norm, cfg.optimizer.clip or norm)}
             rate = (step - since_step) * cfg.train.batch / (now - since)
-            note({"lr": lr, **norms, "samples_per_s": rate, **metrics_row(every)})
+            note({"lr": lr, **norms, "skipped": facts["skipped"], "samples_per_s": rate, **metrics_row(every)})
             state.sums.zero_()
             since, since_step = now, step
         if step % cfg.eval.every == 0 or done:
             raw, mean = (rebuild(s.like, {k: v.detach() for k, v in x.items()}) for x in (s.params, state.ema))
-            found = [watch(raw, mean, cfg, s.watched, s.dtype) if run.rank == 0 else {}]
-            if world > 1:  # one answer for all, or they might part ways over its last bit
-                dist.broadcast_object_list(found, device=s.device)
-            facts["last"] = found[0]
+            facts["last"] = watch(raw, mean, cfg, s.watched, s.dtype)
             note(facts["last"])
-            first = f"{cfg.eval.on}/{cfg.eval.weights[0]}/own"
-            if facts["last"][f"{first}/loss"] < facts["best"]:
-                facts["best"] = facts["last"][f"{first}/loss"]
+            value, best = facts["last"][f"{watched}/{cfg.eval.best}"], facts["best"]
+            gain = math.inf if best is None else (best - value if cfg.eval.best == "loss" else value - best)
+            facts["waited"] += 1
+            if gain > cfg.eval.min_gain:
+                facts |= {"best": value, "waited": 0}
                 save_weights("best")
-            if 0 < cfg.eval.stop_at <= facts["last"][f"{first}/exact"]:
-                stopped = "eval.stop_at"
+            if 0 < cfg.eval.stop_at <= facts["last"][f"{watched}/exact"]:
+                stopped = facts["ended"] = "eval.stop_at"
+            elif 0 < cfg.eval.patience <= facts["waited"]:
+                stopped = facts["ended"] = "eval.patience"
             since, since_step = time.monotonic(), step
+        if done and not facts["ended"]:
+            facts["ended"] = "done"
+        if cfg.train.keep_every and step % cfg.train.keep_every == 0:
+            save_weights(f"step-{step:08d}")
         if step % cfg.train.save_every == 0 or done or stopped:
-            save_weights("last")
-            if run.rank == 0:
-                checkpoint.sync(run.folder / "metrics.jsonl")
-            tensors, meta = state_tensors(s, state, run.rank), {**facts, "seconds": time.monotonic() - begun, **s.meta}
-            checkpoint.save_state(run.folder, step, run.rank, world, tensors, dist.barrier if world > 1 else lambda: None, meta)
+            save_all()
+    run.wait()
     result = {"step": step, "samples": step * cfg.train.batch, "seconds": round(time.monotonic() - begun, 1)}
     return {**facts["last"], **result, **({"stopped": stopped} if stopped else {})}

@@ -2,14 +2,16 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from etrm_arc import cli
+from etrm_arc import cli, launch
 
 HERE = Path(__file__).parent / "data"
 PAIR = {"input": [[1, 2]], "output": [[2, 1]]}
@@ -47,6 +49,90 @@ def test_help_needs_neither_torch_nor_numpy():
         "assert not {'torch', 'numpy'} & set(sys.modules), 'heavy import'"
     )
     subprocess.run([sys.executable, "-c", probe], check=True, cwd=os.sep)
+
+
+def words(folder, *more):
+    sources = [f'data.train=["{HERE / "set"}"]', "data.dev=[]", "data.held_out=[]", "eval.on=train", f"run.dir={folder}", *more]
+    return [*SETS, *(x for item in sources for x in ("--set", item))]
+
+
+def test_several_seeds_are_resumable_as_a_whole(tmp_path):
+    args = ["train", "cpu", *words(tmp_path / "run"), "--seeds", "2"]
+    call(*args, "--time-limit", "0", code=75)  # the first seed stops after a step, the second never begins
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run-s0"]
+    call(*args, "--resume")
+    found = last_json(call("runs", tmp_path, "--json"))["runs"]
+    assert [(Path(r["run"]).name, r["state"], r["step"]) for r in found] == [("run-s0", "done", 3), ("run-s1", "done", 3)]
+    assert call(*args, "--resume").stdout.count("has ended: done") == 2
+    assert json.loads((tmp_path / "run-s1" / "run.json").read_text())["config"]["run"]["seed"] == 1
+
+
+def started(*args):
+    return subprocess.Popen(
+        [sys.executable, "-m", "etrm_arc.cli", "train", "cpu", *args, "--procs", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, env={k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")},
+    )  # fmt: skip
+
+
+def test_processes_of_one_command_end_in_the_bits_of_one(tmp_path):
+    from etrm_arc.tests.kill import outcome
+
+    call("train", "cpu", *words(tmp_path / "one", "train.shards=2"))
+    run = started(*words(tmp_path / "two"))
+    assert run.wait(120) == 0, run.stderr.read()
+    (rows, one), (others, two) = outcome(tmp_path / "one"), outcome(tmp_path / "two")
+    for part in (one, two):
+        part.pop("sums")  # each process has its own share of these
+    assert [r["step"] for r in rows] == [r["step"] for r in others]
+    assert one.keys() == two.keys() and all(v.equal(two[k]) for k, v in one.items())
+
+
+def ranks_of(run):
+    """Process ids of the ranks, once both show that they live."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(run.pid)], capture_output=True, text=True).stdout.split()
+        if len(found) == 2 and (Path(f"/proc/{run.pid}/task")).exists():
+            return sorted(map(int, found))
+        time.sleep(0.05)
+    raise AssertionError("no processes")
+
+
+def test_a_dead_process_brings_the_others_down(tmp_path):
+    run = started(*words(tmp_path / "run", "train.steps=100000"))
+    ranks = ranks_of(run)
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        assert run.poll() is None
+        time.sleep(0.05)
+    os.kill(ranks[1], signal.SIGKILL)
+    assert run.wait(20) == 1
+    said = run.stderr.read()
+    assert "process 1 was killed by signal 9" in said and "Traceback" not in said
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+
+
+def test_a_stalled_process_brings_the_others_down(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "STALLED", 3.0)
+    words_ = [open(tmp_path / f"w{i}", "w+") for i in range(2)]  # noqa: SIM115
+    ranks = [subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) for _ in range(2)]
+    (tmp_path / "0").touch()
+    os.utime(tmp_path / "0", (0, 0))
+    try:
+        assert launch.watch(ranks, tmp_path, words_) == 1
+    finally:
+        for p in ranks:
+            p.kill()
+            p.wait()
+
+
+def test_a_signal_stops_all_processes_at_one_step(tmp_path):
+    run = started(*words(tmp_path / "run", "train.steps=100000"))
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or not (tmp_path / "run" / "metrics.jsonl").read_text():
+        assert run.poll() is None
+        time.sleep(0.05)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(60) == 75, run.stderr.read()
+    assert last_json(call("runs", tmp_path, "--json"))["runs"][0]["state"] == "stopped"
 
 
 def test_data_describes_a_set():

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from etrm_arc import checkpoint, config, data, optim, plan, sources, train
+from etrm_arc import checkpoint, config, data, optim, plan, runs, sources, train
 from etrm_arc.data import UserError
 from etrm_arc.encoders import ENCODERS, encoder_of, init_params
 from etrm_arc.etrm import EncoderConfig, ModelConfig, Params, act_loss, act_step, fresh_carry, leaves, rebuild
@@ -305,9 +305,9 @@ def test_resuming_with_other_shards_deals_the_carry_anew(tmp_path):
     _, before, _ = checkpoint.load_state(tmp_path)
     more = tiny(tmp_path, train__steps=4, train__shards=2)
     s = train.setup(more)
-    slots, seen = train.saved_slots(before), {}
+    slots, seen = runs.saved_slots(before), {}
     for mine in s.shards:
-        seen |= train.carry_tensors(mine, train.carry_from(slots, mine, s.device))
+        seen |= runs.carry_tensors(mine, runs.carry_from(slots, mine, s.device))
     assert sorted(seen) == list(range(6))
     assert all(torch.equal(seen[i][k], slots[i][k]) for i in slots for k in slots[i])
     assert train.fit(more, resume=True)["step"] == 4
@@ -404,6 +404,100 @@ def test_two_processes_end_in_the_bits_of_one(tmp_path):
         assert torch.equal(v, two[1][k]), k
 
 
+def test_patience_gain_and_kept_weights(tmp_path, monkeypatch):
+    """The best is beaten by more than min_gain or not at all; training ends after so many evaluations without."""
+    value = iter((0.5, 0.55, 0.7, 0.71, 0.72, 0.75))
+    monkeypatch.setattr(train, "watch", lambda *_: {"train/ema/own/exact": next(value), "train/ema/own/loss": 1.0})
+    options = {"eval__best": "exact", "eval__min_gain": 0.1, "eval__patience": 2, "eval__every": 1, "train__keep_every": 2}
+    last = train.fit(tiny(tmp_path, train__steps=9, **options))
+    assert last["stopped"] == "eval.patience" and last["step"] == 5
+    assert checkpoint.load(tmp_path / "best.safetensors").meta["step"] == 3
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000002.safetensors", "step-00000004.safetensors"]
+    (row,) = runs.listing(tmp_path)
+    assert (row["state"], row["step"], row["best"], row["watched"]) == ("eval.patience", 5, 0.7, "train/ema/own/exact")
+
+
+def test_a_fork_goes_on_elsewhere_from_a_folder_that_is_only_read(tmp_path):
+    whole, fork = tmp_path / "whole", tmp_path / "fork"
+    train.fit(tiny(whole))
+    train.fit(tiny(tmp_path / "a", train__steps=3))
+    before = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
+    train.fit(tiny(fork), source=tmp_path / "a")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()} == before
+    changed = tiny(tmp_path / "other", train__steps=7, optimizer__lr=0.01)
+    assert train.fit(changed, source=tmp_path / "a")["step"] == 7
+    with pytest.raises(UserError, match="model.hidden is 64, the run has 32"):
+        train.fit(tiny(tmp_path / "new", model__hidden=64), source=tmp_path / "a")
+    rows = [[json.loads(line)["step"] for line in (f / "metrics.jsonl").open()] for f in (whole, fork)]
+    assert rows[0][-2:] == rows[1][-2:]
+
+
+def test_a_step_that_is_not_finite_can_be_left_out(tmp_path, monkeypatch):
+    update, bad = train.update, {3}
+    steps = iter(range(1, 99))
+
+    def spoilt(opts, trained, grads, lr, clip):
+        if next(steps) in bad:
+            grads[0].fill_(math.nan)
+        return update(opts, trained, grads, lr, clip)
+
+    monkeypatch.setattr(train, "update", spoilt)
+    said = []
+    train.fit(tiny(tmp_path, train__non_finite="skip"), said.append)
+    assert [r["skipped"] for r in said if "skipped" in r] == [0, 1, 1]
+    assert all(x.isfinite().all() for x in leaves(checkpoint.load(tmp_path / "last.safetensors").params).values())
+
+
+def test_culprits_are_named_by_task_and_canvas(tmp_path):
+    cfg = tiny(tmp_path)
+    s = train.setup(cfg)
+    carries, *_ = train.one_step(s, cfg, [train.start_carry(s, cfg, slots) for slots in s.shards])
+    assert train.culprits(s, cfg, carries) == "every state is"
+    z = carries[0].z_H.clone()
+    z[carries[0].tokens[0] + 2] = math.nan  # of the second slot
+    e = data.draw(s.tasks, s.deck, cfg.data, 0, s.shards[0], carries[0].n)
+    h, w = e.canvas[1].tolist()
+    want = f"tasks {s.names[int(s.tasks.task_of[e.query[1]])]} on {h} x {w}"
+    assert train.culprits(s, cfg, [carries[0]._replace(z_H=z)]) == want
+
+
+def test_what_a_run_says_of_itself_and_an_absent_tracker(tmp_path):
+    train.fit(tiny(tmp_path / "a"))
+    about = json.loads((tmp_path / "a" / "run.json").read_text())
+    assert about["config"]["train"]["steps"] == 6 and about["torch"] == torch.__version__
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "run.json").write_text("{")
+    found = {Path(r["run"]).name: r["state"] for r in runs.listing(tmp_path)}
+    assert found["a"] == "done" and found["b"].startswith("unreadable")
+    with train.Run(tmp_path / "a", 0, True):
+        assert runs.listing(tmp_path / "a")[0]["state"] == "running"
+    sys.modules["wandb"] = None
+    try:
+        with pytest.raises(UserError, match="the package wandb is not installed"):
+            train.fit(tiny(tmp_path / "c", run__track="wandb"))
+    finally:
+        del sys.modules["wandb"]
+
+
+def test_a_tracker_gets_every_row(tmp_path, monkeypatch):
+    got, said = [], []
+    monkeypatch.setitem(runs.TRACKERS, "tensorboard", lambda folder, cfg: got.append)
+    train.fit(tiny(tmp_path, run__track="tensorboard"), said.append)
+    assert got == said and len(got) == 5
+
+
+def test_what_was_written_after_the_state_never_was(tmp_path):
+    cfg = tiny(tmp_path, train__save_every=2)
+    train.fit(cfg)
+    newest = tmp_path / "state-00000006-0.safetensors"
+    newest.write_bytes(b"broken")
+    (tmp_path / "state-00000005-1.safetensors").write_bytes(b"of a process that was killed")
+    s = train.setup(cfg)
+    with train.Run(tmp_path, 0, True) as run:
+        run.begin(4, tmp_path, s.meta, "")
+    assert sorted(p.name for p in tmp_path.glob("state-*")) == ["state-00000004-0.safetensors", "state-00000004.json"]
+
+
 def test_training_stops_at_the_wanted_exact_match(tmp_path, monkeypatch):
     exact = iter((0.5, 0.9, 0.95))
     monkeypatch.setattr(train, "watch", lambda *_: {"train/ema/own/exact": next(exact), "train/ema/own/loss": 1.0})
@@ -413,7 +507,7 @@ def test_training_stops_at_the_wanted_exact_match(tmp_path, monkeypatch):
 
 def test_a_diverged_run_stops_and_names_the_step(tmp_path):
     cfg = tiny(tmp_path, optimizer__kind="adamw", optimizer__lr=1e30, optimizer__clip=0)
-    with pytest.raises(UserError, match=r"step \d: the gradient is not finite"):
+    with pytest.raises(UserError, match=r"step \d: the gradient is not finite \((tasks \w|every state)"):
         train.fit(cfg)
 
 
@@ -444,10 +538,14 @@ def test_foreign_demos_never_come_from_the_same_task():
         train.donors(torch.tensor([4, 4]), 0)
 
 
+def planned(cfg):
+    return plan.plan(cfg, train.setup(cfg), timed=True)
+
+
 def test_plan_counts_work_and_memory(tmp_path):
-    found = plan.plan(tiny(tmp_path), timed=True)
+    found = planned(tiny(tmp_path))
     assert found["parameters"] > 1e4 and sum(found["slots"].values()) == 6
-    more = plan.plan(tiny(tmp_path, train__batch=12), timed=True)
+    more = planned(tiny(tmp_path, train__batch=12))
     assert 1.5 < more["gflop_per_step"] / found["gflop_per_step"] < 2.7
     assert more["memory_gb"] > found["memory_gb"]
 

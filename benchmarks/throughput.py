@@ -1,0 +1,417 @@
+"""How fast does a step train, and what bounds it? One run over real tasks, everything side by side.
+
+    python -m benchmarks.throughput [--json FILE] [--quick] [--conceptarc FOLDER]
+
+The work is that of the published measurement: ARC-AGI-1 training (and ConceptARC where given), every task alike, the
+official query, all demos, hidden 128, 4 heads, H 3, L 4, two layers, 16 slots; a sample is one slot in one optimizer
+step, from drawing to update. The stand-in is our own model forced into the published layout: a canvas of 900 tokens,
+ten demo slots, empty ones computed too, nothing masked, torch's attention, norm and gate, weights cast at each use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from etrm_arc import config, data, encoders, etrm, sources, train
+from etrm_arc.optim import optimizers, update
+
+DTYPES = ("bf16", "fp32")
+PUBLISHED = {"fp32": 0.37, "bf16": 0.52}  # samples/s of the published trainer on two cores with AMX
+PUBLISHED_TRM = 2.5  # samples/s of the published TRM in bf16, 900 tokens, no encoder
+
+
+def recipe(sets: list[str], **changes: Any) -> config.Config:
+    raw: dict[str, Any] = {
+        "data": {"train": ["arc1:training", *sets], "dev": [], "held_out": [], "query": "test"},
+        "model": {"hidden": 128, "heads": 4, "H_cycles": 3, "L_cycles": 4, "halt_max_steps": 1, "exploration": 0.0},
+        "optimizer": {"kind": "adamw", "lr": 1e-4},
+        "train": {"batch": 16},
+        "eval": {"on": "train", "foreign": False},
+    }
+    for key, value in changes.items():
+        config.override(raw, key.replace("__", "."), value)
+    return config.parse_config(raw, "throughput")
+
+
+class Trainer:
+    """A run without files: every step draws new episodes (halt_max_steps = 1)."""
+
+    def __init__(self, cfg: config.Config) -> None:
+        begun = time.perf_counter()
+        self.cfg, self.s = cfg, train.setup(cfg)
+        self.opts = optimizers(cfg.optimizer, self.s.params)
+        self.trained = [p for p in self.s.params.values() if p.requires_grad]
+        self.ema = {k: v.detach().clone() for k, v in self.s.params.items()}
+        self.carries = [train.start_carry(self.s, cfg, slots) for slots in self.s.shards]
+        self.start = time.perf_counter() - begun
+
+    def step(self) -> float:
+        begun = time.perf_counter()
+        self.carries, grads, _, _ = train.one_step(self.s, self.cfg, self.carries)
+        update(self.opts, self.trained, grads, 1e-4, 1.0)
+        torch._foreach_lerp_(list(self.ema.values()), list(self.s.params.values()), 1e-3)
+        return time.perf_counter() - begun
+
+    def rate(self, repeats: int, warm: int = 3) -> float:
+        """Median samples/s."""
+        for _ in range(warm):
+            self.step()
+        return self.cfg.train.batch / statistics.median(self.step() for _ in range(repeats))
+
+
+# ---------------------------------------------------------------- the published layout, by our own means
+
+
+def ten_demos(d: data.Demos) -> data.Demos:
+    """Every slot has ten demos on 30 x 30; those it lacks are empty and computed all the same."""
+    slots, cells = len(d.cells_of), 900
+    inputs, outputs = (x.new_zeros(slots, 10, cells) for x in (d.inputs, d.outputs))
+    for i, (owner, place) in enumerate(zip(d.owner.tolist(), d.place.tolist(), strict=True)):
+        inputs[owner, place], outputs[owner, place] = (x[i * cells : (i + 1) * cells] for x in (d.inputs, d.outputs))
+    n = slots * 10
+    owner, place = torch.arange(slots).repeat_interleave(10), torch.arange(10).repeat(slots)
+    at = torch.cartesian_prod(torch.arange(30), torch.arange(30)).repeat(n, 1)
+    return data.Demos(
+        inputs.flatten(),
+        outputs.flatten(),
+        at,
+        (cells,) * n,
+        (0,) * n,
+        owner,
+        place,
+        10,
+        torch.arange(n * cells),
+        (10 * cells,) * slots,
+    )
+
+
+@contextlib.contextmanager
+def published_layout() -> Iterator[None]:
+    batch, attend = data.batch, etrm.self_attention
+
+    def padded(*args: Any) -> data.Batch:
+        made = batch(*args)
+        return made._replace(demos=ten_demos(made.demos))
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+
+    def self_attention(qkv: torch.Tensor, o: torch.Tensor, heads: int, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        return attend(qkv.to(x.dtype), o.to(x.dtype), heads, x, *rest)
+
+    def swiglu(gate_up: torch.Tensor, down: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        gate, up = (x @ gate_up.to(x.dtype).T).chunk(2, -1)
+        return (F.silu(gate) * up) @ down.to(x.dtype).T
+
+    def rms(x: torch.Tensor) -> torch.Tensor:
+        y = x.float()
+        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
+
+    rebuild = train.rebuild
+
+    def cast_late(like: Any, leaves: dict[str, torch.Tensor]) -> Any:
+        blocks = (".qkv", ".o", ".gate_up", ".down")
+        return rebuild(like, {k: v.float() if k.endswith(blocks) else v for k, v in leaves.items()})
+
+    with contextlib.ExitStack() as stack:
+        for module in (etrm, encoders):
+            for name, new in (("attention", attention), ("self_attention", self_attention), ("swiglu", swiglu), ("rms", rms)):
+                stack.enter_context(mock.patch.object(module, name, new))
+        stack.enter_context(mock.patch.object(etrm, "RUN", 1 << 40))
+        stack.enter_context(mock.patch.object(data, "batch", padded))
+        stack.enter_context(mock.patch.object(train, "rebuild", cast_late))
+        yield
+
+
+LAYOUT: dict[str, Any] = {
+    "data__canvases": [30], "data__demo_canvases": [30], "model__encoder__kind": "standard", "model__encoder__attend_padding": True,
+    "model__positions": "rope", "model__tied_head": False,
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------- what matrix products alone would take
+
+
+class Products(TorchDispatchMode):
+    """Counts every matrix product of a step by shapes, strides and dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[tuple] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
+            key = tuple((tuple(x.shape), x.stride(), x.dtype) for x in args[:2])
+            self.found[(func, *key)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def attainable(t: Trainer) -> tuple[float, float]:
+    """(seconds that the matrix products of one step take by themselves, GFLOP of these)."""
+    with Products() as seen:
+        t.carries, _, _, _ = train.one_step(t.s, t.cfg, t.carries)
+    seconds = gflop = 0.0
+    for (func, *operands), count in seen.found.items():
+        made = []
+        for shape, stride, dtype in operands:
+            x = torch.empty_strided(shape, stride, dtype=dtype)
+            made.append(x.normal_())
+        func(*made)
+        times = []
+        for _ in range(3):
+            begun = time.perf_counter()
+            func(*made)
+            times.append(time.perf_counter() - begun)
+        seconds += count * statistics.median(times)
+        a, b = made
+        gflop += count * 2e-9 * a.numel() * b.shape[-1]
+    return seconds, gflop
+
+
+def parts(t: Trainer, repeats: int) -> dict[str, dict[str, float]]:
+    """Seconds and GFLOP of a step by part."""
+    s, cfg, found = t.s, t.cfg, {}
+
+    def timed(name: str, f: Callable[[], Any]) -> Any:
+        f()
+        seconds = []
+        for _ in range(repeats):
+            begun = time.perf_counter()
+            result = f()
+            seconds.append(time.perf_counter() - begun)
+        with FlopCounterMode(display=False) as counter:
+            f()
+        found[name] = {"seconds": statistics.median(seconds), "gflop": counter.get_total_flops() / 1e9}
+        return result
+
+    carry, batch, least = timed("drawing and painting", lambda: train.next_batch(s, cfg, s.shards[0], t.carries[0]))
+    cast = etrm.rebuild(s.like, {k: v.to(s.dtype) for k, v in s.params.items()})
+    wanted = [v for v in s.params.values() if v.requires_grad]
+    context = s.encode(cast.encoder, batch).detach()
+    toward = torch.randn_like(context)
+
+    def encode() -> None:
+        out = s.encode(cast.encoder, batch)
+        torch.autograd.grad(out, wanted, toward, allow_unused=True, retain_graph=True)
+
+    timed("encoder", encode)
+    _, out = etrm.act_step(cast, cfg.model, lambda *_: context, carry, batch, least)
+    out = etrm.Output(*(x.detach().requires_grad_() for x in out))
+
+    def loss() -> tuple[torch.Tensor, ...]:
+        total = etrm.act_loss(cfg.model, out, batch.labels, batch.cells).total.sum()
+        return torch.autograd.grad(total, (out.logits, out.q_halt))
+
+    g_logits, g_q = timed("loss", loss)
+
+    def core() -> None:
+        _, made = etrm.act_step(cast, cfg.model, lambda *_: context, carry, batch, least)
+        torch.autograd.grad((made.logits, made.q_halt), wanted, (g_logits, g_q), allow_unused=True, retain_graph=True)
+
+    timed("core", core)
+    grads = [torch.zeros_like(p) for p in t.trained]
+    timed("optimizer", lambda: update(t.opts, t.trained, [g.clone() for g in grads], 0.0, 1.0))
+    return found
+
+
+# ---------------------------------------------------------------- growth
+
+
+def grown(tasks: int) -> list[data.Task]:
+    """ARC-AGI-1 training under symmetries of its own until there are so many."""
+    base, made = sources.load(("arc1:training",)), []
+    g = torch.Generator().manual_seed(0)
+    for i in range(tasks):
+        task, s = base[i % len(base)], data.draw_symmetry(torch.rand(1, 11, generator=g), True, "keep_black")
+        one = data.Symmetry(s.dihedral[0], s.colours[0])
+        turn = lambda pairs, one=one: [tuple(data.apply(one, x) for x in pair) for pair in pairs]  # noqa: E731
+        made.append(data.Task(f"{task.name}-{i}", turn(task.demos), turn(task.queries)))
+    return made
+
+
+def with_tasks(n: int, repeats: int) -> dict[str, float]:
+    some = grown(n)
+    begun = time.perf_counter()
+    with mock.patch.object(sources, "load", lambda *_: some):
+        t = Trainer(recipe([]))
+    load = time.perf_counter() - begun
+    kilobytes = sum(x.numel() * x.element_size() for x in t.s.tasks) / n / 1e3
+    return {"load_s": load, "kb_per_task": kilobytes, "samples_per_s": t.rate(repeats)}
+
+
+def with_processes(n: int, repeats: int) -> float:
+    """Samples/s of n processes on this machine, each with its share of the threads."""
+    threads = str(max(1, (os.cpu_count() or 1) // n))
+    shared = {**os.environ, "WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511", "OMP_NUM_THREADS": threads}
+    command = [sys.executable, "-m", "benchmarks.throughput", "--worker", str(n), "--repeats", str(repeats)]
+    ranks = [subprocess.Popen(command, env={**shared, "RANK": str(r)}, stdout=subprocess.PIPE, text=True) for r in range(n)]
+    said = [r.communicate()[0] for r in ranks]
+    return float(said[0].splitlines()[-1])
+
+
+def worker(n: int, repeats: int) -> None:
+    rank = int(os.environ["RANK"])
+    if n > 1:
+        torch.distributed.init_process_group("gloo")
+    cfg = recipe([], train__shards=4)
+    setup = train.setup
+    with mock.patch.object(train, "setup", functools.partial(setup, rank=rank, world=n)):
+        print(Trainer(cfg).rate(repeats))
+
+
+def evaluation(repeats: int) -> dict[str, float]:
+    """Views/s of 64 queries with 16 ACT steps, the context computed once or in every step."""
+    t = Trainer(recipe([], model__halt_max_steps=16))
+    tasks = t.s.watched
+    asked = data.queries(tasks, "test", ())
+    asked = data.chosen(asked, torch.nonzero(asked.known)[:64].flatten())
+    batch = data.batch(tasks, data.posed(tasks, t.cfg.data, "test", asked), t.cfg.data)
+    cast = etrm.tree_map(lambda x: x.detach().to(t.s.dtype), etrm.rebuild(t.s.like, t.s.params))
+
+    def again() -> None:
+        with torch.no_grad():
+            carry = etrm.fresh_carry(t.cfg.model, batch.cells, t.s.dtype)
+            for _ in range(16):
+                carry, _ = etrm.act_step(cast, t.cfg.model, t.s.encode, carry, batch, None)
+
+    ways: dict[str, Callable[[], Any]] = {
+        "context once": lambda: etrm.think(cast, t.cfg.model, t.s.encode, batch, t.s.dtype, 16),
+        "context in every step": again,
+    }
+    found: dict[str, list[float]] = {k: [] for k in ways}
+    for _ in range(repeats):
+        for name, f in ways.items():
+            begun = time.perf_counter()
+            f()
+            found[name].append(64 / (time.perf_counter() - begun))
+    return {k: statistics.median(v) for k, v in found.items()}
+
+
+# ---------------------------------------------------------------- the run
+
+
+def one_dtype(dtype: str, sets: list[str], repeats: int, stand_in: int) -> dict[str, Any]:
+    t = Trainer(recipe(sets, train__dtype=dtype))
+    begun = time.perf_counter()
+    t.step()
+    first = t.start + time.perf_counter() - begun
+    rate = t.rate(repeats)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    seconds, gflop = attainable(t)
+    found: dict[str, Any] = {
+        "samples_per_s": rate, "gflop_per_sample": gflop / t.cfg.train.batch, "start_to_first_step_s": first,
+        "gflop_per_s": gflop * rate / t.cfg.train.batch, "products_gflop_per_s": gflop / seconds,
+        "fraction_of_attainable": seconds * rate / t.cfg.train.batch, "parts": parts(t, repeats),
+        "peak_memory_gb": peak,
+        "ratio_to_published": rate / PUBLISHED[dtype],
+    }  # fmt: skip
+    trm = Trainer(recipe(sets, train__dtype=dtype, data__canvases=[30], data__demo_canvases=[30], model__positions="rope"))
+    context = torch.zeros(t.cfg.train.batch, 16, 128, dtype=trm.s.dtype)
+    trm.s = trm.s._replace(encode=lambda *_: context)
+    found["full_canvas_without_encoder_samples_per_s"] = trm.rate(repeats, 1)
+    if stand_in:
+        with published_layout():
+            slow = Trainer(recipe(sets, train__dtype=dtype, **LAYOUT))
+            found["stand_in_samples_per_s"] = slow.rate(stand_in, 1)
+        found["ratio"] = rate / found["stand_in_samples_per_s"]
+        found["stand_in_of_published"] = found["stand_in_samples_per_s"] / PUBLISHED[dtype]
+    return found
+
+
+def growth(sets: list[str], repeats: int) -> dict[str, dict[str, Any]]:
+    rate = lambda **changes: Trainer(recipe(sets, **changes)).rate(repeats)  # noqa: E731
+    return {
+        "tasks": {str(n): with_tasks(n, repeats) for n in (100, 1_000, 10_000, 50_000, 100_000)},
+        "canvas": {str(n): rate(data__canvases=[n]) for n in (5, 10, 15, 20, 30)},
+        "demos": {str(n): rate(data__max_demos=n) for n in (1, 2, 3, 10)},
+        "hidden": {str(n): rate(model__hidden=n) for n in (64, 128, 256)},
+        "processes": {str(n): with_processes(n, repeats) for n in (1, 2)},
+    }
+
+
+def plot(found: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    kinds = [k for k in ("tasks", "canvas", "demos", "hidden") if k in found["growth"]]
+    figure, axes = plt.subplots(1, 1 + len(kinds), figsize=(3.2 * (1 + len(kinds)), 3), constrained_layout=True)
+    names, bars = [], []
+    for dtype in DTYPES:
+        row = found[dtype]
+        names += [f"{dtype}\nstand-in", dtype]
+        bars += [row.get("stand_in_samples_per_s", 0.0), row["samples_per_s"]]
+    axes[0].bar(names, bars, color=["#AAAAAA", "#0074D9"] * 2)
+    axes[0].set(title="samples/s", yscale="log")
+    for axis, kind in zip(axes[1:], kinds, strict=True):
+        rows = found["growth"][kind]
+        values = [v["samples_per_s"] if isinstance(v, dict) else v for v in rows.values()]
+        axis.plot([int(k) for k in rows], values, "o-", color="#0074D9")
+        axis.set(title=f"samples/s against {kind}", ylim=(0, None), xscale="log" if kind == "tasks" else "linear")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--json", type=Path, help="write all numbers there")
+    options.add_argument("--plot", type=Path, help="write a figure there (needs matplotlib)")
+    options.add_argument("--quick", action="store_true", help="neither stand-in nor growth")
+    options.add_argument("--conceptarc", help="folder of ConceptARC, added to the training tasks")
+    options.add_argument("--repeats", type=int, default=5)
+    options.add_argument("--worker", type=int, default=0, help=argparse.SUPPRESS)
+    args = options.parse_args()
+    if args.worker:
+        return worker(args.worker, args.repeats)
+    sets = [args.conceptarc] if args.conceptarc else []
+    found: dict[str, Any] = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    for dtype in DTYPES:
+        row = found[dtype] = one_dtype(dtype, sets, args.repeats, 0 if args.quick else args.repeats)
+        print(
+            f"{dtype}: {row['samples_per_s']:.2f} samples/s, {row['gflop_per_sample']:.1f} GFLOP a sample, "
+            f"{row['gflop_per_s']:.0f} GFLOP/s; its matrix products alone run at {row['products_gflop_per_s']:.0f} and take "
+            f"{100 * row['fraction_of_attainable']:.0f} % of a step; 30 x 30 without encoder "
+            f"{row['full_canvas_without_encoder_samples_per_s']:.2f} samples/s; "
+            f"start to first step {row['start_to_first_step_s']:.1f} s; peak {row['peak_memory_gb']:.2f} GB",
+            flush=True,
+        )
+        for name, part in row["parts"].items():
+            print(f"  {name:22} {1e3 * part['seconds']:8.1f} ms {part['gflop']:8.1f} GFLOP")
+        if "ratio" in row:
+            print(
+                f"  stand-in in the published layout {row['stand_in_samples_per_s']:.3f} samples/s: ratio {row['ratio']:.1f}",
+                flush=True,
+            )
+    found["peak_memory_gb"] = max(found[d]["peak_memory_gb"] for d in DTYPES)
+    found["evaluation_views_per_s"] = evaluation(3)
+    print("evaluation, views/s: " + ", ".join(f"{k} {v:.1f}" for k, v in found["evaluation_views_per_s"].items()), flush=True)
+    found["growth"] = {} if args.quick else growth(sets, 3)
+    for kind, rows in found["growth"].items():
+        print(f"{kind}: " + ", ".join(f"{k}: {v['samples_per_s'] if isinstance(v, dict) else v:.1f}" for k, v in rows.items()))
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1))
+    if args.plot:
+        plot(found, args.plot)
+
+
+if __name__ == "__main__":
+    main()

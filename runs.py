@@ -1,0 +1,307 @@
+"""The folder of a run: who holds it, what it says of itself, and all that it takes to go on from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import checkpoint
+from .data import UserError
+from .etrm import Carry
+from .optim import load_optimizers, optimizer_tensors
+
+if TYPE_CHECKING:
+    from .train import Setup
+
+try:
+    import fcntl
+except ImportError:  # Windows: run folders are not locked
+    fcntl = None  # type: ignore[assignment]
+
+
+def origin() -> dict[str, Any]:
+    """Versions, and the git state of the folder the command was given in."""
+
+    def git(*words: str) -> str | None:
+        try:
+            return subprocess.run(["git", *words], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return None
+
+    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain")
+    return {"python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()} | (
+        {"git": commit, "git_changes": bool(changes)} if commit else {}
+    )
+
+
+# ---------------------------------------------------------------- trackers
+
+
+Track = Callable[[dict[str, Any]], None]
+
+
+def tensorboard(folder: Path, cfg: dict[str, Any]) -> Track:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def track(row: dict[str, Any]) -> None:
+        for key, value in row.items():
+            if isinstance(value, (int, float)) and key != "step":
+                writer.add_scalar(key, value, row["step"])
+        writer.flush()
+
+    return track
+
+
+def wandb(folder: Path, cfg: dict[str, Any]) -> Track:
+    import wandb as service  # type: ignore[import-not-found]
+
+    run = service.init(project="etrm", name=folder.name, dir=str(folder), config=cfg, mode=os.environ.get("WANDB_MODE", "offline"))
+    return lambda row: run.log(row, step=row["step"])
+
+
+TRACKERS: dict[str, Callable[[Path, dict[str, Any]], Track]] = {"tensorboard": tensorboard, "wandb": wandb}
+
+
+def tracker(kind: str, folder: Path, cfg: dict[str, Any]) -> Track:
+    """Raises UserError when its package is not installed."""
+    if not kind:
+        return lambda row: None
+    try:
+        return TRACKERS[kind](folder, cfg)
+    except ImportError:
+        raise UserError(f"run.track: the package {kind} is not installed; metrics.jsonl is always written") from None
+
+
+# ---------------------------------------------------------------- the folder
+
+
+CARRY = Carry._fields[:-1]  # its tensors
+
+
+def carry_tensors(slots: Tensor, carry: Carry) -> dict[int, dict[str, Tensor]]:
+    """The carry slot by slot (global ids), so that any number of shards and processes can take it up."""
+    rows = zip(carry.z_H.split(carry.tokens), carry.z_L.split(carry.tokens), carry.steps, carry.halted, carry.n, strict=True)
+    return {int(i): dict(zip(CARRY, row, strict=True)) for i, row in zip(slots, rows, strict=True)}
+
+
+def carry_from(saved: dict[int, dict[str, Tensor]], slots: Tensor, device: torch.device) -> Carry:
+    """The carry of a shard from its slots."""
+    mine = [saved[int(i)] for i in slots]
+    joined = {k: (torch.cat if k in ("z_H", "z_L") else torch.stack)([s[k] for s in mine]).to(device) for k in CARRY}
+    return Carry(**joined, tokens=tuple(len(s["z_H"]) for s in mine))
+
+
+class Run:
+    """A run folder held by one process (or one group of processes): its lock, its metrics, what ends it early."""
+
+    def __init__(self, folder: Path, rank: int, resume: bool) -> None:
+        self.folder, self.rank, self.stop = folder, rank, ""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if rank == 0:
+                self.lock = open(folder / "lock", "w")  # noqa: SIM115 (held for the life of the run)
+                if fcntl:
+                    fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"run.dir: {folder} is held by a live process") from None
+        except OSError as e:
+            raise UserError(f"run.dir: {folder}: {e.strerror}") from None
+        if not resume and any(folder.glob("state-*.json")):
+            raise UserError(f"run.dir: {folder} holds a run already: go on with --resume, or choose another --set run.dir=...")
+        self.writer = ThreadPoolExecutor(1)
+        self.writing: Future[None] | None = None
+
+    def begin(self, step: int, source: Path, about: dict[str, Any], track: str) -> None:
+        """Rank 0: what comes after `step` never was; metrics.jsonl is that of `source` up to it."""
+        for manifest in self.folder.glob("state-*.json"):
+            if int(manifest.stem.split("-")[1]) > step:
+                manifest.unlink()
+        whole = {m.stem for m in self.folder.glob("state-*.json")}
+        for part in self.folder.glob("state-*-*.safetensors"):
+            if part.name.rpartition("-")[0] not in whole:
+                part.unlink()
+        kept = []
+        if step and (source / "metrics.jsonl").exists():
+            for line in (source / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+                try:
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line + "\n")
+                except ValueError:
+                    break  # the line being written when the run was killed
+        checkpoint.write_text(self.folder / "metrics.jsonl", "".join(kept))
+        checkpoint.write_text(self.folder / "run.json", json.dumps({**about, **origin()}, indent=1))
+        self.log = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        self.track = tracker(track, self.folder, about["config"])
+
+    def write(self, row: dict[str, Any]) -> None:
+        self.log.write(json.dumps(row) + "\n")
+        self.log.flush()
+        self.track(row)
+
+    def save(self, write: Callable[[], None]) -> None:
+        """Write aside while training goes on, one after the other; an error of the last write is raised here."""
+        self.wait()
+        self.writing = self.writer.submit(write)
+
+    def wait(self) -> None:
+        if self.writing:
+            self.writing.result()
+            self.writing = None
+
+    def __enter__(self) -> Run:
+        def ask(signum: int, frame: Any) -> None:
+            self.stop = signal.Signals(signum).name
+
+        main = threading.current_thread() is threading.main_thread()
+        self.before = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)} if main else {}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.writer.shutdown()
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+        for name in ("log", "lock"):
+            if file := getattr(self, name, None):
+                file.close()
+
+
+ALWAYS: dict[str, set[str] | None] = {
+    "run": {"dir", "track"},
+    "train": {"steps", "shards", "log_every", "save_every", "keep_every", "non_finite"},
+    "optimizer": {"final_lr"},
+    "eval": None,
+    "fast": None,
+}
+FORKED: dict[str, set[str] | None] = {  # in a folder of its own, also how it is trained from here on
+    "run": None,
+    "train": {*(ALWAYS["train"] or ()), "ema"},
+    "optimizer": {"lr", "warmup", "final_lr", "betas", "weight_decay", "clip", "lr_scale", "decay_scale"},
+}
+
+
+def check_same(saved: dict[str, Any], now: dict[str, Any], forked: bool) -> None:
+    """Raises UserError when a field that decides the course of a run differs from the one that is gone on from."""
+    may = {**ALWAYS, **(FORKED if forked else {})}
+    for table, fields in now.items():
+        free = may.get(table, set())
+        if free is not None:
+            for key in fields:
+                if key not in free and saved.get(table, {}).get(key) != fields[key]:
+                    raise UserError(f"--resume: {table}.{key} is {fields[key]}, the run has {saved.get(table, {}).get(key)}")
+
+
+@dataclasses.dataclass
+class State:
+    """All that changes during a run, beside the parameters: what is saved and taken up again."""
+
+    ema: dict[str, Tensor]
+    opts: list[torch.optim.Optimizer]
+    carries: list[Carry]  # of this process's shards
+    sums: Tensor  # (2, 7) metric sums since the last row, of this process
+    facts: dict[str, Any]  # see `fresh_facts`
+
+
+def fresh_facts(scale: float) -> dict[str, Any]:
+    """Beside tensors: best value, evaluations since, last evaluation, scale of the loss (fp16), steps skipped, why it ended."""
+    return {"step": 0, "best": None, "waited": 0, "last": {}, "seconds": 0.0, "scale": scale, "skipped": 0, "ended": ""}
+
+
+def state_tensors(s: Setup, state: State, rank: int) -> dict[str, Tensor]:
+    """What one process saves: its carries slot by slot; rank 0 also what all processes share."""
+    found = {"sums": state.sums}
+    for slots, carry in zip(s.shards, state.carries, strict=True):
+        for slot, fields in carry_tensors(slots, carry).items():
+            found |= {f"slot.{slot}.{k}": v for k, v in fields.items()}
+    if rank == 0:
+        found |= {f"params.{k}": v for k, v in s.params.items()} | {f"ema.{k}": v for k, v in state.ema.items()}
+        found |= optimizer_tensors(state.opts)
+    return found
+
+
+def saved_slots(parts: Sequence[dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
+    """The carries of all processes, by global slot id."""
+    slots: dict[int, dict[str, Tensor]] = {}
+    for part in parts:
+        for key in (k for k in part if k.startswith("slot.")):
+            _, slot, field = key.split(".")
+            slots.setdefault(int(slot), {})[field] = part[key]
+    return slots
+
+
+def take_up(s: Setup, state: State, source: Path, forked: bool, rank: int, world: int, say: Callable[[dict[str, Any]], None]) -> None:
+    """Go on from the newest whole state of a run folder, in place. Raises UserError where that would not be the same run."""
+    manifest, parts, skipped = checkpoint.load_state(source)
+    for reason in skipped:
+        say({"skipped": reason})
+    if manifest is None:
+        raise UserError(f"--resume: {source} holds no whole state; skipped: {'; '.join(skipped) or 'nothing'}")
+    check_same(manifest["config"], s.meta["config"], forked)
+    for key, name in (("data", "training set"), ("dtype", "compute dtype")):
+        if manifest[key] != s.meta[key]:
+            raise UserError(f"--resume: the {name} is {s.meta[key]}, that of {source} is {manifest[key]}")
+    state.facts = {k: manifest.get(k, v) for k, v in state.facts.items()}
+    if any(manifest["config"]["eval"].get(k) != s.meta["config"]["eval"][k] for k in ("on", "weights", "act_steps", "best")):
+        state.facts |= {"best": None, "waited": 0}  # measured by another yardstick
+    state.facts["ended"] = ""
+    with torch.no_grad():
+        for k, p in s.params.items():
+            p.copy_(parts[0][f"params.{k}"])
+            state.ema[k].copy_(parts[0][f"ema.{k}"])
+    load_optimizers(state.opts, parts[0])
+    slots = saved_slots(parts)
+    state.carries = [carry_from(slots, mine, s.device) for mine in s.shards]
+    if len(parts) == world:
+        state.sums = parts[rank]["sums"].to(s.device)
+    elif rank == 0:
+        state.sums = torch.stack([p["sums"] for p in parts]).sum(0).to(s.device)
+
+
+# ---------------------------------------------------------------- all runs of a folder
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a live process has the run."""
+    if not fcntl or not (folder / "lock").exists():
+        return False
+    with open(folder / "lock") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
+def listing(root: Path) -> list[dict[str, Any]]:
+    """Every run below a folder: its state, step, best value of what it watches, and seconds since its last row."""
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder")
+    found = []
+    for about in sorted(root.rglob("run.json")):
+        folder = about.parent
+        try:
+            cfg = json.loads(about.read_text())["config"]
+            manifests = sorted(folder.glob("state-*.json"))
+            facts = json.loads(manifests[-1].read_text()) if manifests else {"step": 0, "best": None, "ended": ""}
+            age = time.time() - (folder / "metrics.jsonl").stat().st_mtime
+            state = "running" if is_held(folder) else facts["ended"] or "stopped"
+            watched = f"{cfg['eval']['on']}/{cfg['eval']['weights'][0]}/own/{cfg['eval']['best']}"
+            row = {"step": facts["step"], "steps": cfg["train"]["steps"], "best": facts["best"], "watched": watched}
+            found.append({"run": str(folder), "state": state, **row, "age_s": round(age)})
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as e:
+            found.append({"run": str(folder), "state": f"unreadable: {e!r}", "age_s": 0})
+    return found
