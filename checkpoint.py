@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 import safetensors
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -70,7 +71,18 @@ def sync(path: Path) -> None:
 def save(path: Path, params: Params, ema: Params, meta: dict[str, Any]) -> None:
     """Write a checkpoint that `load` reads back bit for bit. `meta` must hold the config (as a dict)."""
     tensors = {f"{name}.{k}": v for name, tree in (("params", params), ("ema", ema)) for k, v in leaves(tree).items()}
-    write_file(path, copied(tensors), {"etrm": json.dumps({"format": FORMAT, **meta})})
+    own, said = copied(tensors), json.dumps({"format": FORMAT, **meta})
+    write_file(path, own, {"etrm": said, "sha256": digest_of(own, said)})
+
+
+def digest_of(tensors: dict[str, Tensor], said: str) -> str:
+    """Of all that a checkpoint says: names, types, shapes and bytes of its tensors, and its metadata."""
+    h = hashlib.sha256(said.encode())
+    for name in sorted(tensors):
+        x = tensors[name].contiguous()
+        h.update(f"{name} {x.dtype} {tuple(x.shape)} ".encode())
+        h.update(memoryview(x.reshape(-1).view(torch.uint8).numpy()))
+    return h.hexdigest()
 
 
 def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -101,6 +113,8 @@ def load(path: str | Path) -> Checkpoint:
     tensors, raw = read_file(file)
     if "etrm" not in raw:
         raise UserError(f"{file}: a safetensors file, but not a checkpoint of ETRM")
+    if digest_of(tensors, raw["etrm"]) != raw.get("sha256"):
+        raise UserError(f"{file}: differs from its checksum")
     try:
         meta = json.loads(raw["etrm"])
         if meta["format"] != FORMAT:
@@ -146,11 +160,16 @@ def save_state(folder: Path, step: int, rank: int, world: int, tensors: dict[str
             raise UserError(f"{folder}: {missing[0]} is not there: all processes must share run.dir")
         time.sleep(0.05)
     files = {p.name: digest(p) for p in parts}
-    write_text(folder / f"state-{step:08d}.json", json.dumps({**meta, "step": step, "files": files}))
+    said = {**meta, "step": step, "files": files}
+    write_text(folder / f"state-{step:08d}.json", json.dumps({**said, "sha256": signed(said)}))
     for old in sorted(folder.glob("state-*.json"))[:-2]:
         old.unlink()
         for file in folder.glob(f"{old.stem}-*.safetensors"):
             file.unlink()
+
+
+def signed(said: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps({k: v for k, v in said.items() if k != "sha256"}, sort_keys=True).encode()).hexdigest()
 
 
 def digest(path: Path) -> str:
@@ -164,6 +183,8 @@ def load_state(folder: Path) -> tuple[dict[str, Any] | None, list[dict[str, Tens
     for path in sorted(folder.glob("state-*.json"), reverse=True):
         try:
             manifest = json.loads(path.read_text())
+            if signed(manifest) != manifest["sha256"] or path.stem != f"state-{manifest['step']:08d}":
+                raise UserError("differs from its checksum")
             for name, want in manifest["files"].items():
                 if not (folder / name).is_file():
                     raise UserError(f"{name} is missing")

@@ -435,7 +435,7 @@ def loop(
             now = time.monotonic()
             norms = {"grad_norm": norm, "grad_norm_clipped": min(norm, cfg.optimizer.clip or norm)}
             rate = (step - since_step) * cfg.train.batch / (now - since)
-            note({"lr": lr, **norms, "skipped": facts["skipped"], "samples_per_s": rate, **metrics_row(every)})
+            note({"lr": lr, **norms, "skipped_steps": facts["skipped"], "samples_per_s": rate, **metrics_row(every)})
             state.sums.zero_()
             since, since_step = now, step
         if step % cfg.eval.every == 0 or done:

@@ -7,9 +7,12 @@ Weights, average, state and metrics (wall-clock fields aside) must be the same b
 
 import argparse
 import collections
+import contextlib
 import json
+import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,7 +25,7 @@ from etrm_arc import checkpoint
 
 SET = Path(__file__).parent / "data" / "set"
 RECIPE = f"""
-data = {{ train = ["{SET}"], dev = [], held_out = [], canvases = [6, 10] }}
+data = {{ train = ["{SET}"], dev = [], held_out = [] }}
 optimizer = {{ kind = "muon", warmup = 5, lr = 3e-3 }}
 [model]
 hidden = 64
@@ -32,6 +35,7 @@ L_cycles = 2
 halt_max_steps = 4
 [train]
 batch = 16
+shards = 2
 steps = 60
 save_every = 2
 log_every = 3
@@ -43,13 +47,32 @@ act_steps = 2
 WALL_CLOCK = ("seconds", "samples_per_s")
 
 
-def start(recipe: Path, folder: Path, dtype: str) -> subprocess.Popen[bytes]:
+def start(recipe: Path, folder: Path, dtype: str, procs: int) -> subprocess.Popen[bytes]:
     resume = ["--resume"] if any(folder.glob("state-*.json")) else []
-    sets = ["--set", f"run.dir={folder}", "--set", f"train.dtype={dtype}"]
+    sets = ["--set", f"run.dir={folder}", "--set", f"train.dtype={dtype}", "--procs", str(procs)]
     return subprocess.Popen(
         [sys.executable, "-m", "etrm_arc.cli", "train", str(recipe), *sets, *resume],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
+
+
+def kill(run: subprocess.Popen[bytes]) -> None:
+    """All processes of the run at once, without a word."""
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+
+
+def aimed(run: subprocess.Popen[bytes], folder: Path, sightings: int) -> bool:
+    """Kill in the middle of the n-th write that is seen; whether the run lived to see it."""
+    seen: set[tuple[str, int]] = set()
+    while run.poll() is None:
+        for path in folder.glob(".*.writing"):
+            with contextlib.suppress(OSError):
+                seen.add((path.name, path.stat().st_ino))
+        if len(seen) >= sightings:
+            kill(run)
+            return True
+    return False
 
 
 def outcome(folder: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
@@ -85,27 +108,34 @@ def main() -> None:
     recipe.write_text(RECIPE)
     kills, runs, identical, fell = 0, 0, 0, collections.Counter[str]()
     whole, seconds = {}, {}
-    for dtype in ("fp32", "bf16"):
+    kinds = [(dtype, procs) for procs in (1, 2) for dtype in ("fp32", "bf16")]
+    for kind in kinds:
         begun = time.monotonic()
-        assert start(recipe, work / f"whole-{dtype}", dtype).wait() == 0
-        whole[dtype], seconds[dtype] = outcome(work / f"whole-{dtype}"), time.monotonic() - begun
+        folder = work / f"whole-{kind[0]}-{kind[1]}"
+        assert start(recipe, folder, *kind).wait() == 0
+        whole[kind], seconds[kind] = outcome(folder), time.monotonic() - begun
     while kills < args.kills:
-        dtype, folder = ("fp32", "bf16")[runs % 2], work / f"run-{runs}"
+        kind, folder = kinds[runs % len(kinds)], work / f"run-{runs}"
         while True:
-            run = start(recipe, folder, dtype)
-            try:
-                code = run.wait(timeout=draw.uniform(0.3, 1.0) * seconds[dtype])
-                assert code == 0, f"exit code {code}"
+            run = start(recipe, folder, *kind)
+            if draw.random() < 0.5:
+                killed = aimed(run, folder, draw.randint(1, 30))
+            else:
+                try:
+                    run.wait(timeout=draw.uniform(0.2, 1.0) * seconds[kind])
+                    killed = False
+                except subprocess.TimeoutExpired:
+                    kill(run)
+                    killed = True
+            if not killed:
+                assert run.returncode == 0, f"exit code {run.returncode}"
                 break
-            except subprocess.TimeoutExpired:
-                run.kill()
-                run.wait()
-                kills += 1
-                fell[where(folder) if folder.exists() else "before the folder"] += 1
+            kills += 1
+            fell[where(folder) if folder.exists() else "before the folder"] += 1
         runs += 1
         rows, tensors = outcome(folder)
-        same = rows == whole[dtype][0] and tensors.keys() == whole[dtype][1].keys()
-        identical += same and all(torch.equal(v, whole[dtype][1][k]) for k, v in tensors.items())
+        same = rows == whole[kind][0] and tensors.keys() == whole[kind][1].keys()
+        identical += same and all(torch.equal(v, whole[kind][1][k]) for k, v in tensors.items())
         shutil.rmtree(folder)
     shutil.rmtree(work)
     result = {"kills": kills, "runs": runs, "identical": identical, "fell": dict(fell)}

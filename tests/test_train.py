@@ -444,7 +444,7 @@ def test_a_step_that_is_not_finite_can_be_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "update", spoilt)
     said = []
     train.fit(tiny(tmp_path, train__non_finite="skip"), said.append)
-    assert [r["skipped"] for r in said if "skipped" in r] == [0, 1, 1]
+    assert [r["skipped_steps"] for r in said if "skipped_steps" in r] == [0, 1, 1]
     assert all(x.isfinite().all() for x in leaves(checkpoint.load(tmp_path / "last.safetensors").params).values())
 
 
