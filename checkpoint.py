@@ -81,7 +81,7 @@ def digest_of(tensors: dict[str, Tensor], said: str) -> str:
     for name in sorted(tensors):
         x = tensors[name].contiguous()
         h.update(f"{name} {x.dtype} {tuple(x.shape)} ".encode())
-        h.update(memoryview(x.reshape(-1).view(torch.uint8).numpy()))
+        h.update(x.reshape(-1).view(torch.uint8).numpy().data)
     return h.hexdigest()
 
 

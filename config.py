@@ -64,6 +64,7 @@ class EvalConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     patience: int = 0  # evaluations without such a gain after which training ends; 0: never
     stop_at: float = 0.0  # exact match with the task's own demos at which training ends; 0: never
     tokens: Count = 16384  # of a batch
+    leave: Literal["never", "q", "stable"] = "never"  # when a view stops thinking, see etrm.think
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -476,11 +476,63 @@ def act_loss(cfg: ModelConfig, out: Output, labels: Tensor, cells: Sequence[int]
     )
 
 
-def think(params: Params, cfg: ModelConfig, encode: Encode, batch: Batch, dtype: torch.dtype, act_steps: int) -> Output:
-    """Evaluation: every slot for `act_steps` ACT steps from the initial states; the context is computed once."""
+# ---------------------------------------------------------------- evaluation
+
+
+def only(batch: Batch, context: Tensor, carry: Carry, slots: Sequence[int]) -> tuple[Batch, Tensor, Carry]:
+    """Some slots alone, as if the others had never been there; demos are not taken along, the context stands for them."""
+    rows = torch.tensor(slots, device=context.device)
+    cells, tokens = [batch.cells[i] for i in slots], [carry.tokens[i] for i in slots]
+
+    def part(x: Tensor, sizes: Sequence[int]) -> Tensor:
+        pieces = x.split(list(sizes))
+        return torch.cat([pieces[i] for i in slots])
+
+    inputs, labels, at = (part(x, batch.cells) for x in (batch.inputs, batch.labels, batch.at))
+    own = batch._replace(inputs=inputs, labels=labels, at=at, cells=tuple(cells))
+    states = {k: part(getattr(carry, k), carry.tokens) for k in ("z_H", "z_L")}
+    kept = carry._replace(**states, **{k: getattr(carry, k)[rows] for k in ("steps", "halted", "n")}, tokens=tuple(tokens))
+    return own, context[rows], kept
+
+
+def think(
+    params: Params, cfg: ModelConfig, encode: Encode, batch: Batch, dtype: torch.dtype, act_steps: int, leave: str = "never",
+) -> tuple[Output, Tensor]:  # fmt: skip
+    """Evaluation: (output, ACT steps spent (B,)) from the initial states; the context is computed once.
+
+    leave: "never" takes act_steps (published); "q" leaves when the halting head says so; "stable" when the answer was the
+    same after three steps on end. What has left is computed no more.
+    """
     with torch.no_grad():
         carry = fresh_carry(cfg, batch.cells, dtype, batch.inputs.device)
-        context = encode(params.encoder, batch)
-        for _ in range(act_steps):
-            carry, out = act_step(params, cfg, lambda *_: context, carry, batch, None)
-        return out
+        context, here = encode(params.encoder, batch), list(range(len(batch.cells)))
+        found: list[tuple[Tensor, Tensor, Tensor, int]] = [(context, context, context, 0)] * len(here)
+        before, same = torch.zeros_like(batch.inputs), torch.zeros(len(here), dtype=torch.int64, device=context.device)
+        for step in range(1, act_steps + 1):
+            given = context
+            carry, out = act_step(params, cfg, lambda *_, c=given: c, carry, batch, None)
+            going = torch.zeros(len(here), dtype=torch.bool, device=context.device)
+            if leave == "q":
+                going = out.q_halt > 0
+            elif leave == "stable":
+                answer = out.logits.argmax(-1)
+                lengths = torch.tensor(batch.cells, device=answer.device)
+                changed = torch.segment_reduce((answer != before).float(), "sum", lengths=lengths, unsafe=True) > 0
+                before, same = answer, torch.where(changed, 0, same + 1)
+                going = same >= 2
+            gone = [step == act_steps or g for g in (going.tolist() if leave != "never" else [False] * len(here))]
+            logits = out.logits.split(batch.cells)
+            for i, slot in enumerate(here):
+                if gone[i]:
+                    found[slot] = (logits[i], out.q_halt[i], out.q_continue[i], step)
+            stay = [i for i, g in enumerate(gone) if not g]
+            if not stay:
+                break
+            if len(stay) < len(here):
+                rows = torch.tensor(stay, device=context.device)
+                pieces = before.split(batch.cells)
+                before, same = torch.cat([pieces[i] for i in stay]), same[rows]
+                batch, context, carry = only(batch, context, carry, stay)
+                here = [here[i] for i in stay]
+        logits, q_halt, q_continue, spent = zip(*found, strict=True)
+        return Output(torch.cat(logits), torch.stack(q_halt), torch.stack(q_continue)), torch.tensor(spent)

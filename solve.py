@@ -75,7 +75,7 @@ def predict(
         lots = torch.nn.utils.rnn.pad_sequence([u for _, u in seen], batch_first=True)
         episodes = data.posed(packed, cfg.data, "test", data.chosen(asked, rows), view=(symmetry, lots))
         batch = data.batch(packed, episodes, cfg.data, cfg.model.raster)
-        out = etrm.think(cast, cfg.model, encode, batch, dtype, cfg.model.halt_max_steps)
+        out, _ = etrm.think(cast, cfg.model, encode, batch, dtype, cfg.model.halt_max_steps, cfg.eval.leave)
         tokens = out.logits.float().argmax(-1).cpu().split(batch.cells)
         back = data.inverse(symmetry)
         for i, r in enumerate(rows.tolist()):
@@ -168,8 +168,8 @@ def opened(path: str | Path, sets: Sequence[str] = ()) -> tuple[checkpoint.Check
     c = checkpoint.load(path)
     raw = c.meta["config"]
     for item in sets:
-        if item.partition("=")[0].strip() not in ("train.device", "train.dtype", "eval.tokens"):
-            raise UserError(f"--set {item}: a checkpoint's config is fixed but for train.device, train.dtype and eval.tokens")
+        if item.partition("=")[0].strip() not in ("train.device", "train.dtype", "eval.tokens", "eval.leave"):
+            raise UserError(f"--set {item}: of a checkpoint's config train.device, train.dtype, eval.tokens and eval.leave may change")
         config.set_item(raw, item)
     return c, config.parse_config(raw, str(c.path))
 

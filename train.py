@@ -203,7 +203,7 @@ def probe(params: Params, cfg: Config, tasks: data.Tasks, rule: str, dtype: torc
     for rows in portions(asked, cfg.model, cfg.eval.tokens)[rank::world]:
         e = data.posed(tasks, cfg.data, rule, data.chosen(asked, rows), shown[rows])
         batch = data.batch(tasks, e, cfg.data, cfg.model.raster)
-        out = etrm.think(cast, cfg.model, encode, batch, dtype, cfg.eval.act_steps)
+        out, _ = etrm.think(cast, cfg.model, encode, batch, dtype, cfg.eval.act_steps)
         loss = act_loss(cfg.model, out, batch.labels, batch.cells)
         lm[rows], cells[rows], exact[rows] = loss.lm.cpu(), loss.cell_accuracy.cpu(), loss.exact.float().cpu()
     if world > 1:  # each row was answered by one process, all others hold its zero

@@ -279,7 +279,8 @@ def worker(n: int, repeats: int) -> None:
 
 
 def evaluation(repeats: int) -> dict[str, float]:
-    """Views/s of 64 queries with 16 ACT steps, the context computed once or in every step."""
+    """Views/s of 64 queries with 16 ACT steps: context computed in every step or once, and exits (of an untrained model:
+    what leaving costs and saves, not how often a trained one leaves)."""
     t = Trainer(recipe([], model__halt_max_steps=16))
     tasks = t.s.watched
     asked = data.queries(tasks, "test", ())
@@ -294,8 +295,9 @@ def evaluation(repeats: int) -> dict[str, float]:
                 carry, _ = etrm.act_step(cast, t.cfg.model, t.s.encode, carry, batch, None)
 
     ways: dict[str, Callable[[], Any]] = {
-        "context once": lambda: etrm.think(cast, t.cfg.model, t.s.encode, batch, t.s.dtype, 16),
         "context in every step": again,
+        "context once": lambda: etrm.think(cast, t.cfg.model, t.s.encode, batch, t.s.dtype, 16),
+        "context once, stable answers leave": lambda: etrm.think(cast, t.cfg.model, t.s.encode, batch, t.s.dtype, 16, "stable"),
     }
     found: dict[str, list[float]] = {k: [] for k in ways}
     for _ in range(repeats):

@@ -186,8 +186,35 @@ def test_evaluation_is_the_same_steps_with_the_context_computed_once(encoder, g)
     carry = w.start()
     for _ in range(3):
         carry, out = w.step(carry)
-    got = etrm.think(w.params, w.cfg, w.encode, w.batch, torch.float32, 3)
+    got, steps = etrm.think(w.params, w.cfg, w.encode, w.batch, torch.float32, 3)
     close(got, out)
+    assert steps.tolist() == [3] * SLOTS
+
+
+@given(generators, st.sampled_from(["q", "stable"]))
+@settings(max_examples=15)
+def test_a_view_leaves_with_the_answer_it_had(g, leave):
+    """Each slot's output is that of the step at which it left, whoever left before."""
+    w = World(g, config(halt_max_steps=6))
+    core = w.params.core
+    params = w.params._replace(core=core._replace(q_weight=torch.randn(2, 32, generator=g), q_bias=torch.zeros(2)))
+    carry, every = w.start(), []
+    for _ in range(6):
+        carry, out = w.step(carry, params)
+        every.append(out)
+    got, steps = etrm.think(params, w.cfg, w.encode, w.batch, torch.float32, 6, leave)
+    answers = [out.logits.argmax(-1).split(w.batch.cells) for out in every]
+    for slot in range(SLOTS):
+        if leave == "q":
+            due = next((i + 1 for i, out in enumerate(every) if out.q_halt[slot] > 0), 6)
+        else:
+            calm = lambda i, slot=slot: all(torch.equal(answers[i - k][slot], answers[i][slot]) for k in (1, 2))  # noqa: E731
+            due = next((i + 1 for i in range(2, 6) if calm(i)), 6)
+        assert steps[slot] == due
+        close(
+            [got.logits.split(w.batch.cells)[slot], got.q_halt[slot]],
+            [every[due - 1].logits.split(w.batch.cells)[slot], every[due - 1].q_halt[slot]],
+        )
 
 
 # ---------------------------------------------------------------- slots do not see each other

@@ -114,9 +114,9 @@ def test_views_are_mapped_back_to_the_frame_of_the_task(run, monkeypatch):
     """A model that copies its input answers with the input itself under every view."""
     from etrm_arc import etrm
 
-    def copy(params, cfg, encode, batch, dtype, steps):
+    def copy(params, cfg, encode, batch, dtype, steps, leave):
         q = etrm.torch.zeros(len(batch.cells))
-        return etrm.Output(etrm.F.one_hot(batch.inputs, 12).float(), q, q)
+        return etrm.Output(etrm.F.one_hot(batch.inputs, 12).float(), q, q), q
 
     monkeypatch.setattr(etrm, "think", copy)
     c, cfg = solve.opened(run)
