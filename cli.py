@@ -177,7 +177,7 @@ def train_command(
 
 
 def spread(configs: list[Any], sets: list[str], procs: int) -> list[str]:
-    """Settings under which every process has work: as many shards as processes where the config's cannot be spread."""
+    """Settings under which every process has work: as many shards as processes where the config's cannot be spread over them."""
     if all(c.train.shards % procs == 0 for c in configs):
         return sets
     return [*sets, f"train.shards={procs}"]

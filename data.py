@@ -162,7 +162,8 @@ def snug(size: Tensor, sides: Sequence[int]) -> Tensor:
 
 
 def queries(tasks: Tasks, rule: str, canvases: Sequence[int]) -> Queries:
-    """Every (task, query) and its canvas: the smallest height and width that hold all its demos and the query's input.
+    """Every (task, query) and its canvas: the smallest height and width that hold all its demos and the query's input,
+    and the output that the demos foretell where all of them multiply the input's height or width by the same number.
 
     leave_one_out: any pair with a known output is a query, all other such pairs of the task are its demos.
     test: the official test pairs are the queries, the task's demos their demos.
@@ -174,8 +175,14 @@ def queries(tasks: Tasks, rule: str, canvases: Sequence[int]) -> Queries:
     is_demo = known if rule == "leave_one_out" else place < tasks.n_demos[tasks.task_of]
     asked = known if rule == "leave_one_out" else ~is_demo
     others = torch.stack([_largest_other(tasks, torch.where(is_demo, size[:, :, i].amax(1), 0)) for i in (0, 1)], -1)
+    ratio = torch.where(is_demo[:, None], size[:, 1] / size[:, 0].double(), 0.0)
+    grows = torch.stack([_largest_other(tasks, ratio[:, i]) for i in (0, 1)], -1)
+    shrinks = torch.stack([_largest_other(tasks, (1 / ratio[:, i]).nan_to_num(posinf=0.0)) for i in (0, 1)], -1)
+    foretold = torch.where((grows * shrinks - 1).abs() < 1e-9, (grows * size[:, 0]).round(), 0).long().clamp(max=MAX_SIDE)
     pair = torch.nonzero(asked & (others[:, 0] > 0)).flatten()
-    canvas = snug(torch.maximum(others[pair], size[pair, 0]), canvases)
+    shown = torch.maximum(others[pair], size[pair, 0])
+    canvas = snug(torch.maximum(shown, foretold[pair]), canvases)
+    canvas = torch.where(canvas > 0, canvas, snug(shown, canvases))
     fits = (size[pair, 1] <= canvas).all(-1) & (canvas[:, 0] > 0)
     return Queries(pair, tasks.task_of[pair], fits, canvas, known[pair])
 

@@ -24,9 +24,10 @@ SET = Path(__file__).parent.parent / "tests" / "data" / "set"
 
 def trained(folder: Path, kind: str, procs: int, shards: int) -> torch.Tensor:
     sets = {
-        "run.dir": str(folder), "data.train": [str(SET)], "data.dev": [], "data.held_out": [], "eval.on": "train", "eval.every": 50,
-        "eval.act_steps": 1, "model.hidden": 64, "model.H_cycles": 2, "model.L_cycles": 2, "optimizer.kind": kind, "optimizer.warmup": 0,
+        "run.dir": str(folder), "data.train": [str(SET)], "data.dev": [], "data.held_out": [],
+        "model.hidden": 64, "model.H_cycles": 2, "model.L_cycles": 2, "optimizer.kind": kind, "optimizer.warmup": 0,
         "train.steps": 50, "train.batch": 16, "train.dtype": "fp32", "train.shards": shards,
+        "eval.on": "train", "eval.every": 50, "eval.act_steps": 1,
     }  # fmt: skip
     words = [w for k, v in sets.items() for w in ("--set", f"{k}={json.dumps(v)}")]
     command = [sys.executable, "-m", "etrm_arc.cli", "train", "cpu", "--procs", str(procs), *words]

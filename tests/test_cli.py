@@ -77,7 +77,7 @@ def started(*args):
 def test_processes_of_one_command_end_in_the_bits_of_one(tmp_path):
     from etrm_arc.tests.kill import outcome
 
-    call("train", "cpu", *words(tmp_path / "one", "train.shards=2"))
+    call("train", "cpu", *words(tmp_path / "one"))
     run = started(*words(tmp_path / "two"))
     assert run.wait(120) == 0, run.stderr.read()
     (rows, one), (others, two) = outcome(tmp_path / "one"), outcome(tmp_path / "two")

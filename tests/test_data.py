@@ -1,6 +1,7 @@
 """Laws of the data path: symmetries, tokens, painting, queries, bands, episodes, loading and the held-out guard."""
 
 import json
+from fractions import Fraction
 
 import hypothesis.strategies as st
 import msgspec
@@ -186,8 +187,13 @@ def test_a_canvas_is_the_smallest_for_demos_and_input(g, rule, canvases):
             is_query = y is not None
         if is_query and demos:
             size = np.max([grid.shape for grid in (x, *(grid for p in demos for grid in p))], axis=0)
-            canvas = [min((c for c in canvases or range(31) if c >= n), default=0) for n in size]
-            canvas = canvas if all(canvas) else [0, 0]
+            foretold = size.copy()
+            for axis in (0, 1):  # by a ratio that all demos share
+                ratios = {Fraction(b.shape[axis], a.shape[axis]) for a, b in demos}
+                if len(ratios) == 1:
+                    foretold[axis] = max(size[axis], min(30, round(float(ratios.pop() * x.shape[axis]))))
+            tried = [[min((c for c in canvases or range(31) if c >= n), default=0) for n in s] for s in (foretold, size)]
+            canvas = next((c for c in tried if all(c)), [0, 0])
             fits = y is None or all(n <= c for n, c in zip(y.shape, canvas, strict=True))
             expected.append((q, t, canvas, canvas[0] > 0 and fits))
     found = zip(*(v.tolist() for v in (asked.pair, asked.task, asked.canvas, asked.fits)), strict=True)

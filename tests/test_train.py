@@ -327,8 +327,8 @@ def test_another_dtype_or_training_set_is_refused(tmp_path):
     manifest = tmp_path / "state-00000001.json"
     for key in ("dtype", "data"):
         text = json.loads(manifest.read_text())
-        text[key] = "other"
-        (tmp_path / "state-00000002.json").write_text(json.dumps(text))
+        text |= {key: "other", "step": 2}
+        (tmp_path / "state-00000002.json").write_text(json.dumps({**text, "sha256": checkpoint.signed(text)}))
         with pytest.raises(UserError, match="--resume: the .* is "):
             train.fit(tiny(tmp_path, train__steps=2), resume=True)
 
@@ -449,7 +449,7 @@ def test_a_step_that_is_not_finite_can_be_left_out(tmp_path, monkeypatch):
 
 
 def test_culprits_are_named_by_task_and_canvas(tmp_path):
-    cfg = tiny(tmp_path)
+    cfg = tiny(tmp_path, train__shards=1)
     s = train.setup(cfg)
     carries, *_ = train.one_step(s, cfg, [train.start_carry(s, cfg, slots) for slots in s.shards])
     assert train.culprits(s, cfg, carries) == "every state is"
@@ -585,15 +585,22 @@ def test_foreign_and_misshapen_checkpoints_are_refused(tmp_path):
         checkpoint.load(other)
     file, tree = saved(tmp_path)
     tensors, meta = checkpoint.read_file(file)
+
+    def write(tensors):
+        checkpoint.write_file(other, tensors, {**meta, "sha256": checkpoint.digest_of(tensors, meta["etrm"])})
+
     for change, said in (
         ({"params.core.embed": torch.zeros(3, 3)}, r"params.core.embed is of shape \(3, 3\)"),
         ({"params.more": torch.zeros(1)}, "unknown tensor params.more"),
     ):
-        checkpoint.write_file(other, {**tensors, **change}, meta)
+        write({**tensors, **change})
         with pytest.raises(UserError, match=said):
             checkpoint.load(other)
-    checkpoint.write_file(other, {k: v for k, v in tensors.items() if k != "ema.core.q_bias"}, meta)
+    write({k: v for k, v in tensors.items() if k != "ema.core.q_bias"})
     with pytest.raises(UserError, match="ema.core.q_bias is missing"):
+        checkpoint.load(other)
+    checkpoint.write_file(other, {**tensors, "params.core.q_bias": torch.ones(2)}, meta)
+    with pytest.raises(UserError, match="differs from its checksum"):
         checkpoint.load(other)
     with pytest.raises(UserError, match="no such checkpoint"):
         checkpoint.load(tmp_path / "nothing.safetensors")
