@@ -96,8 +96,32 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{path}: truncated or no safetensors file: {e}") from None
 
 
+HUB = "hf:"
+
+
+def fetched(name: str) -> Path:
+    """hf:OWNER/NAME/FILE[#SHA256] from the Hugging Face hub, or from its cache where there is no network."""
+    place, _, wanted = name.removeprefix(HUB).partition("#")
+    try:
+        from huggingface_hub import hf_hub_download  # type: ignore[import-not-found,unused-ignore]
+    except ImportError:
+        raise UserError(f"{name}: needs the package huggingface_hub") from None
+    parts = place.split("/")
+    if len(parts) < 3:
+        raise UserError(f"{name}: must look like {HUB}OWNER/NAME/FILE")
+    try:
+        file = Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:])))
+    except Exception as e:  # of many kinds, by way of the network
+        raise UserError(f"{name}: cannot be fetched: {str(e).strip().splitlines()[0]}") from None
+    if wanted and digest(file) != wanted:
+        raise UserError(f"{name}: its checksum is {digest(file)}")
+    return file
+
+
 def find(path: str | Path) -> Path:
-    """The checkpoint meant by a file or by a run folder (its best, else its last)."""
+    """The checkpoint meant by a file, a run folder (its best, else its last) or a name on the hub."""
+    if str(path).startswith(HUB):
+        return fetched(str(path))
     path = Path(path)
     if not path.is_dir():
         return path

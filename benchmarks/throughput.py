@@ -130,7 +130,9 @@ def published_layout() -> Iterator[None]:
 
     def cast_late(like: Any, leaves: dict[str, torch.Tensor]) -> Any:
         blocks = (".qkv", ".o", ".gate_up", ".down")
-        return rebuild(like, {k: v.float() if k.endswith(blocks) else v for k, v in leaves.items()})
+        return rebuild(
+            like, {k: v.float() if k.endswith(blocks) and not k.endswith(("sets.0.o", "sets.1.o")) else v for k, v in leaves.items()}
+        )
 
     with contextlib.ExitStack() as stack:
         for module in (etrm, encoders):

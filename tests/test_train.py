@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import msgspec
@@ -370,6 +371,54 @@ def test_a_full_disk_leaves_the_state_before_it(tmp_path, monkeypatch):
         train.fit(tiny(tmp_path, train__steps=6), resume=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == before
     assert checkpoint.load_state(tmp_path)[0]["step"] == 3
+
+
+def test_a_crash_at_any_point_of_a_write_leaves_a_whole_state(tmp_path, monkeypatch):
+    """Every write, sync and rename of the later saves fails once; what is taken up then is whole, and ends in the same bits."""
+    options = {"eval__every": 6, "train__save_every": 6, "train__log_every": 6, "eval__foreign": False}
+    train.fit(tiny(tmp_path / "whole", **options))
+    points, crashes = 0, 0
+    while crashes == points:
+        folder, points = tmp_path / f"crash-{points}", points + 1
+        train.fit(tiny(folder, **options), limit=-1)  # a step, and its state
+        left = iter(range(points))
+
+        def fails(real, left=left, last=points - 1):
+            def call(*args, **kwargs):
+                if next(left, None) == last:
+                    raise OSError(5, "Input/output error")
+                return real(*args, **kwargs)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "sync", fails(checkpoint.sync))
+            patch.setattr(checkpoint, "save_file", fails(checkpoint.save_file))
+            patch.setattr(Path, "replace", fails(Path.replace))
+            patch.setattr(Path, "unlink", fails(Path.unlink))
+            try:
+                train.fit(tiny(folder, **options), resume=True)
+            except (UserError, OSError):
+                crashes += 1
+        assert checkpoint.load_state(folder)[0]["step"] in (1, 6)
+        train.fit(tiny(folder, **options), resume=True)
+        same(outcome(tmp_path / "whole"), outcome(folder))
+    assert crashes > 15
+
+
+def test_a_checkpoint_on_the_hub_is_checked(tmp_path, monkeypatch):
+    file, tree = saved(tmp_path)
+    asked = []
+    hub = types.SimpleNamespace(hf_hub_download=lambda *args: asked.append(args) or str(file))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    c = checkpoint.load(f"hf:someone/model/a/last.safetensors#{checkpoint.digest(file)}")
+    assert torch.equal(c.params.core.embed, tree.core.embed) and asked == [("someone/model", "a/last.safetensors")]
+    for name, said in (("hf:a/b/c#00", "its checksum is"), ("hf:a/b", "must look like")):
+        with pytest.raises(UserError, match=said):
+            checkpoint.load(name)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UserError, match="needs the package huggingface_hub"):
+        checkpoint.load("hf:a/b/c")
 
 
 def recipe(path, cfg):
