@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -20,18 +21,17 @@ STOPPED = 75  # exit code of a run that was asked to stop and saved
 
 
 def beat(rank: int) -> None:
-    """From now on, show every second that this process lives; without a launcher, nothing."""
-    folder = os.environ.get(BEAT)
+    """From now on, show every second that this process lives, and stop when its launcher does not; without one, nothing."""
+    folder, parent = os.environ.get(BEAT), os.getppid()
     if not folder:
         return
 
     def show() -> None:
-        while True:
-            try:
+        while os.getppid() == parent:
+            with contextlib.suppress(OSError):
                 (Path(folder) / str(rank)).touch()
-            except OSError:
-                return  # the launcher is gone, and its folder with it
             time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)  # killed outright: save and end
 
     threading.Thread(target=show, daemon=True).start()
 

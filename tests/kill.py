@@ -133,6 +133,7 @@ def main() -> None:
             kills += 1
             fell[where(folder) if folder.exists() else "before the folder"] += 1
         runs += 1
+        print(f"{kills} kills, {runs} runs", file=sys.stderr, flush=True)
         rows, tensors = outcome(folder)
         same = rows == whole[kind][0] and tensors.keys() == whole[kind][1].keys()
         identical += same and all(torch.equal(v, whole[kind][1][k]) for k, v in tensors.items())

@@ -111,6 +111,22 @@ def test_a_dead_process_brings_the_others_down(tmp_path):
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
 
 
+def test_processes_do_not_outlive_their_launcher(tmp_path):
+    run = started(*words(tmp_path / "run", "train.steps=100000"))
+    ranks = ranks_of(run)
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or not (tmp_path / "run" / "metrics.jsonl").read_text():
+        assert run.poll() is None
+        time.sleep(0.05)
+    run.kill()
+    run.wait()
+    deadline = time.monotonic() + 30
+    alive = lambda pid: Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]  # noqa: E731
+    while any(alive(pid) for pid in ranks):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert last_json(call("runs", tmp_path, "--json"))["runs"][0]["state"] == "stopped"
+
+
 def test_a_stalled_process_brings_the_others_down(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "STALLED", 3.0)
     words_ = [open(tmp_path / f"w{i}", "w+") for i in range(2)]  # noqa: SIM115
