@@ -114,31 +114,34 @@ def main() -> None:
         folder = work / f"whole-{kind[0]}-{kind[1]}"
         assert start(recipe, folder, *kind).wait() == 0
         whole[kind], seconds[kind] = outcome(folder), time.monotonic() - begun
-    while kills < args.kills:
-        kind, folder = kinds[runs % len(kinds)], work / f"run-{runs}"
-        while True:
-            run = start(recipe, folder, *kind)
-            if draw.random() < 0.5:
-                killed = aimed(run, folder, draw.randint(1, 30))
-            else:
-                try:
-                    run.wait(timeout=draw.uniform(0.2, 1.0) * seconds[kind])
-                    killed = False
-                except subprocess.TimeoutExpired:
-                    kill(run)
-                    killed = True
-            if not killed:
-                assert run.returncode == 0, f"exit code {run.returncode}"
-                break
-            kills += 1
-            fell[where(folder) if folder.exists() else "before the folder"] += 1
-        runs += 1
-        print(f"{kills} kills, {runs} runs", file=sys.stderr, flush=True)
-        rows, tensors = outcome(folder)
-        same = rows == whole[kind][0] and tensors.keys() == whole[kind][1].keys()
-        identical += same and all(torch.equal(v, whole[kind][1][k]) for k, v in tensors.items())
-        shutil.rmtree(folder)
-    shutil.rmtree(work)
+    with contextlib.suppress(KeyboardInterrupt):  # what was found until then is said
+        while kills < args.kills:
+            kind, folder = kinds[runs % len(kinds)], work / f"run-{runs}"
+            while True:
+                run = start(recipe, folder, *kind)
+                if draw.random() < 0.5:
+                    killed = aimed(run, folder, draw.randint(1, 30))
+                else:
+                    try:
+                        run.wait(timeout=draw.uniform(0.2, 1.0) * seconds[kind])
+                        killed = False
+                    except subprocess.TimeoutExpired:
+                        kill(run)
+                        killed = True
+                if not killed:
+                    assert run.returncode == 0, f"exit code {run.returncode}"
+                    break
+                kills += 1
+                fell[where(folder) if folder.exists() else "before the folder"] += 1
+            runs += 1
+            print(f"{kills} kills, {runs} runs", file=sys.stderr, flush=True)
+            rows, tensors = outcome(folder)
+            same = rows == whole[kind][0] and tensors.keys() == whole[kind][1].keys()
+            identical += same and all(torch.equal(v, whole[kind][1][k]) for k, v in tensors.items())
+            shutil.rmtree(folder)
+    if run.poll() is None:
+        kill(run)
+    shutil.rmtree(work, ignore_errors=True)
     result = {"kills": kills, "runs": runs, "identical": identical, "fell": dict(fell)}
     print(f"{kills} kills in {runs} runs, {identical} of {runs} identical; the kills fell: {dict(fell)}")
     if args.json:
