@@ -166,6 +166,28 @@ def load(path: str | Path) -> Checkpoint:
 # ---------------------------------------------------------------- the full state of a run
 
 
+def manifests(folder: Path) -> list[Path]:
+    """Of the states of a run folder, oldest first; none where nothing was saved."""
+    return sorted(folder.glob("state-*.json"))
+
+
+def drop(manifest: Path) -> None:
+    manifest.unlink()
+    for part in manifest.parent.glob(f"{manifest.stem}-*.safetensors"):
+        part.unlink()
+
+
+def cut_back(folder: Path, step: int) -> None:
+    """What was saved after `step`, or left half saved, never was."""
+    for manifest in manifests(folder):
+        if int(manifest.stem.split("-")[1]) > step:
+            drop(manifest)
+    whole = {m.stem for m in manifests(folder)}
+    for part in folder.glob("state-*-*.safetensors"):
+        if part.name.rpartition("-")[0] not in whole:
+            part.unlink()
+
+
 PATIENCE = 600  # seconds that rank 0 waits for the files of the others
 
 
@@ -186,10 +208,8 @@ def save_state(folder: Path, step: int, rank: int, world: int, tensors: dict[str
     files = {p.name: digest(p) for p in parts}
     said = {**meta, "step": step, "files": files}
     write_text(folder / f"state-{step:08d}.json", json.dumps({**said, "sha256": signed(said)}))
-    for old in sorted(folder.glob("state-*.json"))[:-2]:
-        old.unlink()
-        for file in folder.glob(f"{old.stem}-*.safetensors"):
-            file.unlink()
+    for old in manifests(folder)[:-2]:
+        drop(old)
 
 
 def signed(said: dict[str, Any]) -> str:
@@ -204,7 +224,7 @@ def digest(path: Path) -> str:
 def load_state(folder: Path) -> tuple[dict[str, Any] | None, list[dict[str, Tensor]], list[str]]:
     """(manifest, tensors of each rank, what was skipped and why) of the newest whole state; None where there is none."""
     skipped: list[str] = []
-    for path in sorted(folder.glob("state-*.json"), reverse=True):
+    for path in reversed(manifests(folder)):
         try:
             manifest = json.loads(path.read_text())
             if signed(manifest) != manifest["sha256"] or path.stem != f"state-{manifest['step']:08d}":

@@ -13,6 +13,8 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from . import launch
+
 app = typer.Typer(
     help="Train and evaluate an encoder-based Tiny Recursive Model on ARC-AGI.",
     no_args_is_help=True,
@@ -37,9 +39,10 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
             typer.echo(f"etrm: {e}", err=True)
             raise typer.Exit(2) from None
         except (MemoryError, RuntimeError) as e:
-            if os.environ.get("WORLD_SIZE", "1") != "1" and re.search("gloo|NCCL|[Cc]onnection|[Tt]imed out", str(e)):
-                time.sleep(3 * ("ETRM_BEAT" in os.environ))  # the launcher says whose fault it was
-                typer.echo(f"etrm: process {os.environ.get('RANK')} lost the others; what was saved is whole: --resume", err=True)
+            rank, world = launch.place_of()
+            if world > 1 and re.search("gloo|NCCL|[Cc]onnection|[Tt]imed out", str(e)):
+                time.sleep(3 * (launch.BEAT in os.environ))  # the launcher says whose fault it was
+                typer.echo(f"etrm: process {rank} lost the others; what was saved is whole: --resume", err=True)
                 raise typer.Exit(1) from None
             if not isinstance(e, MemoryError) and not re.search("out of memory|can't allocate memory", str(e)):
                 raise
@@ -155,13 +158,12 @@ def train_command(
 
     limit = time.monotonic() + (seconds(time_limit) if time_limit else math.inf)
     if procs > 1 and "RANK" not in os.environ and not dry_run:
-        from .launch import launch
-
         sets = spread([config.load_config(r, sets or [], fast) for r in recipes], sets or [], procs)
         given = [*(["--fast"] if fast else []), *(["--resume"] if resume else []), *(["--json"] if as_json else [])]
         given += [x for item in sets for x in ("--set", item)] + ["--seeds", str(seeds)]
         given += (["--from", source] if source else []) + (["--time-limit", time_limit] if time_limit else [])
-        raise typer.Exit(launch(["train", *recipes, *given], procs))
+        raise typer.Exit(launch.launch(["train", *recipes, *given], procs))
+    launch.beat()
     for recipe in recipes:
         cfg = config.load_config(recipe, sets or [], fast)
         for k in range(seeds):
@@ -171,9 +173,9 @@ def train_command(
             one = msgspec.structs.replace(cfg, run=run)
             several = len(recipes) * seeds > 1
             result = train_one(one, resume, several, source, limit - time.monotonic(), dry_run)
-            last_line(as_json and os.environ.get("RANK", "0") == "0", result)
+            last_line(as_json and launch.place_of()[0] == 0, result)
             if result.get("stopped") not in (None, "eval.stop_at", "eval.patience"):
-                raise typer.Exit(75)  # EX_TEMPFAIL: run again with --resume
+                raise typer.Exit(launch.STOPPED)
 
 
 def spread(configs: list[Any], sets: list[str], procs: int) -> list[str]:
@@ -187,13 +189,13 @@ def train_one(cfg: Any, resume: bool, several: bool, source: str, limit: float, 
     """One run; of several that are resumed, those that ended are left alone and those that never began begin."""
     from pathlib import Path
 
+    from . import checkpoint, runs, train
     from . import plan as planner
-    from . import runs, train
 
-    rank, world = train.place_of()
+    rank, world = launch.place_of()
     folder = Path(cfg.run.dir)
-    begun = any(folder.glob("state-*.json"))
-    if several and resume and begun and (row := runs.listing(folder)[0])["state"] not in ("running", "stopped"):
+    begun = bool(checkpoint.manifests(folder))
+    if several and resume and begun and (row := runs.described(folder))["state"] not in ("running", "stopped"):
         if rank == 0:
             typer.echo(f"{folder} has ended: {row['state']}")
         return row

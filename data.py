@@ -124,7 +124,8 @@ class Tasks(NamedTuple):
     task_of: Tensor  # (P,)
 
 
-def pack(tasks: Sequence[Task]) -> Tasks:
+def pack(tasks: Sequence[Task], device: torch.device | str = "cpu") -> Tasks:
+    """The cells on the device, for they are read where they are painted; the rest on the host, which so knows every shape."""
     grids, flat, offset = [], [], 0
     for task in tasks:
         for pair in (*task.demos, *task.queries):
@@ -136,7 +137,7 @@ def pack(tasks: Sequence[Task]) -> Tasks:
                     flat.append(grid.reshape(-1))
     counts = torch.tensor([0] + [len(t.demos) + len(t.queries) for t in tasks])
     return Tasks(
-        torch.from_numpy(np.concatenate(flat)),
+        torch.from_numpy(np.concatenate(flat)).to(device),
         torch.tensor(grids).view(-1, 2, 3),
         counts.cumsum(0),
         torch.tensor([len(t.demos) for t in tasks]),

@@ -30,6 +30,7 @@ from .etrm import (
     inner_width,
     normal,
     position_of,
+    ragged,
     rms,
     runs_of,
     self_attention,
@@ -157,8 +158,7 @@ def in_pairs(demos: Demos) -> Tensor:
     """(2 M,) order of (M input cells, M output cells) in which each demo's inputs stand before its outputs."""
     cells = torch.tensor(demos.cells, dtype=torch.int64, device=demos.at.device)
     whole = len(demos.at)
-    owner = torch.arange(len(cells), device=cells.device).repeat_interleave(2 * cells, output_size=2 * whole)
-    place = torch.arange(2 * whole, device=cells.device) - 2 * (cells.cumsum(0) - cells)[owner]
+    owner, place = ragged(2 * cells, 2 * whole)
     second = (place >= cells[owner]).long()
     return (cells.cumsum(0) - cells)[owner] + place + second * (whole - cells[owner])
 

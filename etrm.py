@@ -216,7 +216,9 @@ def turn_of(position: Tensor | None, heads: int, head: int, dtype: torch.dtype) 
 def position_of(kind: str, at: Tensor, raster: int) -> Tensor | None:
     """Cells on the raster, at (M, 2), to rotary positions: their number in reading order (published), or row and column
     counted from 1, for context tokens stand at the origin. None: positions are not rotary."""
-    return {"rope": at[:, 0] * raster + at[:, 1], "rope2d": at + 1}.get(kind)
+    if kind == "rope":
+        return at[:, 0] * raster + at[:, 1]
+    return at + 1 if kind == "rope2d" else None
 
 
 def rotate(qk: Tensor, turn: Turn) -> Tensor:
@@ -320,6 +322,12 @@ def reason(p: Core, cfg: ModelConfig, z_H: Tensor, z_L: Tensor, e: Tensor, runs:
     return cycle(z_H, z_L)
 
 
+def ragged(sizes: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """(total,) the owner of each place where owners of these sizes lie one after the other, and the place's number within it."""
+    owner = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes, output_size=total)
+    return owner, torch.arange(total, device=sizes.device) - (sizes.cumsum(0) - sizes)[owner]
+
+
 class Layout(NamedTuple):
     """Where the tokens of all slots lie."""
 
@@ -334,12 +342,10 @@ def layout_of(cfg: ModelConfig, cells: Sequence[int], device: torch.device) -> L
     t, b, m = cfg.context_tokens, len(cells), sum(cells)
     tokens = tuple(t + c for c in cells)
     count = torch.tensor(cells, device=device)
-    slot = torch.arange(b, device=device).repeat_interleave(count + t, output_size=b * t + m)
-    first = (count + t).cumsum(0) - count - t
-    place = torch.arange(b * t + m, device=device) - first[slot]
+    slot, place = ragged(count + t, b * t + m)
     source = torch.where(place < t, slot * t + place, b * t - t + torch.arange(b * t + m, device=device) - slot * t)
-    of_cell = torch.arange(b, device=device).repeat_interleave(count, output_size=m)
-    return Layout(tokens, slot, first, torch.arange(m, device=device) + t * (of_cell + 1), source)
+    of_cell, _ = ragged(count, m)
+    return Layout(tokens, slot, (count + t).cumsum(0) - count - t, torch.arange(m, device=device) + t * (of_cell + 1), source)
 
 
 def place(p: Core, cfg: ModelConfig, context: Tensor, batch: Batch, layout: Layout) -> tuple[Tensor, Turn]:
@@ -447,20 +453,20 @@ class Loss(NamedTuple):
     labelled: Tensor  # bool: has a valid cell at all
 
 
+def per_slot(x: Tensor, cells: Sequence[int]) -> Tensor:
+    """(M,) to (B,): the float32 sum over each slot's cells."""
+    return torch.segment_reduce(x.float(), "sum", lengths=torch.tensor(cells, device=x.device), unsafe=True)
+
+
 def act_loss(cfg: ModelConfig, out: Output, labels: Tensor, cells: Sequence[int]) -> Loss:
     """Loss and scores of one ACT step, per slot, in float32; labels (M,), cells of each slot. A negative label is not
     asked for."""
-    lengths = torch.tensor(cells, device=labels.device)
-
-    def per_slot(x: Tensor) -> Tensor:
-        return torch.segment_reduce(x.float(), "sum", lengths=lengths, unsafe=True)
-
     valid, x = labels >= 0, out.logits.float()
     log_p = torch.log_softmax(log_stable(x) if cfg.loss == "stablemax" else x, -1)
     ce = -log_p.gather(-1, labels.clamp(min=0)[:, None]).squeeze(-1)
-    asked = per_slot(valid)
-    hits = per_slot((x.argmax(-1) == labels) & valid)
-    lm = per_slot(torch.where(valid, ce, 0.0)) / asked.clamp(min=1)
+    asked = per_slot(valid, cells)
+    hits = per_slot((x.argmax(-1) == labels) & valid, cells)
+    lm = per_slot(torch.where(valid, ce, 0.0), cells) / asked.clamp(min=1)
     exact, labelled = hits == asked, asked > 0
     q = F.binary_cross_entropy_with_logits(out.q_halt, exact.float(), reduction="none")
     if not cfg.published_halting:
@@ -479,18 +485,19 @@ def act_loss(cfg: ModelConfig, out: Output, labels: Tensor, cells: Sequence[int]
 # ---------------------------------------------------------------- evaluation
 
 
+def part_of(x: Tensor, sizes: Sequence[int], slots: Sequence[int]) -> Tensor:
+    """The rows of some slots, of x in which slots of these sizes lie one after the other."""
+    pieces = x.split(list(sizes))
+    return torch.cat([pieces[i] for i in slots])
+
+
 def only(batch: Batch, context: Tensor, carry: Carry, slots: Sequence[int]) -> tuple[Batch, Tensor, Carry]:
     """Some slots alone, as if the others had never been there; demos are not taken along, the context stands for them."""
     rows = torch.tensor(slots, device=context.device)
     cells, tokens = [batch.cells[i] for i in slots], [carry.tokens[i] for i in slots]
-
-    def part(x: Tensor, sizes: Sequence[int]) -> Tensor:
-        pieces = x.split(list(sizes))
-        return torch.cat([pieces[i] for i in slots])
-
-    inputs, labels, at = (part(x, batch.cells) for x in (batch.inputs, batch.labels, batch.at))
+    inputs, labels, at = (part_of(x, batch.cells, slots) for x in (batch.inputs, batch.labels, batch.at))
     own = batch._replace(inputs=inputs, labels=labels, at=at, cells=tuple(cells))
-    states = {k: part(getattr(carry, k), carry.tokens) for k in ("z_H", "z_L")}
+    states = {k: part_of(getattr(carry, k), carry.tokens, slots) for k in ("z_H", "z_L")}
     kept = carry._replace(**states, **{k: getattr(carry, k)[rows] for k in ("steps", "halted", "n")}, tokens=tuple(tokens))
     return own, context[rows], kept
 
@@ -516,8 +523,7 @@ def think(
                 going = out.q_halt > 0
             elif leave == "stable":
                 answer = out.logits.argmax(-1)
-                lengths = torch.tensor(batch.cells, device=answer.device)
-                changed = torch.segment_reduce((answer != before).float(), "sum", lengths=lengths, unsafe=True) > 0
+                changed = per_slot(answer != before, batch.cells) > 0
                 before, same = answer, torch.where(changed, 0, same + 1)
                 going = same >= 2
             gone = [step == act_steps or g for g in (going.tolist() if leave != "never" else [False] * len(here))]
@@ -529,9 +535,7 @@ def think(
             if not stay:
                 break
             if len(stay) < len(here):
-                rows = torch.tensor(stay, device=context.device)
-                pieces = before.split(batch.cells)
-                before, same = torch.cat([pieces[i] for i in stay]), same[rows]
+                before, same = part_of(before, batch.cells, stay), same[torch.tensor(stay, device=context.device)]
                 batch, context, carry = only(batch, context, carry, stay)
                 here = [here[i] for i in stay]
         logits, q_halt, q_continue, spent = zip(*found, strict=True)

@@ -17,12 +17,23 @@ from typing import Any
 
 BEAT = "ETRM_BEAT"  # folder in which each process shows that it lives
 STALLED = 20.0  # seconds without a sign of life
-STOPPED = 75  # exit code of a run that was asked to stop and saved
+STOPPED = 75  # EX_TEMPFAIL, exit code of a run that was asked to stop and saved: go on with --resume
 
 
-def beat(rank: int) -> None:
+def place_of() -> tuple[int, int]:
+    """(rank, number of processes), as torchrun and our own launcher say."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def beat() -> None:
     """From now on, show every second that this process lives, and stop when its launcher does not; without one, nothing."""
-    folder, parent = os.environ.get(BEAT), os.getppid()
+    folder, parent, rank = os.environ.get(BEAT), os.getppid(), place_of()[0]
     if not folder:
         return
 
@@ -42,15 +53,12 @@ def launch(arguments: Sequence[str], processes: int) -> int:
     The first one that fails is reported with its own words and the others are killed: what is saved is whole at any
     instant. SIGTERM and SIGINT are passed on, so that the processes agree on a step, save and stop.
     """
-    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // processes))
         shared = {
-            **os.environ, "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            **os.environ, "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
             "OMP_NUM_THREADS": threads, BEAT: folder,
         }  # fmt: skip
-        free.close()
         words = [open(Path(folder) / f"words-{r}", "w+", encoding="utf-8") for r in range(processes)]  # noqa: SIM115
         ranks = [
             subprocess.Popen(

@@ -41,7 +41,7 @@ def flops(s: Setup, cfg: Config) -> tuple[float, float]:
 
 
 def plan(cfg: Config, s: Setup, timed: bool) -> dict[str, Any]:
-    """What a run would take: parameters, slots per pool, GFLOP a step, memory, and, where timed, seconds of real steps."""
+    """What a run would take: parameters, slots by size, GFLOP a step, memory, and, where timed, seconds of real steps."""
     params = sum(p.numel() for p in s.params.values())
     sides = s.deck.canvas[data.dealt(s.deck, torch.full((cfg.train.batch,), 0.5), torch.arange(cfg.train.batch))].amax(1)
     slots = data.histogram(sides)

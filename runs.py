@@ -121,20 +121,14 @@ class Run:
             raise UserError(f"run.dir: {folder} is held by a live process") from None
         except OSError as e:
             raise UserError(f"run.dir: {folder}: {e.strerror}") from None
-        if not resume and any(folder.glob("state-*.json")):
+        if not resume and checkpoint.manifests(folder):
             raise UserError(f"run.dir: {folder} holds a run already: go on with --resume, or choose another --set run.dir=...")
         self.writer = ThreadPoolExecutor(1)
         self.writing: Future[None] | None = None
 
     def begin(self, step: int, source: Path, about: dict[str, Any], track: str) -> None:
         """Rank 0: what comes after `step` never was; metrics.jsonl is that of `source` up to it."""
-        for manifest in self.folder.glob("state-*.json"):
-            if int(manifest.stem.split("-")[1]) > step:
-                manifest.unlink()
-        whole = {m.stem for m in self.folder.glob("state-*.json")}
-        for part in self.folder.glob("state-*-*.safetensors"):
-            if part.name.rpartition("-")[0] not in whole:
-                part.unlink()
+        checkpoint.cut_back(self.folder, step)
         kept = []
         if step and (source / "metrics.jsonl").exists():
             for line in (source / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
@@ -286,22 +280,23 @@ def is_held(folder: Path) -> bool:
     return False
 
 
+def described(folder: Path) -> dict[str, Any]:
+    """A run: its state, step, best value of what it watches, and seconds since its last row."""
+    try:
+        cfg = json.loads((folder / "run.json").read_text())["config"]
+        saved = checkpoint.manifests(folder)
+        facts = json.loads(saved[-1].read_text()) if saved else fresh_facts(1.0)
+        age = time.time() - (folder / "metrics.jsonl").stat().st_mtime
+        state = "running" if is_held(folder) else facts["ended"] or "stopped"
+        watched = f"{cfg['eval']['on']}/{cfg['eval']['weights'][0]}/own/{cfg['eval']['best']}"
+        row = {"step": facts["step"], "steps": cfg["train"]["steps"], "best": facts["best"], "watched": watched}
+        return {"run": str(folder), "state": state, **row, "age_s": round(age)}
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as e:
+        return {"run": str(folder), "state": f"unreadable: {e!r}", "age_s": 0}
+
+
 def listing(root: Path) -> list[dict[str, Any]]:
-    """Every run below a folder: its state, step, best value of what it watches, and seconds since its last row."""
+    """Every run below a folder."""
     if not root.is_dir():
         raise UserError(f"{root}: no such folder")
-    found = []
-    for about in sorted(root.rglob("run.json")):
-        folder = about.parent
-        try:
-            cfg = json.loads(about.read_text())["config"]
-            manifests = sorted(folder.glob("state-*.json"))
-            facts = json.loads(manifests[-1].read_text()) if manifests else {"step": 0, "best": None, "ended": ""}
-            age = time.time() - (folder / "metrics.jsonl").stat().st_mtime
-            state = "running" if is_held(folder) else facts["ended"] or "stopped"
-            watched = f"{cfg['eval']['on']}/{cfg['eval']['weights'][0]}/own/{cfg['eval']['best']}"
-            row = {"step": facts["step"], "steps": cfg["train"]["steps"], "best": facts["best"], "watched": watched}
-            found.append({"run": str(folder), "state": state, **row, "age_s": round(age)})
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as e:
-            found.append({"run": str(folder), "state": f"unreadable: {e!r}", "age_s": 0})
-    return found
+    return [described(about.parent) for about in sorted(root.rglob("run.json"))]

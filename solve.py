@@ -62,8 +62,7 @@ def predict(
     device = train.device_of(cfg.train.device)
     dtype = train.dtype_of(cfg.train.dtype, device)
     cast, encode = tree_map(lambda x: x.to(device, dtype), params), encoder_of(cfg.model)
-    packed = data.pack(tasks)
-    packed = packed._replace(cells=packed.cells.to(device))
+    packed = data.pack(tasks, device)
     asked = data.queries(packed, "test", cfg.data.canvases)
     number = asked.pair - packed.first[asked.task] - packed.n_demos[asked.task]
     votes: list[list[Vote]] = [[] for _ in asked.pair]
@@ -241,7 +240,7 @@ PUBLISHED = "published, 32 tasks, augmented, from a pretrained decoder: 86 % of 
 def overfit(cfg: Config, fit: Callable[[Config], dict[str, Any]]) -> dict[str, Any]:
     """Train as the config says, then ask every pair of the training set with the raw weights, and name the wrong ones."""
     folder, again = Path(cfg.run.dir), 1
-    while any(folder.glob("state-*.json")):  # a measurement starts anew and overwrites nothing
+    while checkpoint.manifests(folder):  # a measurement starts anew and overwrites nothing
         again += 1
         folder = Path(f"{cfg.run.dir}-{again}")
     cfg = msgspec.structs.replace(cfg, run=msgspec.structs.replace(cfg.run, dir=str(folder)))

@@ -193,7 +193,6 @@ def probe(params: Params, cfg: Config, tasks: data.Tasks, rule: str, dtype: torc
 
     Means over queries; one whose output does not fit its canvas counts as wrong and has no loss. `wrong`: their pairs.
     """
-    tasks = tasks._replace(cells=tasks.cells.to(leaves(params)["core.embed"].device))
     asked = data.queries(tasks, rule, cfg.data.canvases)
     asked = data.chosen(asked, asked.known)
     shown = asked.pair[donors(asked.task, cfg.run.seed)] if foreign else asked.pair
@@ -262,7 +261,7 @@ def setup(cfg: Config, rank: int = 0, world: int = 1) -> Setup:
     device = device_of(cfg.train.device)
     dtype = dtype_of(cfg.train.dtype, device)
     train, dev, finding = sources.prepare(cfg.data)
-    tasks = data.pack(train)
+    tasks = data.pack(train, device)
     if cfg.eval.on == "dev" and not dev:
         raise UserError("eval.on: the dev split is to be watched but data.dev is empty")
     if cfg.train.shards % world:
@@ -270,7 +269,7 @@ def setup(cfg: Config, rank: int = 0, world: int = 1) -> Setup:
     asked = data.queries(tasks, cfg.data.query, cfg.data.canvases)
     deck = data.deck(asked, cfg.train.batch)
     shards = deal(deck, cfg.model, cfg.train.shards)
-    watched = tasks if cfg.eval.on == "train" else data.pack(dev)
+    watched = tasks if cfg.eval.on == "train" else data.pack(dev, device)
     questions = data.queries(watched, rule_of(cfg), cfg.data.canvases)
     if not questions.known.any():
         raise UserError(f"eval.on: no task of the {cfg.eval.on} set has a query with a known output")
@@ -284,7 +283,7 @@ def setup(cfg: Config, rank: int = 0, world: int = 1) -> Setup:
     meta = {"config": json.loads(msgspec.json.encode(cfg)), "data": sources.set_hash(train), "finding": msgspec.to_builtins(finding)}
     meta |= {"tasks": len(train), "dtype": str(dtype)}
     return Setup(
-        tasks._replace(cells=tasks.cells.to(device)), tuple(t.name for t in train), deck, watched, meta, shards[rank::world],
+        tasks, tuple(t.name for t in train), deck, watched, meta, shards[rank::world],
         int((~asked.fits).sum()), device, dtype, params, like, encoder_of(cfg.model),
     )  # fmt: skip
 
@@ -327,11 +326,6 @@ def fresh_state(cfg: Config, s: Setup) -> State:
     )
 
 
-def place_of() -> tuple[int, int]:
-    """(rank, number of processes), as torchrun and our own launcher say."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
 STALL = datetime.timedelta(minutes=10)  # that one process may be behind the others
 
 
@@ -345,9 +339,8 @@ def fit(
     another folder, which is only read (a fork). SIGTERM, SIGINT and `limit` (seconds) finish the step and save;
     "stopped" then says why. Raises UserError on a non-finite gradient, naming the step; the state before it stays.
     """
-    rank, world = place_of()
+    rank, world = launch.place_of()
     s = s or setup(cfg, rank, world)
-    launch.beat(rank)
     if world > 1 and not dist.is_initialized():
         if s.device.type == "cuda":
             torch.cuda.set_device(s.device)

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from etrm_arc import config, data, encoders, etrm, sources, train
+from etrm_arc import config, data, encoders, etrm, launch, sources, train
 from etrm_arc.optim import optimizers, update
 
 DTYPES = ("bf16", "fp32")
@@ -130,9 +130,7 @@ def published_layout() -> Iterator[None]:
 
     def cast_late(like: Any, leaves: dict[str, torch.Tensor]) -> Any:
         blocks = (".qkv", ".o", ".gate_up", ".down")
-        return rebuild(
-            like, {k: v.float() if k.endswith(blocks) and not k.endswith(("sets.0.o", "sets.1.o")) else v for k, v in leaves.items()}
-        )
+        return rebuild(like, {k: v.float() if k.endswith(blocks) and ".sets." not in k else v for k, v in leaves.items()})
 
     with contextlib.ExitStack() as stack:
         for module in (etrm, encoders):
@@ -263,7 +261,13 @@ def with_tasks(n: int, repeats: int) -> dict[str, float]:
 def with_processes(n: int, repeats: int) -> float:
     """Samples/s of n processes on this machine, each with its share of the threads."""
     threads = str(max(1, (os.cpu_count() or 1) // n))
-    shared = {**os.environ, "WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511", "OMP_NUM_THREADS": threads}
+    shared = {
+        **os.environ,
+        "WORLD_SIZE": str(n),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(launch.free_port()),
+        "OMP_NUM_THREADS": threads,
+    }
     command = [sys.executable, "-m", "benchmarks.throughput", "--worker", str(n), "--repeats", str(repeats)]
     ranks = [subprocess.Popen(command, env={**shared, "RANK": str(r)}, stdout=subprocess.PIPE, text=True) for r in range(n)]
     said = [r.communicate()[0] for r in ranks]

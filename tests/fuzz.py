@@ -50,7 +50,7 @@ def mutate(content: bytes, draw: random.Random) -> bytes:
     return bytes(made)
 
 
-def run_of(folder: Path) -> config.Config:
+def run_of(folder: Path) -> None:
     """A finished run of a few steps."""
     raw = {
         "run": {"dir": str(folder)},
@@ -59,9 +59,7 @@ def run_of(folder: Path) -> config.Config:
         "train": {"batch": 4, "steps": 4, "save_every": 2, "dtype": "fp32"},
         "eval": {"on": "train", "foreign": False, "act_steps": 1},
     }
-    cfg = config.parse_config(raw, "fuzz")
-    train.fit(cfg)
-    return cfg
+    train.fit(config.parse_config(raw, "fuzz"))
 
 
 def main() -> None:

@@ -48,7 +48,7 @@ WALL_CLOCK = ("seconds", "samples_per_s")
 
 
 def start(recipe: Path, folder: Path, dtype: str, procs: int) -> subprocess.Popen[bytes]:
-    resume = ["--resume"] if any(folder.glob("state-*.json")) else []
+    resume = ["--resume"] if checkpoint.manifests(folder) else []
     sets = ["--set", f"run.dir={folder}", "--set", f"train.dtype={dtype}", "--procs", str(procs)]
     return subprocess.Popen(
         [sys.executable, "-m", "etrm_arc.cli", "train", str(recipe), *sets, *resume],
@@ -88,7 +88,7 @@ def where(folder: Path) -> str:
     """Where the last kill fell: in the middle of a write, in a line of metrics, or between them."""
     if any(folder.glob(".*.writing")):
         return "mid-write"
-    named = {name for m in folder.glob("state-*.json") for name in json.loads(m.read_text())["files"]}
+    named = {name for m in checkpoint.manifests(folder) for name in json.loads(m.read_text())["files"]}
     if {p.name for p in folder.glob("state-*-*.safetensors")} - named:
         return "before the manifest"
     log = folder / "metrics.jsonl"

@@ -87,6 +87,12 @@ def test_processes_of_one_command_end_in_the_bits_of_one(tmp_path):
     assert one.keys() == two.keys() and all(v.equal(two[k]) for k, v in one.items())
 
 
+def until_first_row(run, folder):
+    while not (folder / "metrics.jsonl").exists() or not (folder / "metrics.jsonl").read_text():
+        assert run.poll() is None
+        time.sleep(0.05)
+
+
 def ranks_of(run):
     """Process ids of the ranks, once both show that they live."""
     deadline = time.monotonic() + 60
@@ -101,9 +107,7 @@ def ranks_of(run):
 def test_a_dead_process_brings_the_others_down(tmp_path):
     run = started(*words(tmp_path / "run", "train.steps=100000"))
     ranks = ranks_of(run)
-    while not (tmp_path / "run" / "metrics.jsonl").exists():
-        assert run.poll() is None
-        time.sleep(0.05)
+    until_first_row(run, tmp_path / "run")
     os.kill(ranks[1], signal.SIGKILL)
     assert run.wait(20) == 1
     said = run.stderr.read()
@@ -114,9 +118,7 @@ def test_a_dead_process_brings_the_others_down(tmp_path):
 def test_processes_do_not_outlive_their_launcher(tmp_path):
     run = started(*words(tmp_path / "run", "train.steps=100000"))
     ranks = ranks_of(run)
-    while not (tmp_path / "run" / "metrics.jsonl").exists() or not (tmp_path / "run" / "metrics.jsonl").read_text():
-        assert run.poll() is None
-        time.sleep(0.05)
+    until_first_row(run, tmp_path / "run")
     run.kill()
     run.wait()
     deadline = time.monotonic() + 30
@@ -143,9 +145,7 @@ def test_a_stalled_process_brings_the_others_down(tmp_path, monkeypatch):
 
 def test_a_signal_stops_all_processes_at_one_step(tmp_path):
     run = started(*words(tmp_path / "run", "train.steps=100000"))
-    while not (tmp_path / "run" / "metrics.jsonl").exists() or not (tmp_path / "run" / "metrics.jsonl").read_text():
-        assert run.poll() is None
-        time.sleep(0.05)
+    until_first_row(run, tmp_path / "run")
     run.send_signal(signal.SIGTERM)
     assert run.wait(60) == 75, run.stderr.read()
     assert last_json(call("runs", tmp_path, "--json"))["runs"][0]["state"] == "stopped"

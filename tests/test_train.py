@@ -4,7 +4,6 @@ import json
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import types
@@ -16,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from etrm_arc import checkpoint, config, data, optim, plan, runs, sources, train
+from etrm_arc import checkpoint, config, data, launch, optim, plan, runs, sources, train
 from etrm_arc.data import UserError
 from etrm_arc.encoders import ENCODERS, encoder_of, init_params
 from etrm_arc.etrm import EncoderConfig, ModelConfig, Params, act_loss, act_step, fresh_carry, leaves, rebuild
@@ -438,11 +437,14 @@ def test_two_processes_end_in_the_bits_of_one(tmp_path):
         if name == "one":
             train.fit(cfg)
             continue
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         command = [sys.executable, "-m", "etrm_arc.cli", "train", recipe(tmp_path / "two.toml", cfg)]
-        shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        shared = {
+            **os.environ,
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(launch.free_port()),
+            "OMP_NUM_THREADS": "1",
+        }
         ranks = [subprocess.Popen(command, env={**shared, "RANK": str(r)}) for r in range(2)]
         assert [p.wait(timeout=120) for p in ranks] == [0, 0]
     one, two = outcome(tmp_path / "one"), outcome(tmp_path / "two")
