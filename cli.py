@@ -62,7 +62,7 @@ def percent(x: float) -> str:
 
 
 def interval(result: dict[str, Any], key: str, n: int) -> str:
-    low, high = result["wilson95"][key]
+    low, high = result["interval95"][key]
     return f"{percent(result[key])} (n = {n}, 95 % {100 * low:.1f} to {100 * high:.1f})"
 
 
@@ -233,41 +233,123 @@ def runs_command(
     last_line(as_json, {"runs": found})
 
 
+Views = Annotated[Optional[int], typer.Option(min=1, help="Symmetries and demo orders to vote over.")]  # noqa: UP045
+Vote = Annotated[str, typer.Option(help="count, probability or demos: what a vote weighs.")]
+Adapt = Annotated[str, typer.Option(help="none, context, full (task by task) or joint (transductive): learn from the demos first.")]
+
+
+def how(sets: Optional[list[str]], views: Optional[int], vote: str, adapt: str) -> list[str]:  # noqa: UP045
+    """Options as overrides of the config's [solve]."""
+    given = {"views": views, "vote": vote and f'"{vote}"', "adapt": adapt and f'"{adapt}"'}
+    return [*(sets or []), *(f"solve.{k}={v}" for k, v in given.items() if v)]
+
+
 @app.command(name="eval")
 @friendly
 def eval_command(
-    checkpoint: str,
+    checkpoints: Annotated[list[str], typer.Argument(metavar="CHECKPOINT...", help="Files or run folders; several vote together.")],
     sources: Annotated[Optional[list[str]], typer.Option("--data", help="Default: the dev split.")] = None,  # noqa: UP045
-    views: Annotated[int, typer.Option(min=1, help="Symmetries and demo orders to vote over.")] = 8,
+    views: Views = None,
+    vote: Vote = "",
+    adapt: Adapt = "",
+    budget: Annotated[float, typer.Option(help="Minutes: more views of all queries until they are over.")] = math.inf,
+    shard: Annotated[str, typer.Option(help="i/n: every n-th task; etrm merge joins the predictions.")] = "1/1",
+    submission: Annotated[str, typer.Option(help="Write both attempts at every query there, as Kaggle wants them.")] = "",
+    predictions: Annotated[str, typer.Option(help="Where votes are kept. Default: predictions.jsonl beside the checkpoint.")] = "",
     raw: Annotated[bool, typer.Option("--raw", help="Raw weights instead of their average (EMA).")] = False,
     sets: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Score a checkpoint (file or run folder) on tasks with known outputs."""
-    from rich.progress import Progress
+    """Answer tasks and score the answers. What is on disk is not asked again: the same command goes on after an interrupt."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from . import solve
 
-    with Progress(transient=True) as bar:
-        task = bar.add_task("views", total=1.0)
+    with Progress(TextColumn("views"), BarColumn(), TimeRemainingColumn(), transient=True) as bar:
+        task = bar.add_task("", total=1.0)
         result = solve.evaluate(
-            checkpoint, sources or (), views, "raw" if raw else "ema", lambda done: bar.update(task, completed=done), sets or []
-        )
+            checkpoints, sources or (), how(sets, views, vote, adapt), "raw" if raw else "ema", predictions, 60 * budget, shard,
+            submission, lambda done: bar.update(task, completed=done),
+        )  # fmt: skip
     held = {
         True: "held out",
         False: "NOT held out: shares pairs with the training set",
         None: "unknown whether held out",
     }
-    n, q = result["n_tasks"], result["n_queries"]
-    typer.echo(
-        f"{', '.join(result['data'])}: {held[result['held_out']]}; {result['views']} views; guard: {result['guard']}\n"
-        f"pass@1 {interval(result, 'pass@1', n)}\npass@2 {interval(result, 'pass@2', n)}\n"
-        f"exact match, one view {interval(result, 'exact_match', q)}\n"
-        f"cell accuracy, one view {percent(result['cell_accuracy'])} (n = {q})"
-    )
+    said = f"{result['views']} views, {result['adaptation']}; {result['votes']} votes in {result['predictions']}"
+    if "pass@2" in result:
+        typer.echo(f"{', '.join(result['data'])}: {held[result['held_out']]}; {said}; guard: {result['guard']}\n{table(result)}")
+        for source, own in result.get("by_source", {}).items():
+            typer.echo(f"{source}: pass@1 {interval(own, 'pass@1', own['n_tasks'])}, pass@2 {interval(own, 'pass@2', own['n_tasks'])}")
+    else:
+        typer.echo(f"{', '.join(result['data'])}: no output is known, so nothing is scored; {said}")
+    if result["unanswered"]:
+        typer.echo(f"{result['unanswered']} queries have no answer; the same command goes on where time was what lacked")
     if "look" in result:
         count = "could not be counted (folder not writable)" if result["look"] is None else f"number {result['look']}"
         typer.echo(f"look at this held-out set from this run: {count}")
+    last_line(as_json, result)
+
+
+def table(result: dict[str, Any]) -> str:
+    """Scores with their intervals, by size and number of demos, and how far the votes' confidence can be trusted."""
+    n, q = result["n_tasks"], result["n_queries"]
+    rows = [f"pass@{k} {interval(result, f'pass@{k}', n)}" for k in (1, 2)]
+    rows.append(", ".join(f"pass@{k} {percent(result[f'pass@{k}'])}" for k in (5, 10, 100, 1000)))
+    rows.append(f"some vote right {interval(result, 'oracle', q)}")
+    whole, output = (percent(result[key]["pass@2"]) for key in ("all_queries", "per_output"))
+    rows.append(f"pass@2, all of a task's queries {whole}, per output {output}")
+    names = (("exact_match", "exact match"), ("cell_accuracy", "cell accuracy"), ("shape_accuracy", "shape accuracy"))
+    rows += [f"{name}, one view {interval(result, key, q)}" for key, name in names]
+    for key, name in (("by_side", "largest side"), ("by_demos", "demos")):
+        by = (f"{k} {percent(v['pass@2'])} (n = {v['n_tasks']})" for k, v in result[key].items())
+        rows.append(f"pass@2 by {name}: {', '.join(by)}")
+    curve = (f"{percent(r['confidence'])} -> {percent(r['right'])} (n = {r['n']})" for r in result["reliability"])
+    return "\n".join([*rows, "share of votes for the first answer -> right: " + ", ".join(curve)])
+
+
+@app.command()
+@friendly
+def merge(
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="predictions.jsonl of shards and runs; submissions of others.")],
+    sources: Annotated[Optional[list[str]], typer.Option("--data", help="Tasks to score and to submit.")] = None,  # noqa: UP045
+    output: Annotated[str, typer.Option("--output", "-o", help="Write all votes there.")] = "",
+    vote: Vote = "count",
+    submission: Annotated[str, typer.Option(help="Write both attempts at every query there.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Join predictions; a vote that stands in several files counts once."""
+    from pathlib import Path
+
+    from . import solve
+
+    result = solve.merge([Path(f) for f in files], sources or (), vote, output, submission)
+    typer.echo(f"{result['votes']} votes for {result['queries']} queries")
+    if "pass@2" in result:
+        typer.echo(table(result))
+    last_line(as_json, result)
+
+
+@app.command(name="check-submission")
+@friendly
+def check_submission(
+    file: str,
+    solutions: Annotated[str, typer.Option(help="Kaggle's: is it complete, and its score")] = "",
+    as_json: Json = False,
+) -> None:
+    """Is a submission valid, and how does it score?"""
+    from pathlib import Path
+
+    from . import votes
+
+    if solutions:
+        result = votes.score_submission(Path(file), Path(solutions))
+        typer.echo("\n".join(f"pass@{k} {interval(result, f'pass@{k}', result['tasks'])}" for k in (1, 2)))
+        typer.echo(f"per output (Kaggle's score): pass@2 {percent(result['per_output/pass@2'])} (n = {result['queries']})")
+    else:
+        made = votes.check_submission(Path(file))
+        result = {"tasks": len(made), "queries": sum(map(len, made.values()))}
+    typer.echo(f"{file}: valid, {result['tasks']} tasks, {result['queries']} queries")
     last_line(as_json, result)
 
 
@@ -294,11 +376,7 @@ def overfit(
 @app.command()
 @friendly
 def solve(
-    checkpoint: str,
-    task: str,
-    views: Annotated[int, typer.Option(min=1, help="Symmetries and demo orders to vote over.")] = 8,
-    sets: Set = None,
-    as_json: Json = False,
+    checkpoint: str, task: str, views: Views = None, vote: Vote = "", adapt: Adapt = "", sets: Set = None, as_json: Json = False
 ) -> None:
     """Answer the queries of a task file: demos, answer and confidence in colour."""
     from rich.console import Console
@@ -306,7 +384,7 @@ def solve(
     from . import solve as solver
 
     console, made = Console(), []
-    for each, queries in solver.answers(checkpoint, task, views, sets or []):
+    for each, queries in solver.answers(checkpoint, task, how(sets, views, vote, adapt)):
         console.print(f"[bold]{each.name}[/bold]")
         for x, y in each.demos:
             console.print(beside(x, y), no_wrap=True, overflow="ignore", crop=False)
@@ -317,13 +395,13 @@ def solve(
             if p.too_large:
                 said = f"no answer: it needs a canvas of {p.too_large}, larger than any the model was trained on"
             elif best is None:
-                said = f"no answer: none of {views} views gave a whole grid"
+                said = f"no answer: none of {len(p.votes)} votes was a whole grid"
             else:
-                said = f"{best.views} of {views} views agree, confidence {percent(best.q)}"
+                said = f"{best.views} of {len(p.votes)} votes agree, confidence {percent(best.q)}"
             console.print(f"query {p.query + 1}: {said}")
-            tries = [{"grid": c.grid.tolist(), "views": c.views, "confidence": c.q} for c in ranked[:2]]
-            made.append({"task": p.task, "query": p.query, "answers": tries})
-    last_line(as_json, {"queries": made, "views": views})
+            tries = [{"grid": c.grid.tolist(), "votes": c.views, "share": c.share, "confidence": c.q} for c in ranked[:2]]
+            made.append({"task": p.task, "query": p.query, "answers": tries, "votes": len(p.votes)})
+    last_line(as_json, {"queries": made})
 
 
 def beside(left: Any, right: Any) -> Any:

@@ -64,7 +64,22 @@ class EvalConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     patience: int = 0  # evaluations without such a gain after which training ends; 0: never
     stop_at: float = 0.0  # exact match with the task's own demos at which training ends; 0: never
     tokens: Count = 16384  # of a batch
+
+
+class SolveConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How tasks are answered: by `etrm eval` and `etrm solve`, whose options override it; chosen on the dev split."""
+
+    views: Count = 8  # symmetries and demo orders to vote over
+    vote: Literal["count", "probability", "demos"] = "count"  # see votes.RULES
     leave: Literal["never", "q", "stable"] = "never"  # when a view stops thinking, see etrm.think
+    steps: tuple[Count, ...] = ()  # ACT steps whose answers vote; none: the last one
+    noise: float = 0.0  # std of what is added to the states before each ACT step, for all samples of a view but the first
+    samples: Count = 1  # of a view: the one with the highest q votes
+    adapt: Literal["none", "context", "full", "joint"] = "none"  # from the demos alone, see adapt.py
+    adapt_steps: Count = 60
+    adapt_lr: float = 1e-3
+    adapt_batch: Count = 16  # slots of a step of full and joint adaptation
+    adapt_weights: str = ".*"  # pattern of the parameters that full and joint adaptation train
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -74,6 +89,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
+    solve: SolveConfig = SolveConfig()
     fast: dict[str, Any] = {}  # overrides (as --set has them) that --fast applies
 
 

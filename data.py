@@ -256,7 +256,7 @@ def uniform(lanes: int, *counters: Tensor | int) -> Tensor:
     return ((x >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
 
 
-EPISODE, EXPLORE, VIEW, DONOR = range(4)  # what a counter is for
+EPISODE, EXPLORE, VIEW, DONOR, NOISE = range(5)  # what a counter is for
 
 
 # ---------------------------------------------------------------- episodes

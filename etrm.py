@@ -441,6 +441,12 @@ def log_stable(x: Tensor) -> Tensor:
     return torch.where(x < 0, -torch.log1p(-x.clamp(max=0)), torch.log1p(x.clamp(min=0)))
 
 
+def log_prob(cfg: ModelConfig, logits: Tensor) -> Tensor:
+    """Log-probabilities of tokens, in float32."""
+    x = logits.float()
+    return torch.log_softmax(log_stable(x) if cfg.loss == "stablemax" else x, -1)
+
+
 class Loss(NamedTuple):
     """Per slot (B,), float32 and on the graph where it says so; means and masks are the caller's."""
 
@@ -461,8 +467,7 @@ def per_slot(x: Tensor, cells: Sequence[int]) -> Tensor:
 def act_loss(cfg: ModelConfig, out: Output, labels: Tensor, cells: Sequence[int]) -> Loss:
     """Loss and scores of one ACT step, per slot, in float32; labels (M,), cells of each slot. A negative label is not
     asked for."""
-    valid, x = labels >= 0, out.logits.float()
-    log_p = torch.log_softmax(log_stable(x) if cfg.loss == "stablemax" else x, -1)
+    valid, x, log_p = labels >= 0, out.logits.float(), log_prob(cfg, out.logits)
     ce = -log_p.gather(-1, labels.clamp(min=0)[:, None]).squeeze(-1)
     asked = per_slot(valid, cells)
     hits = per_slot((x.argmax(-1) == labels) & valid, cells)
@@ -502,29 +507,35 @@ def only(batch: Batch, context: Tensor, carry: Carry, slots: Sequence[int]) -> t
     return own, context[rows], kept
 
 
+Look = Callable[[int, Sequence[int], Output], None]  # (ACT step, slots that took it, their output)
+
+
 def think(
     params: Params, cfg: ModelConfig, encode: Encode, batch: Batch, dtype: torch.dtype, act_steps: int, leave: str = "never",
+    look: Look = lambda step, slots, out: None, before: Callable[[int, Sequence[int], Carry], Carry] = lambda step, slots, carry: carry,
 ) -> tuple[Output, Tensor]:  # fmt: skip
     """Evaluation: (output, ACT steps spent (B,)) from the initial states; the context is computed once.
 
     leave: "never" takes act_steps (published); "q" leaves when the halting head says so; "stable" when the answer was the
-    same after three steps on end. What has left is computed no more.
+    same after three steps on end. What has left is computed no more. `look` sees each step; `before` may change its carry.
     """
     with torch.no_grad():
         carry = fresh_carry(cfg, batch.cells, dtype, batch.inputs.device)
         context, here = encode(params.encoder, batch), list(range(len(batch.cells)))
         found: list[tuple[Tensor, Tensor, Tensor, int]] = [(context, context, context, 0)] * len(here)
-        before, same = torch.zeros_like(batch.inputs), torch.zeros(len(here), dtype=torch.int64, device=context.device)
+        last, same = torch.zeros_like(batch.inputs), torch.zeros(len(here), dtype=torch.int64, device=context.device)
         for step in range(1, act_steps + 1):
             given = context
-            carry, out = act_step(params, cfg, lambda *_, c=given: c, carry, batch, None)
+            carry, out = act_step(params, cfg, lambda *_, c=given: c, before(step, here, carry), batch, None)
+            carry = carry._replace(halted=torch.zeros_like(carry.halted))  # also beyond halt_max_steps it thinks on
+            look(step, here, out)
             going = torch.zeros(len(here), dtype=torch.bool, device=context.device)
             if leave == "q":
                 going = out.q_halt > 0
             elif leave == "stable":
                 answer = out.logits.argmax(-1)
-                changed = per_slot(answer != before, batch.cells) > 0
-                before, same = answer, torch.where(changed, 0, same + 1)
+                changed = per_slot(answer != last, batch.cells) > 0
+                last, same = answer, torch.where(changed, 0, same + 1)
                 going = same >= 2
             gone = [step == act_steps or g for g in (going.tolist() if leave != "never" else [False] * len(here))]
             logits = out.logits.split(batch.cells)
@@ -535,8 +546,17 @@ def think(
             if not stay:
                 break
             if len(stay) < len(here):
-                before, same = part_of(before, batch.cells, stay), same[torch.tensor(stay, device=context.device)]
+                last, same = part_of(last, batch.cells, stay), same[torch.tensor(stay, device=context.device)]
                 batch, context, carry = only(batch, context, carry, stay)
                 here = [here[i] for i in stay]
         logits, q_halt, q_continue, spent = zip(*found, strict=True)
         return Output(torch.cat(logits), torch.stack(q_halt), torch.stack(q_continue)), torch.tensor(spent)
+
+
+def stirred(core: Core, carry: Carry, noise: Tensor) -> Carry:
+    """The carry with noise (2, N, D) added to its states; a slot that would start afresh starts from noisy initial states."""
+    slot, _ = ragged(torch.tensor(carry.tokens, device=noise.device), len(carry.z_H))
+    fresh = carry.halted[slot][:, None]
+    z_H, z_L = (torch.where(fresh, z0, z) for z0, z in ((core.H_init, carry.z_H), (core.L_init, carry.z_L)))
+    steps = torch.where(carry.halted, 0, carry.steps)
+    return carry._replace(z_H=z_H + noise[0], z_L=z_L + noise[1], steps=steps, halted=torch.zeros_like(carry.halted))

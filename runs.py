@@ -179,6 +179,7 @@ ALWAYS: dict[str, set[str] | None] = {
     "train": {"steps", "shards", "log_every", "save_every", "keep_every", "non_finite"},
     "optimizer": {"final_lr"},
     "eval": None,
+    "solve": None,
     "fast": None,
 }
 FORKED: dict[str, set[str] | None] = {  # in a folder of its own, also how it is trained from here on

@@ -1,195 +1,328 @@
-"""Views -> predictions -> votes -> scores. One forward path: `etrm.think`, the one that training watches itself with.
+"""Views -> predictions, through one forward path: `etrm.think`, the one that training watches itself with.
 
-Axes: R rows = queries of one batch, M cells of their canvases.
+Axes: R queries, B rows = samples of views of queries in one batch, M cells of their canvases.
 """
 
 from __future__ import annotations
 
 import datetime
+import functools
+import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
-import numpy as np
 import torch
+from torch import Tensor
 
-from . import checkpoint, config, data, etrm, sources, train
+from . import adapt, checkpoint, config, data, etrm, sources, train, votes
 from .config import Config
 from .data import Symmetry, Task, UserError
 from .encoders import encoder_of
-from .etrm import Params, act_loss, tree_map
+from .etrm import Params, tree_map
+from .votes import Answer, Prediction, Vote, rank
 
-Vote = tuple[np.ndarray | None, float]  # a view's answer in the task's own frame (None: no answer) and its q
-
-
-class Prediction(NamedTuple):
-    """All views of one query."""
-
-    task: str
-    query: int
-    votes: list[Vote]
-    exact: bool | None  # of the first view, the task as it is; None where the output is hidden
-    cell_accuracy: float | None
-    too_large: int  # canvas that the query would need, 0 where it has one
+Key = tuple[str, int, int]  # (hash of a task, query, view)
 
 
-def view(task: Task, query: int, number: int, cfg: data.DataConfig) -> tuple[Symmetry, torch.Tensor]:
+def view(task: Task, query: int, number: int, cfg: data.DataConfig) -> tuple[Symmetry, Tensor]:
     """Symmetry () and uniform numbers for the order of demos of a view; view 0 is the task as it is.
 
-    Drawn from the content of the task, so that neither the other tasks nor their order matter."""
-    key = int.from_bytes(sources.task_digest(task)[:7], "little")
+    Drawn from the content of the task, so that neither the other tasks nor their order matter, nor any hidden output."""
     lots = 1 + len(task.demos)
-    u = data.uniform(11 + lots, key, data.VIEW, query, number)
+    u = data.uniform(11 + lots, int(votes.task_hash(task)[:13], 16), data.VIEW, query, number)
     if number == 0:
         return data.identity(), torch.arange(lots) / lots
     s = data.draw_symmetry(u[None, :11], cfg.dihedral, cfg.colours)
     return Symmetry(s.dihedral[0], s.colours[0]), u[11:]
 
 
-def predict(
-    params: Params, cfg: Config, tasks: Sequence[Task], views: int = 1, say: Callable[[float], None] = lambda done: None
-) -> list[Prediction]:
-    """Answers of every query of the tasks under `views` views each, in the order of tasks and queries.
+def jitter(core: etrm.Core, std: float, keys: Sequence[tuple[int, ...]]) -> Callable[[int, Sequence[int], etrm.Carry], etrm.Carry]:
+    """For `think`: before each step, noise drawn from (key of the slot, step); slots whose key ends in 0 get none."""
 
-    Hidden outputs are fine. Raises UserError when a task has no query.
+    def stir(step: int, slots: Sequence[int], carry: etrm.Carry) -> etrm.Carry:
+        noise = []
+        for slot, n in zip(slots, carry.tokens, strict=True):
+            u = data.uniform(1, *keys[slot], data.NOISE, step, torch.arange(2 * n * carry.z_H.shape[1])).squeeze(-1)
+            gauss = torch.erfinv((2 * u - 1).clamp(-1 + 1e-12, 1 - 1e-12)) * math.sqrt(2)
+            noise.append((gauss * (std if keys[slot][-1] else 0.0)).view(2, n, -1))
+        return etrm.stirred(core, carry, torch.cat(noise, 1).to(carry.z_H))
+
+    return stir if std else lambda step, slots, carry: carry
+
+
+def vote_of(cfg: Config, logits: Tensor, canvas: tuple[int, int], back: Symmetry) -> Vote:
+    """The answer on a canvas, in the task's own frame, and its log-probability: of its cells and of its border."""
+    tokens = logits.float().argmax(-1).view(*canvas).cpu().numpy()
+    grid = data.untokenise(tokens)
+    if grid is None:
+        return Vote(None)
+    label = torch.from_numpy(data.tokenise(grid.astype("uint8"), canvas)).long().flatten().to(logits.device)
+    log_p = etrm.log_prob(cfg.model, logits).gather(-1, label[:, None]).squeeze(-1)
+    return Vote(data.apply(back, grid), logp=float(log_p[label != data.PAD].sum()))
+
+
+def predictions(
+    params: Params, cfg: Config, tasks: Sequence[Task], views: Sequence[int], source: str = "",
+    done: Collection[Key] = (), until: float = math.inf,
+) -> Iterator[tuple[list[Prediction], float]]:  # fmt: skip
+    """Batch by batch, what these views say of every query of the tasks, and the share of the work that is done.
+
+    Views in `done` are left out; after `until` (time.monotonic) no batch begins. Outputs of queries are not looked at.
+    Raises UserError when a task has no query.
     """
     for task in tasks:
         if not task.queries:
             raise UserError(f"task {task.name}: has no query (no test pair) to answer")
-    device = train.device_of(cfg.train.device)
+    tasks = [t._replace(queries=[(x, None) for x, _ in t.queries]) for t in tasks]
+    how, device = cfg.solve, train.device_of(cfg.train.device)
     dtype = train.dtype_of(cfg.train.dtype, device)
     cast, encode = tree_map(lambda x: x.to(device, dtype), params), encoder_of(cfg.model)
-    packed = data.pack(tasks, device)
+    packed, hashes = data.pack(tasks, device), [votes.task_hash(t) for t in tasks]
     asked = data.queries(packed, "test", cfg.data.canvases)
-    number = asked.pair - packed.first[asked.task] - packed.n_demos[asked.task]
-    votes: list[list[Vote]] = [[] for _ in asked.pair]
-    first: list[tuple[bool, float] | None] = [None] * len(asked.pair)
-    work = [(rows, v) for rows in train.portions(asked, cfg.model, cfg.eval.tokens) for v in range(views)]
-    for done, (rows, v) in enumerate(work):
-        seen = [view(tasks[int(asked.task[r])], int(number[r]), v, cfg.data) for r in rows]
+    number = (asked.pair - packed.first[asked.task] - packed.n_demos[asked.task]).tolist()
+    of, held = asked.task.tolist(), (asked.canvas[:, 0] > 0).tolist()
+    lost = [r for r in range(len(of)) if not held[r] and any((hashes[of[r]], number[r], v) not in done for v in views)]
+    if lost:
+        yield [large_of(packed, asked, r, tasks[of[r]], number[r], hashes[of[r]])._replace(source=source) for r in lost], 0.0
+    units = [(r, v) for r in range(len(of)) for v in views if held[r] and (hashes[of[r]], number[r], v) not in done]
+    steps = cfg.model.halt_max_steps
+    at = {min(s, steps) for s in how.steps} or {steps}
+    finished, samples = 0, how.samples if how.noise else 1
+    for part in train.portions(data.chosen(asked, torch.tensor([r for r, _ in units]).long()), cfg.model, cfg.eval.tokens // samples):
+        if time.monotonic() > until:
+            return
+        begun, mine = time.monotonic(), [units[i] for i in part.tolist()]
+        share = begun + (until - begun) * len(mine) / (len(units) - finished) if until < math.inf else until
+        rows = torch.tensor([r for r, _ in mine]).repeat_interleave(samples)
+        seen = [view(tasks[of[r]], number[r], v, cfg.data) for r, v in mine for _ in range(samples)]
         symmetry = Symmetry(*(torch.stack([s[i] for s, _ in seen]) for i in range(2)))
         lots = torch.nn.utils.rnn.pad_sequence([u for _, u in seen], batch_first=True)
         episodes = data.posed(packed, cfg.data, "test", data.chosen(asked, rows), view=(symmetry, lots))
         batch = data.batch(packed, episodes, cfg.data, cfg.model.raster)
-        out, _ = etrm.think(cast, cfg.model, encode, batch, dtype, cfg.model.halt_max_steps, cfg.eval.leave)
-        tokens = out.logits.float().argmax(-1).cpu().split(batch.cells)
-        back = data.inverse(symmetry)
-        for i, r in enumerate(rows.tolist()):
-            grid = data.untokenise(tokens[i].view(*episodes.canvas[i].tolist()).numpy())
-            ours = None if grid is None else data.apply(Symmetry(back.dihedral[i], back.colours[i]), grid)
-            votes[r].append((ours, float(out.q_halt[i])))
-        if v == 0:
-            loss = act_loss(cfg.model, out, batch.labels, batch.cells)
-            for i, r in enumerate(rows.tolist()):
-                if loss.labelled[i]:
-                    fits = bool(asked.fits[r])
-                    first[r] = (bool(loss.exact[i]) and fits, float(loss.cell_accuracy[i]) * fits)
-        say((done + 1) / len(work))
-    sides = packed.grids[:, :, 1:].amax((1, 2))
-    made = []
-    for r, (pair, t) in enumerate(zip(asked.pair.tolist(), asked.task.tolist(), strict=True)):
-        known = tasks[t].queries[int(number[r])][1] is not None
-        exact, cells = first[r] or ((False, 0.0) if known else (None, None))
-        begin = int(packed.first[t])
-        need = max(int(sides[begin : begin + int(packed.n_demos[t])].max()), int(packed.grids[pair, 0, 1:].max()))
-        large = 0 if asked.canvas[r, 0] else need
-        made.append(Prediction(tasks[t].name, int(number[r]), votes[r], exact, cells, large))
-    return made
+        with torch.no_grad():
+            context = encode(cast.encoder, batch)
+        explains: list[float] = []
+        if how.adapt == "context" or how.vote == "demos":
+            questions = adapt.ask_demos(tasks, [of[r] for r in rows.tolist()], (symmetry, lots), cfg, device)
+            if how.adapt == "context":
+                context = adapt.search(cast, cfg, encode, questions, context, share)
+            if how.vote == "demos":
+                explains = adapt.explained(cast, cfg, questions, context).tolist()
+        keys = [(int(hashes[of[r]][:13], 16), number[r], v, k) for r, v in mine for k in range(samples)]
+        back, canvases = data.inverse(symmetry), episodes.canvas.tolist()
+        said: dict[tuple[int, int], tuple[Tensor, float]] = {}  # (row, ACT step): logits, q
+
+        def look(step: int, slots: Sequence[int], out: etrm.Output, area: Sequence[int] = batch.cells, said: dict = said) -> None:
+            for slot, logits, q in zip(slots, out.logits.split([area[s] for s in slots]), out.q_halt.tolist(), strict=True):
+                said[slot, step] = logits, q
+
+        stir = jitter(cast.core, how.noise if samples > 1 else 0.0, keys)
+        _, spent = etrm.think(cast, cfg.model, lambda *_, c=context: c, batch, dtype, steps, how.leave, look, stir)
+        found: dict[int, list[Vote]] = {r: [] for r, _ in mine}
+        first: dict[int, Any] = {}
+        for i, (r, v) in enumerate(mine):
+            group = range(i * samples, (i + 1) * samples)
+            b = max(group, key=lambda j: (said[j, int(spent[j])][1], -j))
+            for step in sorted({min(s, int(spent[b])) for s in at}):
+                logits, q = said[b, step]
+                vote = vote_of(cfg, logits, tuple(canvases[b]), Symmetry(back.dihedral[b], back.colours[b]))
+                found[r].append(vote._replace(q=q, demos=explains[b] if explains else None, view=v, step=step, source=source))
+            if v == 0:
+                first[r] = said[b, int(spent[b])][0].argmax(-1).view(*canvases[b]).cpu().numpy()
+        finished += len(mine)
+        each = (time.monotonic() - begun) / len(mine)
+        yield [
+            Prediction(tasks[of[r]].name, number[r], hashes[of[r]], vs, first.get(r), 0, each * len({v.view for v in vs}), source)
+            for r, vs in found.items()
+        ], finished / len(units)  # fmt: skip
 
 
-class Answer(NamedTuple):
-    grid: np.ndarray
-    views: int  # that gave it
-    q: float  # their mean sigmoid(q)
+def large_of(packed: data.Tasks, asked: data.Queries, r: int, task: Task, number: int, own: str) -> Prediction:
+    """No answer, and the canvas that it would take."""
+    begin = int(packed.first[asked.task[r]])
+    demos = packed.grids[begin : begin + len(task.demos), :, 1:]
+    return Prediction(task.name, number, own, [], None, max(int(demos.max()), *task.queries[number][0].shape))
 
 
-def rank(votes: Sequence[Vote]) -> list[Answer]:
-    """Answers by (number of views, mean sigmoid(q)), as published; ties by the grid itself, so that no order matters."""
-    found: dict[tuple[tuple[int, ...], bytes], list[float]] = {}
-    for grid, q in votes:
-        if grid is not None:
-            key = (grid.shape, np.ascontiguousarray(grid, np.uint8).tobytes())
-            found.setdefault(key, []).append(1 / (1 + math.exp(-max(-500.0, q))))
-    order = sorted(found.items(), key=lambda kv: (-len(kv[1]), -math.fsum(kv[1]) / len(kv[1]), kv[0]))
-    return [Answer(np.frombuffer(cells, np.uint8).reshape(shape), len(qs), math.fsum(qs) / len(qs)) for (shape, cells), qs in order]
-
-
-def wilson(share: float, n: int) -> tuple[float, float]:
-    """95 % interval of a proportion of n trials (Wilson 1927)."""
-    if n == 0:
-        return 0.0, 1.0
-    z = 1.959964
-    middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
-
-
-def score(tasks: Sequence[Task], predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """pass@1 and pass@2: mean over tasks of the share of their queries solved; exact match, cell accuracy: over queries.
-
-    Only queries with a known output count; an unanswered one is wrong."""
-    solutions = {(t.name, i): y for t in tasks for i, (_, y) in enumerate(t.queries) if y is not None}
-    per_task: dict[str, list[tuple[bool, bool]]] = {}
-    exact, cells = [], []
-    for p in predictions:
-        if (want := solutions.get((p.task, p.query))) is None:
-            continue
-        tries = [np.array_equal(c.grid, want) for c in rank(p.votes)[:2]]
-        per_task.setdefault(p.task, []).append((any(tries[:1]), any(tries)))
-        exact.append(bool(p.exact))
-        cells.append(p.cell_accuracy or 0.0)
-    if not exact:
-        raise UserError("no query has a known output: there is nothing to score (etrm solve answers without scoring)")
-    n = len(per_task)
-    means = [math.fsum(sum(s[k] for s in solved) / len(solved) for solved in per_task.values()) / n for k in (0, 1)]
-    return {
-        "pass@1": means[0],
-        "pass@2": means[1],
-        "exact_match": sum(exact) / len(exact),
-        "cell_accuracy": math.fsum(cells) / len(cells),
-        "n_tasks": n,
-        "n_queries": len(exact),
-        "wilson95": {
-            "pass@1": wilson(means[0], n),
-            "pass@2": wilson(means[1], n),
-            "exact_match": wilson(sum(exact) / len(exact), len(exact)),
-        },
-    }
+def predict(params: Params, cfg: Config, tasks: Task | Sequence[Task], views: int | None = None) -> list[Prediction]:
+    """Answers to every query of the tasks under so many views each, adapted as the config says, in order of tasks and queries."""
+    given = [tasks] if isinstance(tasks, Task) else list(tasks)
+    numbers, made = range(views or cfg.solve.views), []
+    if cfg.solve.adapt == "joint":
+        raise UserError("solve.adapt: joint adaptation is a run of its own: etrm eval --adapt joint")
+    if cfg.solve.adapt == "full":
+        for task in given:
+            for part, _ in predictions(adapt.tuned(params, cfg, task, math.inf), cfg, [task], numbers):
+                made += part
+    else:
+        for part, _ in predictions(params, cfg, given, numbers):
+            made += part
+    return votes.joined(given, made)
 
 
 # ---------------------------------------------------------------- a checkpoint against a set of tasks
 
 
-def opened(path: str | Path, sets: Sequence[str] = ()) -> tuple[checkpoint.Checkpoint, Config]:
-    """A checkpoint and the config it was trained with; `sets` may change where and in what portions it is run."""
+class Solver(NamedTuple):
+    """A checkpoint and how it is asked: who casts a vote."""
+
+    path: Path
+    params: Params
+    cfg: Config
+    meta: dict[str, Any]
+    source: str  # hash of the weights and of all that its answers depend on
+
+
+FREE = ("train.device", "train.dtype", "eval.tokens", "solve.")
+
+
+def opened(path: str | Path, sets: Sequence[str] = (), weights: str = "ema") -> Solver:
+    """A checkpoint with the config it was trained with; `sets` may change where and how tasks are answered."""
     c = checkpoint.load(path)
     raw = c.meta["config"]
     for item in sets:
-        if item.partition("=")[0].strip() not in ("train.device", "train.dtype", "eval.tokens", "eval.leave"):
-            raise UserError(f"--set {item}: of a checkpoint's config train.device, train.dtype, eval.tokens and eval.leave may change")
+        if not item.partition("=")[0].strip().startswith(FREE):
+            raise UserError(f"--set {item}: of a checkpoint's config train.device, train.dtype, eval.tokens and solve.* may change")
         config.set_item(raw, item)
-    return c, config.parse_config(raw, str(c.path))
+    cfg = config.parse_config(raw, str(c.path))
+    params = c.ema if weights == "ema" else c.params
+    how = {k: v for k, v in msgspec.to_builtins(cfg.solve).items() if k not in ("views", "vote")}
+    said = json.dumps([how, cfg.solve.vote == "demos", str(train.dtype_of(cfg.train.dtype, train.device_of(cfg.train.device)))])
+    source = hashlib.blake2b((checkpoint.digest_of(etrm.leaves(params), said)).encode(), digest_size=6).hexdigest()
+    return Solver(c.path, params, cfg, c.meta, source)
+
+
+ADAPTED = {
+    "none": "no adaptation",
+    "context": "context search",
+    "full": "full adaptation task by task",
+    "joint": "joint adaptation, TRANSDUCTIVE",
+}
+
+
+class Question(NamedTuple):
+    """What `answer` is to find out, and where it puts it."""
+
+    tasks: list[Task]  # their outputs hidden
+    views: range
+    file: Path  # predictions.jsonl
+    deadline: float = math.inf  # time.monotonic
+
+
+def answer(solver: Solver, ask: Question, say: Callable[[float], None]) -> None:
+    """Ask for the views that are not in the file yet; each batch is on disk before the next begins."""
+    cfg, params = solver.cfg, solver.params
+    made = votes.read(ask.file) if ask.file.exists() else []
+    own = [p for p in made if p.source == solver.source]
+    done = {(p.hash, p.query, v) for p in own for v in (ask.views if p.too_large else {x.view for x in p.votes})}
+    missing = [t for t in ask.tasks if any((votes.task_hash(t), i, v) not in done for i in range(len(t.queries)) for v in ask.views)]
+    if cfg.solve.adapt == "joint" and missing:
+        params = adapt.tuned_jointly(params, cfg, ask.tasks, ask.file.with_name(f"{ask.file.stem}-joint-{solver.source}"))
+    if cfg.solve.adapt != "full":
+        for part, share in predictions(params, cfg, missing, ask.views, solver.source, done, ask.deadline) if missing else ():
+            votes.append(ask.file, part)
+            say(share)
+        return
+    for n, task in enumerate(missing):
+        begun = time.monotonic()
+        if begun > ask.deadline:
+            return
+        until = begun + 0.8 * (ask.deadline - begun) / (len(missing) - n) if ask.deadline < math.inf else math.inf
+        tuned = adapt.tuned(params, cfg, task, until)
+        spent = (time.monotonic() - begun) / len(task.queries)
+        for part, share in predictions(tuned, cfg, [task], ask.views, solver.source, done):
+            votes.append(ask.file, [p._replace(seconds=p.seconds + spent * (p.canvas is not None)) for p in part])
+            say((n + share) / len(missing))
+
+
+def wanted(chosen: Sequence[str], limit: int, hide: bool) -> dict[str, list[Task]]:
+    """Tasks source by source; ids that an earlier source has are left out of the later ones (ARC-2 repeats six of ARC-1)."""
+    found: dict[str, list[Task]] = {}
+    for source in chosen:
+        seen = {t.name for tasks in found.values() for t in tasks}
+        found[source] = [t for t in sources.load([source], limit, hide) if t.name not in seen]
+    return found
+
+
+def shard_of(tasks: Sequence[Task], shard: str) -> list[Task]:
+    """Every n-th task, for "i/n" with i from 1."""
+    i, _, n = shard.partition("/")
+    if not (i.isdigit() and n.isdigit() and 1 <= int(i) <= int(n)):
+        raise UserError(f"--shard {shard}: must look like 1/4")
+    return list(tasks[int(i) - 1 :: int(n)])
 
 
 def evaluate(
-    path: str | Path, data_sources: Sequence[str] = (), views: int = 1, weights: str = "ema",
-    say: Callable[[float], None] = lambda done: None, sets: Sequence[str] = (),
+    paths: Sequence[str | Path], data_sources: Sequence[str] = (), sets: Sequence[str] = (), weights: str = "ema",
+    predictions_file: str = "", budget: float = math.inf, shard: str = "1/1", submit: str = "",
+    say: Callable[[float], None] = lambda done: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Score a checkpoint on sources (its dev split by default), and say what that score is worth: was it held out?"""
-    c, cfg = opened(path, sets)
-    chosen = tuple(data_sources) or cfg.data.dev
+    """Ask checkpoints (which vote together), then score: what was on disk before any output of a query was looked at.
+
+    The default data is the dev split of the first. budget: seconds, after which no batch begins. Predictions that the
+    file holds already are not made again. Without any known output there are predictions but no scores.
+    """
+    deadline, solvers = time.monotonic() + budget, [opened(p, sets, weights) for p in paths]
+    first, how = solvers[0], solvers[0].cfg.solve
+    chosen = tuple(data_sources) or first.cfg.data.dev
     if not chosen:
-        raise UserError(f"{c.path}: was trained without a dev split; name the tasks with --data")
-    tasks = sources.load(chosen, 0 if data_sources else cfg.data.max_eval_tasks)
-    result = score(tasks, predict(c.ema if weights == "ema" else c.params, cfg, tasks, views, say))
-    finding = msgspec.convert(c.meta["finding"], sources.Finding)
-    result |= {"data": list(chosen), "views": views, "weights": weights, "held_out": held_out(cfg, c.meta, tasks)}
-    result |= {"guard": str(finding), "checkpoint": str(c.path), "step": c.meta.get("step")}
-    kept_out = {sources.task_digest(t) for t in sources.load(("arc1:evaluation", *cfg.data.held_out))}
-    if any(sources.task_digest(t) in kept_out for t in tasks):
-        result["look"] = look(c.path, chosen, tasks, result)
+        raise UserError(f"{first.path}: was trained without a dev split; name the tasks with --data")
+    load = functools.partial(wanted, chosen, 0 if data_sources else first.cfg.data.max_eval_tasks)
+    if how.adapt == "joint" and shard != "1/1":
+        raise UserError(f"--shard {shard}: joint adaptation takes all tasks together")
+    asked = {k: shard_of(ts, shard) for k, ts in load(hide=True).items()}
+    tasks = [t for ts in asked.values() for t in ts]
+    file = Path(predictions_file or first.path.parent / "predictions.jsonl")
+    rounds = [range(how.views)] if budget == math.inf or how.adapt == "full" else [range(1), *rounds_of(how.views)]
+    for r, views in enumerate(rounds):
+        for k, solver in enumerate(solvers):
+            if time.monotonic() < deadline:
+                part = functools.partial(told, say, r * len(solvers) + k, len(rounds) * len(solvers))
+                answer(solver, Question(tasks, views, file, deadline), part)
+    by = {s.source for s in solvers}
+    here = votes.joined(tasks, votes.read(file) if file.exists() else [], lambda v: v.source in by and v.view < how.views)
+    if not any(p.votes or p.too_large for p in here):
+        raise UserError(f"--budget: {budget / 60:g} minutes are not enough for a single view")
+    result: dict[str, Any] = {"data": list(chosen), "views": how.views, "weights": weights, "adaptation": ADAPTED[how.adapt]}
+    result |= {"checkpoints": [str(s.path) for s in solvers], "step": first.meta.get("step"), "predictions": str(file)}
+    result |= {"votes": sum(len(p.votes) for p in here), "seconds_per_task": sum(p.seconds for p in here) / len(tasks)}
+    result["guard"] = "; ".join(sorted({str(msgspec.convert(s.meta["finding"], sources.Finding)) for s in solvers}))
+    if submit:
+        checkpoint.write_text(Path(submit), json.dumps(votes.submission(tasks, here, how.vote)))
+        result["submission"] = submit
+    return result | judged(solvers, {k: shard_of(ts, shard) for k, ts in load(hide=False).items()}, here, how.vote)
+
+
+def told(say: Callable[[float], None], done: int, of: int, part: float) -> None:
+    say((done + part) / of)
+
+
+def rounds_of(views: int) -> list[range]:
+    """1, 2, 4 ... more views each, so that a budget that ends early was spent on all queries alike."""
+    edges = [1 << i for i in range(views.bit_length()) if 1 << i < views] + [views]
+    return [range(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def judged(solvers: Sequence[Solver], known: dict[str, list[Task]], here: Sequence[Prediction], rule: str) -> dict[str, Any]:
+    """Scores of predictions, of each source where there are several, and what they are worth; {} without known outputs."""
+    tasks = [t for ts in known.values() for t in ts]
+    if not any(y is not None for t in tasks for _, y in t.queries):
+        return {"unanswered": sum(not p.votes for p in here)}
+    result = votes.score(tasks, here, rule)
+    if len(known) > 1:
+        names = {k: {t.name for t in ts} for k, ts in known.items()}
+        own = {k: [p for p in here if p.task in names[k]] for k in known}
+        result["by_source"] = {k: votes.score(ts, own[k], rule) for k, ts in known.items() if ts}
+    clean = [held_out(s.cfg, s.meta, tasks) for s in solvers]
+    result["held_out"] = False if False in clean else None if None in clean else True
+    kept_out = {votes.task_hash(t) for t in sources.load(("arc1:evaluation", *solvers[0].cfg.data.held_out), hide=True)}
+    if any(votes.task_hash(t) in kept_out for t in tasks):
+        result["look"] = look(solvers[0].path, list(known), tasks, result)
     return result
 
 
@@ -222,15 +355,29 @@ def look(path: Path, chosen: Sequence[str], tasks: Sequence[Task], result: dict[
         return None
 
 
-def answers(
-    path: str | Path, task_file: str, views: int, sets: Sequence[str] = ()
-) -> list[tuple[Task, list[tuple[Prediction, list[Answer]]]]]:
+def merge(files: Sequence[Path], chosen: Sequence[str], rule: str, out: str = "", submit: str = "") -> dict[str, Any]:
+    """Join predictions and submissions into one file; for tasks of the sources given, into a submission and scores."""
+    made = [p for f in files for p in votes.read(f)]
+    hidden = [t for ts in wanted(chosen, 0, True).values() for t in ts]
+    here = votes.joined(hidden, made) if chosen else list(votes.union(made).values())
+    result: dict[str, Any] = {"files": [str(f) for f in files], "votes": sum(len(p.votes) for p in here), "queries": len(here)}
+    if out:
+        checkpoint.write_text(Path(out), "".join(votes.to_line(p) + "\n" for p in votes.by_source(here)))
+    if submit:
+        if not chosen:
+            raise UserError("--submission: name the tasks with --data")
+        checkpoint.write_text(Path(submit), json.dumps(votes.submission(hidden, here, rule)))
+    known = [t for ts in wanted(chosen, 0, False).values() for t in ts]
+    return result | (votes.score(known, here, rule) if any(y is not None for t in known for _, y in t.queries) else {})
+
+
+def answers(path: str | Path, task_file: str, sets: Sequence[str] = ()) -> list[tuple[Task, list[tuple[Prediction, list[Answer]]]]]:
     """Each task of a file with, per query, the ranked answers."""
-    c, cfg = opened(path, sets)
-    tasks = sources.load([task_file])
+    solver = opened(path, sets)
+    tasks = sources.load([task_file], hide=True)
     by_task: dict[str, list[tuple[Prediction, list[Answer]]]] = {}
-    for p in predict(c.ema, cfg, tasks, views):
-        by_task.setdefault(p.task, []).append((p, rank(p.votes)))
+    for p in predict(solver.params, solver.cfg, tasks):
+        by_task.setdefault(p.task, []).append((p, rank(p.votes, solver.cfg.solve.vote)))
     return [(t, by_task[t.name]) for t in tasks]
 
 

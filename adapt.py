@@ -1,0 +1,154 @@
+"""Test-time adaptation, from demos alone: a search over the context, or a copy of the weights trained on.
+
+Axes: B rows = views of queries, R demos asked one by one (leave-one-out), T context tokens, D hidden.
+After Bonnet & Macfarlane, "Searching Latent Program Spaces" (arXiv 2411.08706) and Akyürek et al., "The Surprising
+Effectiveness of Test-Time Training for Abstract Reasoning" (arXiv 2411.07279).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import torch
+from torch import Tensor
+
+from . import checkpoint, data, etrm, sources, train
+from .config import Config
+from .data import Symmetry, Task
+from .etrm import Encode, Params
+from .optim import learning_rate, update
+
+COPIES = 3  # of a single demo, under symmetries
+
+
+def several(task: Task) -> Task:
+    """The demos alone, at least two: a single one is joined by copies of it under symmetries fixed by the task's content."""
+    demos = list(task.demos)
+    if len(demos) == 1:
+        key = int.from_bytes(sources.task_digest(Task("", demos, []))[:7], "little")
+        drawn = data.draw_symmetry(data.uniform(11, key, data.VIEW, torch.arange(COPIES)), True, "keep_black")
+        turns = [Symmetry(*(x[i] for x in drawn)) for i in range(COPIES)]
+        demos += [(data.apply(s, demos[0][0]), data.apply(s, demos[0][1])) for s in turns]
+    return Task(task.name, demos, [])
+
+
+class Asked(NamedTuple):
+    """Demos as questions, under the view of the row that they belong to."""
+
+    batch: data.Batch
+    owner: Tensor  # (R,) the row
+
+
+def ask_demos(tasks: Sequence[Task], rows: Sequence[int], view: tuple[Symmetry, Tensor], cfg: Config, device: torch.device) -> Asked:
+    """Every demo of the tasks of some rows, asked from the others, on a canvas that holds all of them."""
+    order = sorted(set(rows))
+    packed = data.pack([several(tasks[t]) for t in order], device)
+    first = packed.first.tolist()
+    size = torch.stack([packed.grids[a:b, :, 1:].amax((0, 1)) for a, b in zip(first, first[1:], strict=False)])
+    canvas = data.snug(size, cfg.data.canvases)
+    owner: list[int] = []
+    pair: list[int] = []
+    for b, t in enumerate(rows):
+        if canvas[(k := order.index(t)), 0]:
+            pair += range(first[k], first[k + 1])
+            owner += [b] * (first[k + 1] - first[k])
+    of, at = torch.tensor(owner, dtype=torch.int64), torch.tensor(pair, dtype=torch.int64)
+    there = torch.ones_like(at, dtype=torch.bool)
+    asked = data.Queries(at, packed.task_of[at], there, canvas[packed.task_of[at]], there)
+    lots = torch.nn.functional.pad(view[1], (0, 99))[of, : 1 + int(packed.first.diff().max())]
+    turned = Symmetry(view[0].dihedral[of], view[0].colours[of])
+    episodes = data.posed(packed, cfg.data, "leave_one_out", asked, view=(turned, lots))
+    return Asked(data.batch(packed, episodes, cfg.data, cfg.model.raster), of.to(device))
+
+
+def likelihood(params: Params, cfg: Config, asked: Asked, context: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """(loss on the graph, (rows,) mean log-probability of a demo's cell after the last ACT step; 0 without demos)."""
+    model, spent = msgspec.structs.replace(cfg.model, q_weight=0.0), torch.zeros((), device=context.device)
+    carry = etrm.fresh_carry(model, asked.batch.cells, context.dtype, context.device)
+    for _ in range(cfg.model.halt_max_steps):
+        carry, out = etrm.act_step(params, model, lambda *_: context, carry, asked.batch, None)
+        loss = etrm.act_loss(model, out, asked.batch.labels, asked.batch.cells)
+        spent = spent + loss.total.sum()
+    sums = torch.zeros(2, rows, device=context.device)
+    sums.index_add_(1, asked.owner, torch.stack((loss.lm, torch.ones_like(loss.lm))))
+    return spent, -sums[0] / sums[1].clamp(min=1)
+
+
+def explained(params: Params, cfg: Config, asked: Asked, context: Tensor) -> Tensor:
+    """(B,) how well each row's own context (B, T, D) explains its demos."""
+    with torch.no_grad():
+        if not len(asked.owner):
+            return torch.zeros(len(context))
+        return likelihood(params, cfg, asked, context[asked.owner], len(context))[1]
+
+
+def search(params: Params, cfg: Config, encode: Encode, asked: Asked, context: Tensor, until: float) -> Tensor:
+    """The context (B, T, D) plus what, added to the contexts of the *other* demos, makes each demo likeliest.
+
+    Gradient steps from nothing added, the best kept row by row, so no row's demos become less likely; rows do not
+    depend on each other."""
+    if not len(asked.owner):  # their canvas is too large
+        return context
+    with torch.no_grad():
+        base = encode(params.encoder, asked.batch)
+    added = torch.zeros(context.shape, device=context.device, requires_grad=True)
+    best, kept = torch.full((len(context),), -torch.inf, device=context.device), torch.zeros_like(added)
+    opt = torch.optim.Adam([added], lr=cfg.solve.adapt_lr)
+    for step in range(cfg.solve.adapt_steps + 1):
+        with torch.enable_grad():
+            loss, score = likelihood(params, cfg, asked, base + added.to(base.dtype)[asked.owner], len(context))
+            (added.grad,) = torch.autograd.grad(loss, [added])
+        better = score > best
+        best, kept = torch.where(better, score, best), torch.where(better[:, None, None], added.detach(), kept)
+        if step == cfg.solve.adapt_steps or time.monotonic() > until:
+            break
+        opt.step()
+    return context + kept.to(context.dtype)
+
+
+def recipe(cfg: Config, folder: str = "") -> Config:
+    """The run of a full or joint adaptation: training's own, on leave-one-out episodes of the demos."""
+    replace, how = msgspec.structs.replace, cfg.solve
+    rest = () if how.adapt_weights == ".*" else (rf"(?!(?:{how.adapt_weights})$).*",)
+    return replace(
+        cfg,
+        run=replace(cfg.run, dir=folder, track=""),
+        data=replace(cfg.data, query="leave_one_out", min_demos=0),
+        optimizer=replace(cfg.optimizer, lr=how.adapt_lr, warmup=0, final_lr=0.1, freeze=(*cfg.optimizer.freeze, *rest)),
+        train=replace(cfg.train, batch=how.adapt_batch, shards=1, steps=how.adapt_steps, save_every=100, keep_every=0),
+        eval=replace(cfg.eval, on="train", foreign=False, every=how.adapt_steps, weights=("raw",), patience=0, stop_at=0.0),
+    )
+
+
+def prepared(params: Params, cfg: Config, tasks: Sequence[Task]) -> train.Setup:
+    """A setup whose weights are a copy of these and whose tasks have nothing but demos."""
+    s = train.setup(cfg, given=[several(t) for t in tasks])
+    own = {k: v.detach().to(s.device, torch.float32).clone() for k, v in etrm.leaves(params).items()}
+    return s._replace(params={k: v.requires_grad_(s.params[k].requires_grad) for k, v in own.items()})
+
+
+def tuned(params: Params, cfg: Config, task: Task, until: float) -> Params:
+    """Weights trained on the task's demos until all slots were right three steps on end, or the steps or the time are over."""
+    cfg = recipe(cfg)
+    s = prepared(params, cfg, [task])
+    state, trained, solved = train.fresh_state(cfg, s), [p for p in s.params.values() if p.requires_grad], 0
+    for step in range(1, cfg.train.steps + 1):
+        state.carries, grads, sums, _ = train.one_step(s, cfg, state.carries)
+        update(state.opts, trained, grads, learning_rate(cfg.optimizer, step, cfg.train.steps), cfg.optimizer.clip)
+        row = train.metrics_row(sums)
+        solved = solved + 1 if row["all/exact"] == 1 else 0
+        if solved == 3 or time.monotonic() > until:
+            break
+    return etrm.rebuild(s.like, {k: v.detach() for k, v in s.params.items()})
+
+
+def tuned_jointly(params: Params, cfg: Config, tasks: Sequence[Task], folder: Path) -> Params:
+    """Weights trained on the demos of all tasks together: a run of its own, which goes on where it was interrupted."""
+    cfg = recipe(cfg, str(folder))
+    if train.fit(cfg, resume=bool(checkpoint.manifests(folder)), s=prepared(params, cfg, tasks)).get("stopped"):
+        raise KeyboardInterrupt
+    return checkpoint.load(folder / "last.safetensors").params

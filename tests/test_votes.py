@@ -1,0 +1,251 @@
+"""Rankings, scores with their intervals, lines on disk, submissions: whatever the votes, from wherever."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from etrm_arc import sources, votes
+from etrm_arc.data import Task, UserError, tokenise
+from etrm_arc.votes import Prediction, Vote
+
+SET = Path(__file__).parent / "data" / "set"
+GRIDS = st.sampled_from([np.full(s, c, np.uint8) for s in ((1, 2), (2, 1), (2, 2)) for c in (0, 1)])
+VOTES = st.lists(
+    st.builds(Vote, st.none() | GRIDS, st.floats(-9, 9), st.floats(-900, 0), st.floats(-9, 0)), max_size=12
+).map(lambda vs: [v._replace(view=i, source="s") for i, v in enumerate(vs)])  # fmt: skip
+ONE, TWO = np.ones((2, 2), np.uint8), np.zeros((2, 2), np.uint8)
+
+
+def of(task, *grids, query=0):
+    return Prediction(task, query, "", [Vote(g, view=i) for i, g in enumerate(grids)])
+
+
+@given(VOTES, st.randoms(use_true_random=False), st.sampled_from([*votes.RULES]))
+def test_ranking_ignores_the_order_of_votes(made, random, rule):
+    ranked = votes.rank(made, rule)
+    shuffled = list(made)
+    random.shuffle(shuffled)
+    again = votes.rank(shuffled, rule)
+    assert [(a.views, a.q, a.grid.tolist()) for a in ranked] == [(a.views, a.q, a.grid.tolist()) for a in again]
+    assert sum(a.views for a in ranked) == sum(v.grid is not None for v in made)
+    if rule == "count":
+        assert all((a.views, a.q) >= (b.views, b.q) for a, b in zip(ranked, ranked[1:], strict=False))
+
+
+def test_each_rule_weighs_what_it_says():
+    a, b = Vote(ONE, 0.0, -1.0, -3.0), Vote(TWO, 0.0, -5.0, -0.1)
+    made = [a, b, b._replace(view=1, logp=-6.0, demos=-0.2)]
+    first = {rule: votes.rank(made, rule)[0].grid.tolist() for rule in votes.RULES}
+    assert first == {"count": TWO.tolist(), "probability": ONE.tolist(), "demos": TWO.tolist()}
+    assert votes.rank([a._replace(demos=-0.01), *made[1:2]], "demos")[0].grid.tolist() == ONE.tolist()
+    with pytest.raises(UserError, match="hold no scores of demos"):
+        votes.rank([a._replace(demos=None)], "demos")
+    with pytest.raises(UserError, match="did you mean count"):
+        votes.rank(made, "cout")
+
+
+def test_tiny_probabilities_are_still_compared():
+    assert votes.rank([Vote(ONE, 0, -5000.0), Vote(TWO, 0, -4000.0)], "probability")[0].grid.tolist() == TWO.tolist()
+    two = [Vote(ONE, 0, -4000.0), Vote(ONE, 0, -4000.0, view=1)]
+    assert votes.RULES["probability"](two) == pytest.approx(-4000 + math.log(2))
+
+
+def test_votes_agree_with_the_published_ones():
+    v = json.loads((Path(__file__).parent / "golden" / "voting_trm.json").read_text())
+    checked = 0
+    for name, puzzle in v["test_puzzles"].items():
+        for i, pair in enumerate(puzzle["test"]):
+            made = [
+                Vote(np.array(w["predicted_grid_original_frame"], np.uint8), w["q_halt_logit"])
+                for w in v["votes"]
+                if w["identifier_index"] and w["identifier"].split("|||")[0] == name and w["test_input"] == pair["input"]
+            ]
+            ranked = votes.rank(made)
+            keys = [(a.views, a.q) for a in ranked]
+            if made and len(set(keys)) == len(keys):  # full ties: theirs by arrival, ours by content
+                tries = [a.grid.tolist() for a in ranked[:2]]
+                tries += tries[:1] * (2 - len(tries))
+                given_ = v["submission"][name][i]
+                assert tries == [given_["attempt_1"], given_["attempt_2"]]
+                checked += 1
+    assert checked >= 4
+
+
+# ---------------------------------------------------------------- scores
+
+
+def test_the_right_answer_scores_one_and_a_constant_nothing():
+    tasks = sources.load([str(SET)])
+    for right in (True, False):
+        made = [
+            of(t.name, y if right else np.zeros((1, 1), np.uint8))._replace(canvas=tokenise(y if right else 9 - y, (10, 10)))
+            for t in tasks for _, y in t.queries
+        ]  # fmt: skip
+        scored = votes.score(tasks, made)
+        names = [*(f"pass@{k}" for k in votes.PASS), "exact_match", "oracle", "shape_accuracy"]
+        assert [scored[k] for k in names] == [float(right)] * len(names)
+        assert scored["n_tasks"] == scored["n_queries"] == 6 and scored["cell_accuracy"] == 1 if right else scored["cell_accuracy"] < 1
+
+
+def test_the_three_definitions_differ_as_they_should():
+    pair, single = Task("pair", [(ONE, ONE)], [(ONE, ONE), (TWO, ONE)]), Task("single", [(ONE, ONE)], [(ONE, ONE)])
+    scored = votes.score([pair, single], [of("pair", ONE), of("pair", TWO, query=1), of("single", ONE)])
+    assert scored["pass@1"] == 0.75  # (1/2 + 1) / 2
+    assert scored["all_queries"]["pass@1"] == 0.5
+    assert scored["per_output"]["pass@1"] == pytest.approx(2 / 3)
+    assert scored["n_tasks"] == 2 and scored["n_queries"] == 3
+    assert votes.score([single], [of("single", ONE)])["pass@1"] == 1  # a subset's score knows nothing of the rest
+
+
+def test_attempts_in_order_and_what_is_not_answered_is_wrong():
+    task = Task("t", [(ONE, ONE)], [(ONE, ONE), (TWO, ONE), (TWO, None)])
+    scored = votes.score([task], [of("t", TWO, TWO, ONE)])
+    assert (scored["pass@1"], scored["pass@2"], scored["oracle"]) == (0.0, 0.5, 0.5) and scored["n_queries"] == 2
+    with pytest.raises(UserError, match="nothing to score"):
+        votes.score([task._replace(queries=[(ONE, None)])], [])
+
+
+def test_the_first_view_is_judged_by_its_valid_cells():
+    task, canvas = Task("t", [(ONE, ONE)], [(ONE, ONE)]), tokenise(ONE, (4, 4))
+    canvas[3, 3] = 7  # beyond the border: not asked for
+    assert votes.score([task], [of("t", ONE)._replace(canvas=canvas)])["exact_match"] == 1
+    canvas[0, 2] = 0  # its border
+    scored = votes.score([task], [of("t", ONE)._replace(canvas=canvas)])
+    assert scored["exact_match"] == 0 and scored["cell_accuracy"] == pytest.approx(7 / 8)
+    assert votes.score([task], [of("t", ONE)._replace(canvas=canvas[:1])])["cell_accuracy"] == 0  # the output does not fit
+
+
+@given(st.lists(st.lists(st.tuples(GRIDS, GRIDS), min_size=1, max_size=3), min_size=1, max_size=6))
+def test_groups_and_bins_hold_everyone_once(shape):
+    tasks = [Task(f"t{i}", [(ONE, ONE)] * (1 + i), [(ONE, y) for y, _ in qs]) for i, qs in enumerate(shape)]
+    made = [of(f"t{i}", x, query=j) for i, qs in enumerate(shape) for j, (_, x) in enumerate(qs)]
+    scored = votes.score(tasks, made)
+    for by in ("by_side", "by_demos"):
+        assert sum(row["n_tasks"] for row in scored[by].values()) == len(tasks)
+    assert sum(row["n"] for row in scored["reliability"]) == scored["n_queries"]
+    right = sum(row["n"] * row["right"] for row in scored["reliability"])
+    assert right / scored["n_queries"] == pytest.approx(scored["per_output"]["pass@1"])
+    for name, (low, high) in scored["interval95"].items():
+        value = scored["per_output"]["pass@2"] if name.startswith("per") else scored.get(name, scored["all_queries"].get(name[12:]))
+        assert 0 <= low <= value + 1e-9 and value - 1e-9 <= high <= 1
+
+
+@pytest.mark.parametrize(("k", "n", "low", "high"), [(0, 400, 0.0, 0.00951), (5, 400, 0.00535, 0.02892), (200, 400, 0.4512, 0.5488)])
+def test_wilson(k, n, low, high):
+    assert votes.wilson(k / n, n) == pytest.approx((low, high), abs=2e-4)
+
+
+def test_bootstrap_is_about_as_wide_as_it_should_be():
+    half = [[1.0], [0.0]] * 100
+    assert votes.bootstrap(half) == pytest.approx(votes.wilson(0.5, 200), abs=0.02)
+    assert votes.bootstrap([[0.0], [0.0, 0.0]]) == votes.wilson(0.0, 2)
+    twice = [[x[0]] * 2 for x in half]  # two queries that stand and fall together are no more evidence than one
+    assert votes.bootstrap(twice) == pytest.approx(votes.bootstrap(half))
+
+
+# ---------------------------------------------------------------- on disk
+
+
+@given(VOTES, st.none() | st.just(tokenise(ONE, (3, 4))), st.integers(0, 30))
+def test_a_line_is_read_back(made, canvas, large):
+    p = Prediction('a\n"b', 1, "ff", made, canvas, large, 1.5, "s")
+    again = votes.of_line(votes.to_line(p), "x")
+    assert "\n" not in votes.to_line(p)
+    assert again._replace(votes=[], canvas=None) == p._replace(votes=[], canvas=None)
+    assert (again.canvas is None) if canvas is None else np.array_equal(again.canvas, canvas)
+    for a, b in zip(again.votes, made, strict=True):
+        assert a[1:] == b[1:] and ((a.grid is None and b.grid is None) or np.array_equal(a.grid, b.grid))
+
+
+def test_what_a_kill_left_of_a_line_is_cut_off(tmp_path):
+    file, p = tmp_path / "predictions.jsonl", of("t", ONE)._replace(source="s", hash="h")
+    votes.append(file, [p])
+    with open(file, "a") as f:
+        f.write('{"task": "t", "qu')
+    assert len(votes.read(file)) == 1
+    votes.append(file, [p._replace(query=1)])
+    assert [x.query for x in votes.read(file)] == [0, 1]
+    for broken in (
+        '{"task": 3}\n',
+        "[]\n",
+        "no\n",
+        votes.to_line(p).replace("11/11", "1x/11") + "\n",
+        votes.to_line(p).replace("11/11", "1/11") + "\n",
+    ):
+        file.write_text(votes.to_line(p) + "\n" + broken)
+        with pytest.raises(UserError, match="line 2"):
+            votes.read(file)
+
+
+@given(VOTES, VOTES, st.randoms(use_true_random=False))
+def test_joining_counts_a_vote_once_in_whatever_order(a, b, random):
+    task = Task("t", [(ONE, ONE)], [(ONE, ONE)])
+    own = votes.task_hash(task)
+    made = [Prediction("t", 0, own, [v], source="s") for v in a] + [
+        Prediction("other name", 0, own, [v._replace(source="r") for v in b])
+    ]
+    made += [of("t", TWO)]  # another solver, by name
+    twice = [*made, *made]
+    random.shuffle(twice)
+    [p] = votes.joined([task], twice)
+    [q] = votes.joined([task], made)
+    assert len(p.votes) == len(a) + len(b) + 1 and [v[1:] for v in p.votes] == [v[1:] for v in q.votes]
+    again = votes.joined([task], [votes.of_line(votes.to_line(x), "x") for x in votes.by_source([p])])
+    assert [v[1:] for v in again[0].votes] == [v[1:] for v in p.votes]
+    other = votes.joined([task._replace(demos=[(TWO, ONE)])], made)  # of the same name: only the solver that gave no hash
+    assert [v.source for v in other[0].votes] == [""]
+
+
+# ---------------------------------------------------------------- submissions
+
+
+@given(VOTES, st.sampled_from([*votes.RULES]))
+def test_a_submission_is_always_valid_and_complete(tmp_path_factory, made, rule):
+    file, solutions = (tmp_path_factory.mktemp("s") / n for n in ("submission.json", "solutions.json"))
+    tasks = [Task("b", [(ONE, ONE)], [(TWO, None), (ONE, ONE)]), Task("a", [(ONE, ONE)], [(ONE, ONE)])]
+    asked = [Prediction("b", 1, "", made)]
+    file.write_text(json.dumps(votes.submission(tasks, asked, rule)))
+    solutions.write_text(json.dumps({t.name: [ONE.tolist()] * len(t.queries) for t in tasks}))
+    sent = votes.check_submission(file, solutions)
+    assert [len(sent[t.name]) for t in tasks] == [2, 1]
+    ranked = [a.grid.tolist() for a in votes.rank(made, rule)] or [ONE.tolist()]
+    assert [sent["b"][1][k] for k in votes.ATTEMPTS] == [ranked[0], (ranked * 2)[1]] if len(ranked) < 2 else ranked[:2]
+    scored = votes.score_submission(file, solutions)
+    assert scored["queries"] == 3 and scored["per_output/pass@2"] <= 1
+    assert votes.read(file)[0].votes[1].source == str(file)
+
+
+def test_a_submission_is_scored_as_kaggle_and_as_published(tmp_path):
+    file, solutions = tmp_path / "submission.json", tmp_path / "solutions.json"
+    right, wrong = ({"attempt_1": g, "attempt_2": ONE.tolist()} for g in (ONE.tolist(), TWO.tolist()))
+    file.write_text(json.dumps({"a": [right, wrong], "b": [{"attempt_1": [[3]], "attempt_2": [[4]]}]}))
+    solutions.write_text(json.dumps({"a": [ONE.tolist()] * 2, "b": [ONE.tolist()]}))
+    scored = votes.score_submission(file, solutions)
+    assert (scored["pass@1"], scored["pass@2"]) == (0.25, 0.5)
+    assert (scored["per_output/pass@1"], scored["per_output/pass@2"]) == pytest.approx((1 / 3, 2 / 3))
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        ([], "maps task ids"),
+        ({"a": []}, "task a: needs a list"),
+        ({"a": [{"attempt_1": [[1]]}]}, "task a, query 0: needs exactly"),
+        ({"a": [{"attempt_1": [[1]], "attempt_2": [[1, 2], [3]]}]}, "query 0, attempt_2: ragged"),
+        ({"a": [{"attempt_1": [[12]], "attempt_2": [[1]]}]}, "attempt_1: colour 12"),
+        ({"b": [{"attempt_1": [[1]], "attempt_2": [[1]]}]}, "task a is missing"),
+        ({"a": [{"attempt_1": [[1]], "attempt_2": [[1]]}] * 2}, "has 2 queries, must have 1"),
+        ({k: [{"attempt_1": [[1]], "attempt_2": [[1]]}] for k in "ac"}, "task c is not among"),
+    ],
+)
+def test_a_malformed_submission_is_named(tmp_path, raw, said):
+    file, solutions = tmp_path / "submission.json", tmp_path / "solutions.json"
+    file.write_text(json.dumps(raw))
+    solutions.write_text(json.dumps({"a": [[[1]]]}))
+    with pytest.raises(UserError, match=said):
+        votes.check_submission(file, solutions)
