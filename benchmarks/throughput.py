@@ -284,33 +284,40 @@ def worker(n: int, repeats: int) -> None:
         print(Trainer(cfg).rate(repeats))
 
 
-def evaluation(repeats: int) -> dict[str, float]:
-    """Views/s of 64 queries with 16 ACT steps: context computed in every step or once, and exits (of an untrained model:
-    what leaving costs and saves, not how often a trained one leaves)."""
-    t = Trainer(recipe([], model__halt_max_steps=16))
-    tasks = t.s.watched
-    asked = data.queries(tasks, "test", ())
-    asked = data.chosen(asked, torch.nonzero(asked.known)[:64].flatten())
-    batch = data.batch(tasks, data.posed(tasks, t.cfg.data, "test", asked), t.cfg.data)
-    cast = etrm.tree_map(lambda x: x.detach().to(t.s.dtype), etrm.rebuild(t.s.like, t.s.params))
+def evaluation(repeats: int, dtype: str, slow: bool) -> dict[str, float]:
+    """Views/s of 64 queries (4 in the published layout) with 16 ACT steps, by what makes the difference.
 
-    def again() -> None:
-        with torch.no_grad():
-            carry = etrm.fresh_carry(t.cfg.model, batch.cells, t.s.dtype)
-            for _ in range(16):
-                carry, _ = etrm.act_step(cast, t.cfg.model, t.s.encode, carry, batch, None)
+    The model is untrained: it shows what leaving costs and saves, not how often a trained one leaves."""
+    found: dict[str, list[float]] = {}
 
-    ways: dict[str, Callable[[], Any]] = {
-        "context in every step": again,
-        "context once": lambda: etrm.think(cast, t.cfg.model, t.s.encode, batch, t.s.dtype, 16),
-        "context once, stable answers leave": lambda: etrm.think(cast, t.cfg.model, t.s.encode, batch, t.s.dtype, 16, "stable"),
-    }
-    found: dict[str, list[float]] = {k: [] for k in ways}
-    for _ in range(repeats):
-        for name, f in ways.items():
-            begun = time.perf_counter()
-            f()
-            found[name].append(64 / (time.perf_counter() - begun))
+    def ways(name: str, t: Trainer, n: int) -> dict[str, Callable[[], Any]]:
+        tasks, cfg = t.s.watched, t.cfg.model
+        asked = data.queries(tasks, "test", t.cfg.data.canvases)
+        known = torch.nonzero(asked.known).flatten()
+        asked = data.chosen(asked, known[:: len(known) // n][:n])
+        batch = data.batch(tasks, data.posed(tasks, t.cfg.data, "test", asked), t.cfg.data)
+        cast = etrm.tree_map(lambda x: x.detach().to(t.s.dtype), etrm.rebuild(t.s.like, t.s.params))
+
+        def again() -> None:
+            with torch.no_grad():
+                carry = etrm.fresh_carry(cfg, batch.cells, t.s.dtype)
+                for _ in range(16):
+                    carry, _ = etrm.act_step(cast, cfg, t.s.encode, carry, batch, None)
+
+        think = functools.partial(etrm.think, cast, cfg, t.s.encode, batch, t.s.dtype, 16)
+        return {f"{name}, encoded in every step": again, name: think, f"{name}, stable answers leave": lambda: think("stable")}
+
+    def measure(some: dict[str, Callable[[], Any]], n: int, times: int) -> None:
+        for _ in range(times):
+            for name, f in some.items():
+                begun = time.perf_counter()
+                f()
+                found.setdefault(name, []).append(n / (time.perf_counter() - begun))
+
+    measure(ways("ours", Trainer(recipe([], train__dtype=dtype)), 64), 64, repeats)
+    if slow:
+        with published_layout():
+            measure(ways("published layout", Trainer(recipe([], train__dtype=dtype, **LAYOUT)), 4), 4, repeats)
     return {k: statistics.median(v) for k, v in found.items()}
 
 
@@ -365,11 +372,11 @@ def plot(found: dict[str, Any], path: Path) -> None:
     kinds = [k for k in ("tasks", "canvas", "demos", "hidden") if k in found["growth"]]
     figure, axes = plt.subplots(1, 1 + len(kinds), figsize=(3.2 * (1 + len(kinds)), 3), constrained_layout=True)
     names, bars = [], []
-    for dtype in DTYPES:
+    for dtype in (d for d in DTYPES if d in found):
         row = found[dtype]
         names += [f"{dtype}\nstand-in", dtype]
         bars += [row.get("stand_in_samples_per_s", 0.0), row["samples_per_s"]]
-    axes[0].bar(names, bars, color=["#AAAAAA", "#0074D9"] * 2)
+    axes[0].bar(names, bars, color=["#AAAAAA", "#0074D9"] * (len(names) // 2))
     axes[0].set(title="samples/s", yscale="log")
     for axis, kind in zip(axes[1:], kinds, strict=True):
         rows = found["growth"][kind]
@@ -384,6 +391,7 @@ def main() -> None:
     options.add_argument("--json", type=Path, help="write all numbers there")
     options.add_argument("--plot", type=Path, help="write a figure there (needs matplotlib)")
     options.add_argument("--quick", action="store_true", help="neither stand-in nor growth")
+    options.add_argument("--dtype", choices=DTYPES, action="append", help="only this one (a CPU without bf16 takes hours for it)")
     options.add_argument("--conceptarc", help="folder of ConceptARC, added to the training tasks")
     options.add_argument("--repeats", type=int, default=5)
     options.add_argument("--worker", type=int, default=0, help=argparse.SUPPRESS)
@@ -392,7 +400,8 @@ def main() -> None:
         return worker(args.worker, args.repeats)
     sets = [args.conceptarc] if args.conceptarc else []
     found: dict[str, Any] = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    for dtype in DTYPES:
+    dtypes = args.dtype or DTYPES
+    for dtype in dtypes:
         row = found[dtype] = one_dtype(dtype, sets, args.repeats, 0 if args.quick else args.repeats)
         print(
             f"{dtype}: {row['samples_per_s']:.2f} samples/s, {row['gflop_per_sample']:.1f} GFLOP a sample, "
@@ -409,9 +418,10 @@ def main() -> None:
                 f"  stand-in in the published layout {row['stand_in_samples_per_s']:.3f} samples/s: ratio {row['ratio']:.1f}",
                 flush=True,
             )
-    found["peak_memory_gb"] = max(found[d]["peak_memory_gb"] for d in DTYPES)
-    found["evaluation_views_per_s"] = evaluation(3)
-    print("evaluation, views/s: " + ", ".join(f"{k} {v:.1f}" for k, v in found["evaluation_views_per_s"].items()), flush=True)
+    found["peak_memory_gb"] = max(found[d]["peak_memory_gb"] for d in dtypes)
+    for dtype in dtypes:
+        found[dtype]["evaluation_views_per_s"] = rates = evaluation(3, dtype, not args.quick)
+        print(f"evaluation in {dtype}, views/s: " + ", ".join(f"{k} {v:.2f}" for k, v in rates.items()), flush=True)
     found["growth"] = {} if args.quick else growth(sets, 3)
     for kind, rows in found["growth"].items():
         print(f"{kind}: " + ", ".join(f"{k}: {v['samples_per_s'] if isinstance(v, dict) else v:.1f}" for k, v in rows.items()))

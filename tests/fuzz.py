@@ -1,8 +1,8 @@
 """Mutated files: python -m tests.fuzz --mutations 1000 [--json]
 
-Bytes of checkpoints, states, manifests, configs and task files are changed, cut out, doubled or cut off at random. A
-mutated checkpoint or state must be refused (or be, byte for byte, what it was); a config or a task file is refused or
-valid. Anything but a UserError is a finding.
+Bytes of checkpoints, states, manifests, configs, task files, predictions and submissions are changed, cut out, doubled or
+cut off at random. A mutated checkpoint or state must be refused (or be, byte for byte, what it was); the others are
+refused or valid. Anything but a UserError is a finding.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from etrm_arc import checkpoint, config, sources, train
+from etrm_arc import checkpoint, config, solve, sources, train, votes
 from etrm_arc.data import UserError
 
 HERE = Path(__file__).parent
@@ -73,6 +73,9 @@ def main() -> None:
     newest = sorted((work / "run").glob("state-*.json"))[-1]
     whole, parts, _ = checkpoint.load_state(work / "run")
 
+    asked, sent = work / "predictions.jsonl", work / "submission.json"
+    solve.evaluate([work / "run"], [str(HERE / "data" / "set")], predictions_file=str(asked), submit=str(sent))
+
     def state(path: Path) -> str:
         """What is taken up when one file of the newest state is mutated: the state before it, or the same bits."""
         manifest, found, _ = checkpoint.load_state(path.parent)
@@ -90,6 +93,10 @@ def main() -> None:
     def task(path: Path) -> str:
         return "valid" if sources.load([str(path)]) else "refused"
 
+    def votes_of(path: Path) -> str:
+        found = votes.union(votes.read(path))
+        return "valid" if all(votes.rank(p.votes) is not None for p in found.values()) else "refused"
+
     def recipe(path: Path) -> str:
         config.load_config(path)
         return "valid"
@@ -98,6 +105,8 @@ def main() -> None:
         "checkpoint": ([work / "run" / "last.safetensors"], weights),
         "state": ([*(work / "run").glob(f"{newest.stem}-*.safetensors"), newest], state),
         "config": (sorted(CONFIGS.glob("*.toml")), recipe),
+        "predictions": ([asked], votes_of),
+        "submission": ([sent], votes_of),
         "task": ([HERE / "data" / "task.json", *sorted((HERE / "data" / "set").glob("*.json"))], task),
     }
     counts: dict[str, collections.Counter[str]] = {k: collections.Counter() for k in kinds}

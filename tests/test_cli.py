@@ -170,6 +170,27 @@ def test_eval_prints_scores_with_intervals(run):
     out = last_json(result)
     assert keys <= out.keys() and out["held_out"] is True and out["n_tasks"] == 1
     assert "pass@2" in result.stdout and "95 %" in result.stdout and "held out" in result.stdout
+    assert "no adaptation" in result.stdout and "predictions.jsonl" in result.stdout
+
+
+def test_submissions_are_written_checked_and_merged(run, tmp_path):
+    challenges, solutions = tmp_path / "arc_challenges.json", tmp_path / "arc_solutions.json"
+    raw = {p.stem: json.loads(p.read_text()) for p in (HERE / "set").glob("*.json")}
+    solutions.write_text(json.dumps({k: [pair.pop("output") for pair in t["test"]] for k, t in raw.items()}))
+    challenges.write_text(json.dumps(raw))
+    sent, kept = tmp_path / "submission.json", tmp_path / "p.jsonl"
+    args = ["eval", run, "--data", challenges, "--views", 2, "--vote", "demos", "--submission", sent, "--predictions", kept]
+    scored = last_json(call(*args, "--json"))
+    checked = last_json(call("check-submission", sent, "--solutions", solutions, "--json"))
+    assert checked["tasks"] == checked["queries"] == 6 and checked["pass@2"] == scored["pass@2"]
+    assert "valid, 6 tasks" in call("check-submission", sent).stdout
+    merged = last_json(call("merge", kept, sent, "--data", challenges, "--output", tmp_path / "all.jsonl", "--json"))
+    assert merged["votes"] == 24 and merged["n_tasks"] == 6
+    assert last_json(call("merge", tmp_path / "all.jsonl", "--json"))["votes"] == 24
+    solutions.unlink()
+    assert "nothing is scored" in call(*args).stdout
+    fewer = bad(tmp_path, {"mirror": [[[1]]]})
+    assert "is not among those of" in call("check-submission", sent, "--solutions", fewer, code=2).stderr
 
 
 def test_solve_shows_and_returns_an_answer(run):
@@ -238,6 +259,9 @@ def test_a_bad_task_file_is_one_line(tmp_path, content, said):
         ),
         (["eval", "nowhere"], "no such checkpoint"),
         (["eval", __file__], "truncated or no safetensors file"),
+        (["merge", "nowhere.jsonl"], "nowhere.jsonl: No such file"),
+        (["check-submission", "nowhere.json"], "nowhere.json: no such file"),
+        (["check-submission", str(HERE / "task.json")], "task train, query 0: needs exactly attempt_1 and attempt_2"),
     ],
 )
 def test_a_mistake_is_one_line_and_code_2(args, said):
@@ -248,6 +272,8 @@ def test_a_mistake_is_one_line_and_code_2(args, said):
 def test_only_where_a_checkpoint_runs_can_be_set(run):
     assert "n_tasks" in last_json(call("eval", run, "--set", "eval.tokens=100", "--set", "train.dtype=bf16", "--json"))
     assert "may change" in call("eval", run, "--set", "model.hidden=3", code=2).stderr
+    for args in (["--vote", "cout"], ["--adapt", "all"], ["--budget", "0"], ["--shard", "0/2"]):
+        assert call("eval", run, "--predictions", run / "new.jsonl", *args, code=2).stderr.count("\n") == 1
 
 
 def test_a_time_limit_exits_with_75_and_resume_ends_the_run(tmp_path):
