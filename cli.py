@@ -23,7 +23,6 @@ app = typer.Typer(
 )
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
 Set = Annotated[Optional[list[str]], typer.Option("--set", help="Override a config field: a.b=value (repeatable).")]  # noqa: UP045
-PALETTE = ["#000000", "#0074D9", "#FF4136", "#2ECC40", "#FFDC00", "#AAAAAA", "#F012BE", "#FF851B", "#7FDBFF", "#870C25"]
 
 
 def friendly(command: Callable[..., None]) -> Callable[..., None]:
@@ -404,9 +403,50 @@ def solve(
     last_line(as_json, {"queries": made})
 
 
+@app.command()
+@friendly
+def show(
+    checkpoint: str,
+    task: Annotated[Optional[str], typer.Option("--task", "-t", help="Its id; not needed where there is only one.")] = None,  # noqa: UP045
+    sources: Annotated[Optional[list[str]], typer.Option("--data", help="Default: dev split and training set.")] = None,  # noqa: UP045
+    output: Annotated[str, typer.Option("--output", "-o", help=".png, .svg, .pdf or .gif. Default: ID.png")] = "",
+    query: Annotated[int, typer.Option(help="Which of the task's queries, from 0.")] = 0,
+    pair_index: Annotated[Optional[int], typer.Option("--pair-index", "-p", help="Ask this demo, from the others.")] = None,  # noqa: UP045
+    cycles: Annotated[bool, typer.Option("--cycles", help="Also within an ACT step: after every H cycle.")] = False,
+    target: Annotated[bool, typer.Option("--target/--no-target", help="Show the right answer and mark right and wrong cells.")] = True,
+    diff: Annotated[bool, typer.Option("--diff/--no-diff", help="Mark the cells that changed since the last step.")] = True,
+    gif: Annotated[bool, typer.Option("--gif", help="Animate.")] = False,
+    terminal: Annotated[bool, typer.Option("--terminal", help="Draw it here, in colour blocks.")] = False,
+    dpi: Annotated[int, typer.Option(min=20, help="Dots per inch.")] = 150,
+    as_json: Json = False,
+) -> None:
+    """Watch the answer form: a picture of every ACT step."""
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from . import show as pictures
+    from . import solve as solver
+
+    s = solver.opened(checkpoint)
+    found = pictures.find_task(tuple(sources or ()) or (*s.cfg.data.dev, *s.cfg.data.train), task)
+    t = pictures.timeline(s.params, s.cfg, found, query, pair_index, cycles)
+    t = t if target else t._replace(target=None)
+    if terminal:
+        Console().print(pictures.blocks(t, diff), no_wrap=True, overflow="ignore", crop=False)
+        return last_line(as_json, {"task": found.name, "steps": len(t.steps)})
+    path = Path(output or f"{found.name.replace('/', '-')}.{'gif' if gif else 'png'}")
+    moving = gif or path.suffix == ".gif"
+    panels = pictures.animate(t, path, diff, dpi) if moving else pictures.draw(t, path, diff, dpi)
+    typer.echo(f"{path}: {panels} {'frames' if moving else 'panels'}; checkpoint {s.path}, weights {s.source}")
+    last_line(as_json, {"task": found.name, "steps": len(t.steps), "panels": panels, "output": str(path), "weights": s.source})
+
+
 def beside(left: Any, right: Any) -> Any:
     """Two grids in ARC's colours with an arrow between them."""
     from rich.text import Text
+
+    from .data import PALETTE
 
     text = Text()
     for r in range(max(len(left), 0 if right is None else len(right))):

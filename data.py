@@ -17,6 +17,7 @@ from torch import Tensor
 
 PAD, EOS, FIRST_COLOUR, MAX_SIDE = 0, 1, 2, 30
 IGNORE = -100  # label of a cell that is not asked for
+PALETTE = ("#000000", "#0074D9", "#FF4136", "#2ECC40", "#FFDC00", "#AAAAAA", "#F012BE", "#FF851B", "#7FDBFF", "#870C25")  # ARC's
 
 
 class UserError(Exception):

@@ -1,0 +1,267 @@
+"""Watching a model think: the answer after every ACT step, drawn as a picture, an animation or blocks in a terminal.
+
+Every picture is made from a `Timeline`; nothing is computed while drawing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+
+from . import data, etrm, sources, train
+from .config import Config
+from .data import EOS, FIRST_COLOUR, PALETTE, Task, UserError, nearest, tokenise
+from .encoders import encoder_of
+from .etrm import Params, tree_map
+
+RIGHT, WRONG, CHANGED, BLANK = "#00B050", "#E00000", "#FFE600", "#F4F4F4"
+
+
+class Step(NamedTuple):
+    tokens: np.ndarray  # (height, width) of the canvas
+    grid: np.ndarray | None  # the answer, where they form one
+    q: float  # sigmoid of the halting head
+    entropy: float  # mean over cells of the answer's distribution, in bits
+    number: float  # ACT steps taken, a fraction where cycles are shown
+
+
+class Timeline(NamedTuple):
+    task: Task  # the demos that were shown
+    question: np.ndarray
+    target: np.ndarray | None
+    steps: list[Step]
+
+
+def asked_pair(task: Task, query: int, demo: int | None) -> tuple[Task, np.ndarray | None]:
+    """(task with one query and its output hidden, that output); a demo may be asked, from the others.
+
+    Raises UserError where there is no such pair."""
+    if demo is not None:
+        if not 0 <= demo < len(task.demos) or len(task.demos) < 2:
+            raise UserError(f"task {task.name}: has {len(task.demos)} demos, so --pair-index {demo} cannot be asked from the others")
+        x, y = task.demos[demo]
+        return Task(task.name, [p for i, p in enumerate(task.demos) if i != demo], [(x, None)]), y
+    if not 0 <= query < len(task.queries):
+        raise UserError(f"task {task.name}: has {len(task.queries)} queries, so there is no --query {query}")
+    x, known = task.queries[query]
+    return Task(task.name, task.demos, [(x, None)]), known
+
+
+def timeline(params: Params, cfg: Config, task: Task, query: int = 0, demo: int | None = None, cycles: bool = False) -> Timeline:
+    """The answer after every ACT step (`cycles`: after every H cycle), of the task as it is."""
+    shown, target = asked_pair(task, query, demo)
+    device = train.device_of(cfg.train.device)
+    dtype = train.dtype_of(cfg.train.dtype, device)
+    packed = data.pack([shown], device)
+    asked = data.queries(packed, "test", cfg.data.canvases)
+    if not asked.canvas[0, 0]:
+        raise UserError(f"task {task.name}: needs a canvas larger than any the model was trained on")
+    batch = data.batch(packed, data.posed(packed, cfg.data, "test", asked), cfg.data, cfg.model.raster)
+    # one ACT step is H cycles on end, so as many ACT steps of one cycle each pass through the same states
+    model = msgspec.structs.replace(cfg.model, H_cycles=1) if cycles else cfg.model
+    each, size = (1 / cfg.model.H_cycles if cycles else 1.0), tuple(asked.canvas[0].tolist())
+    steps: list[Step] = []
+
+    def look(step: int, slots: Sequence[int], out: etrm.Output) -> None:
+        log_p = etrm.log_prob(cfg.model, out.logits)
+        tokens = log_p.argmax(-1).view(*size).cpu().numpy()
+        entropy = float(-(log_p.exp() * log_p).sum(-1).mean()) / math.log(2)
+        steps.append(Step(tokens, data.untokenise(tokens), float(out.q_halt[0].sigmoid()), entropy, step * each))
+
+    cast = tree_map(lambda x: x.to(device, dtype), params)
+    etrm.think(cast, model, encoder_of(cfg.model), batch, dtype, round(cfg.model.halt_max_steps / each), look=look)
+    return Timeline(shown, shown.queries[0][0], target, steps)
+
+
+def find_task(chosen: Sequence[str], name: str | None) -> Task:
+    """The task of that id among the sources, or their only one. Raises UserError naming the nearest ids."""
+    tasks = {t.name: t for t in sources.load(chosen)}
+    if name is None and len(tasks) == 1:
+        return next(iter(tasks.values()))
+    if name not in tasks:
+        raise UserError(f"--task {name}: not among the {len(tasks)} tasks of {', '.join(chosen)}{nearest(name or '', tasks)}")
+    return tasks[name]
+
+
+def marks(t: Timeline, i: int) -> tuple[np.ndarray, np.ndarray]:
+    """(what a cell is: 1 right, -1 wrong, 0 not asked; whether it changed since the step before), on the canvas.
+
+    Asked are the cells of the target and of its border, and a colour anywhere else is wrong."""
+    tokens = t.steps[i].tokens
+    changed = tokens != t.steps[i - 1].tokens if i else np.zeros(tokens.shape, bool)
+    state = np.zeros(tokens.shape, np.int8)
+    if t.target is not None:
+        h, w = (min(a, b) for a, b in zip(t.target.shape, tokens.shape, strict=True))
+        label = tokenise(t.target[:h, :w], tokens.shape)
+        state[label >= FIRST_COLOUR] = np.where(tokens == label, 1, -1)[label >= FIRST_COLOUR]
+        state[(label < FIRST_COLOUR) & (tokens >= FIRST_COLOUR)] = -1
+    return state, changed
+
+
+# ---------------------------------------------------------------- drawing
+
+
+def grid_on(axis: Any, tokens: np.ndarray, title: str = "") -> None:
+    """Tokens as coloured cells with thin lines between them; the end of the grid is grey, nothing is pale."""
+    from matplotlib.colors import ListedColormap
+
+    h, w = tokens.shape
+    axis.imshow(tokens, cmap=ListedColormap([BLANK, "#D8D8D8", *PALETTE]), vmin=0, vmax=11, interpolation="nearest")
+    axis.set(xlim=(-0.5, w - 0.5), ylim=(h - 0.5, -0.5), xticks=[], yticks=[], aspect="equal")
+    axis.set_title(title, fontsize=8, pad=3)
+    lines = dict(color="#666666", lw=0.3)
+    for k in range(1, max(h, w)):
+        if k < h:
+            axis.axhline(k - 0.5, **lines)
+        if k < w:
+            axis.axvline(k - 0.5, **lines)
+    for spine in axis.spines.values():
+        spine.set_linewidth(0.5)
+
+
+def frame(axis: Any, cells: np.ndarray, colour: str, inset: float, width: float) -> None:
+    """A border inside each of the cells (n, 2): one path, for a patch per cell takes seconds at 30 x 30."""
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path as Outline
+
+    if len(cells):
+        reach = 0.5 - inset
+        corners = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1), (-1, -1)]) * reach
+        outline = Outline((cells[:, None, ::-1] + corners).reshape(-1, 2), [1, 2, 2, 2, 79] * len(cells))
+        axis.add_patch(PathPatch(outline, facecolor="none", edgecolor=colour, linewidth=width, antialiased=False, joinstyle="miter"))
+
+
+def answer_on(axis: Any, t: Timeline, i: int, diff: bool) -> None:
+    """One step: green borders for right cells, red for wrong ones, a yellow mark within for what changed."""
+    step = t.steps[i]
+    number = f"{step.number:.3g}"
+    grid_on(axis, step.tokens, f"step {number}, q {step.q:.2f}")
+    box = axis.get_position()
+    fig_w, fig_h = axis.figure.get_size_inches()
+    cell = 72 * min(box.width * fig_w / step.tokens.shape[1], box.height * fig_h / step.tokens.shape[0])  # in points
+    width = max(0.6, 0.09 * cell)
+    state, changed = marks(t, i)
+    frame(axis, np.argwhere(state == 1), RIGHT, 0.07, width)
+    frame(axis, np.argwhere(state == -1), WRONG, 0.07, width)
+    if diff:
+        frame(axis, np.argwhere(changed), CHANGED, 0.28, width)
+
+
+def curves_on(axis: Any, t: Timeline, upto: int) -> None:
+    """q and entropy of the first steps."""
+    at = [s.number for s in t.steps[:upto]]
+    other = axis.twinx()
+    axis.plot(at, [s.q for s in t.steps[:upto]], ".-", color="#0074D9", lw=1, label="q")
+    other.plot(at, [s.entropy for s in t.steps[:upto]], ".-", color="#FF851B", lw=1)
+    axis.set(xlim=(0, t.steps[-1].number + 0.5), ylim=(-0.03, 1.03), xlabel="ACT steps")
+    other.set_ylim(-0.03, 0.1 + max(s.entropy for s in t.steps))
+    axis.set_ylabel("q", color="#0074D9")
+    other.set_ylabel("entropy (bits)", color="#FF851B")
+    for a in (axis, other):
+        a.tick_params(labelsize=6)
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), facecolor="white")
+    FigureCanvasAgg(figure)  # no display is needed, whatever the user's backend
+    return figure
+
+
+def _needs_matplotlib() -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UserError("etrm show: needs matplotlib: pip install 'etrm-arc[show]'") from None
+
+
+SIDE, GAP, ACROSS = 1.5, 0.32, 8  # inches of a panel, between panels; panels in a row
+
+
+def draw(t: Timeline, path: Path, diff: bool = True, dpi: int = 150) -> int:
+    """The whole timeline as PNG, SVG or PDF, by the name of the file; how many panels it has."""
+    _needs_matplotlib()
+    side = SIDE * (1.6 if max(t.steps[0].tokens.shape) > 15 else 1.0)  # legible at 30 x 30
+    across = min(ACROSS, max(len(t.steps), len(t.task.demos), 3))
+    rows = 3 + math.ceil(len(t.steps) / across)
+    width, height = across * (side + GAP) + GAP, rows * (side + GAP) + 1.5 + GAP
+    figure = _figure(width, height)
+
+    def axis(row: int, column: int) -> Any:
+        left, top = GAP + column * (side + GAP), GAP + row * (side + GAP)
+        return figure.add_axes((left / width, 1 - (top + side) / height, side / width, side / height))
+
+    for i, pair in enumerate(t.task.demos[:across]):
+        for k, grid in enumerate(pair):
+            grid_on(axis(k, i), grid + FIRST_COLOUR, f"demo {i} {('input', 'output')[k]}")
+    grid_on(axis(2, 0), t.question + FIRST_COLOUR, f"{t.task.name}: query")
+    if t.target is not None:
+        grid_on(axis(2, 1), t.target + FIRST_COLOUR, "target")
+    for i in range(len(t.steps)):
+        answer_on(axis(3 + i // across, i % across), t, i, diff)
+    curve = figure.add_axes((0.6 / width, 0.45 / height, min(width - 1.3, 6) / width, 0.95 / height))
+    curves_on(curve, t, len(t.steps))
+    panels = len(figure.axes) - 2
+    save(figure, path, dpi)
+    return panels
+
+
+def save(figure: Any, path: Path, dpi: int) -> None:
+    try:
+        figure.savefig(path, dpi=dpi)
+    except (OSError, ValueError) as e:
+        raise UserError(f"--output {path}: cannot be written: {getattr(e, 'strerror', None) or str(e).splitlines()[0]}") from None
+
+
+def animate(t: Timeline, path: Path, diff: bool = True, dpi: int = 100) -> int:
+    """A GIF with a frame per step; the last one stays. How many frames it has."""
+    _needs_matplotlib()
+    from PIL import Image
+
+    frames = []
+    for i in range(len(t.steps)):
+        figure = _figure(9, 4.6)
+        places = ((0.02, "query"), (0.35, "answer"), (0.68, "target"))
+        for left, what in places[: 2 + (t.target is not None)]:
+            axis = figure.add_axes((left, 0.32, 0.3, 0.6))
+            if what == "answer":
+                answer_on(axis, t, i, diff)
+            else:
+                grid_on(axis, (t.question if what == "query" or t.target is None else t.target) + FIRST_COLOUR, what)
+        curves_on(figure.add_axes((0.08, 0.11, 0.84, 0.16)), t, i + 1)
+        figure.set_dpi(dpi)
+        figure.canvas.draw()
+        frames.append(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB").quantize(64))
+    try:
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=[400] * (len(frames) - 1) + [2500], loop=0)
+    except (OSError, ValueError) as e:
+        raise UserError(f"--output {path}: cannot be written: {e}") from None
+    return len(frames)
+
+
+def blocks(t: Timeline, diff: bool = True) -> Any:
+    """The steps as colour blocks for a terminal: a wrong cell shows x, one that changed !, one of no grid a dot."""
+    from rich.text import Text
+
+    text = Text()
+    for i, step in enumerate(t.steps):
+        state, changed = marks(t, i)
+        text.append(f"step {step.number:.3g}  q {step.q:.2f}  entropy {step.entropy:.2f} bits\n")
+        for r, row in enumerate(step.tokens.tolist()):
+            for c, token in enumerate(row):
+                sign = ("x" if state[r, c] < 0 else " ") + ("!" if diff and changed[r, c] else " ")
+                if token >= FIRST_COLOUR:
+                    text.append(
+                        sign, style=f"{'black' if token - FIRST_COLOUR in (4, 8) else 'white'} on {PALETTE[token - FIRST_COLOUR]}"
+                    )
+                else:
+                    text.append(sign if sign.strip() else ("| " if token == EOS else ". "), style="dim")
+            text.append("\n")
+    return text

@@ -1,0 +1,165 @@
+"""What a picture shows is what the model said: colours read back from its pixels."""
+
+import numpy as np
+import pytest
+import torch
+
+from etrm_arc import data, etrm, show, sources
+from etrm_arc.config import parse_config
+from etrm_arc.data import PALETTE, Task, UserError, tokenise
+from etrm_arc.encoders import init_params
+from etrm_arc.show import Step, Timeline
+
+Image = pytest.importorskip("PIL.Image")
+SMALL = {"hidden": 32, "heads": 2, "expansion": 1.0, "H_cycles": 3, "L_cycles": 1, "context_tokens": 4, "halt_max_steps": 4}
+CFG = parse_config({"model": SMALL, "train": {"dtype": "fp32"}, "data": {"canvases": [6, 10]}}, "test")
+PARAMS = init_params(CFG.model, 0)
+TASK = Task(
+    "t", [(np.full((3, 4), c, np.uint8), np.full((3, 4), c + 1, np.uint8)) for c in (1, 3)], [(np.eye(4, 5, dtype=np.uint8), None)]
+)
+
+
+def rgb(colour):
+    return tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
+
+
+def line(*answers, target):
+    """A timeline of these answers, each on a canvas one larger than the target."""
+    shape = (target.shape[0] + 1, target.shape[1] + 1)
+    steps = [Step(tokenise(a, shape), a, 0.5, 1.0, i + 1.0) for i, a in enumerate(answers)]
+    return Timeline(TASK, target, target, steps)
+
+
+def test_a_timeline_is_what_thinking_gives():
+    t = show.timeline(PARAMS, CFG, TASK)
+    assert len(t.steps) == 4 and t.target is None and t.question is TASK.queries[0][0]
+    packed = data.pack([TASK])
+    asked = data.queries(packed, "test", CFG.data.canvases)
+    batch = data.batch(packed, data.posed(packed, CFG.data, "test", asked), CFG.data, CFG.model.raster)
+    out, _ = etrm.think(PARAMS, CFG.model, show.encoder_of(CFG.model), batch, torch.float32, 4)
+    assert np.array_equal(out.logits.argmax(-1).view(*asked.canvas[0]).numpy(), t.steps[-1].tokens)
+    assert t.steps[-1].q == pytest.approx(float(out.q_halt.sigmoid())) and 0 < t.steps[-1].entropy < np.log2(12)
+
+
+def test_the_cycles_of_a_step_end_where_the_step_does():
+    whole, fine = show.timeline(PARAMS, CFG, TASK), show.timeline(PARAMS, CFG, TASK, cycles=True)
+    assert [s.number for s in fine.steps] == pytest.approx([k / 3 for k in range(1, 13)])
+    for a, b in zip(whole.steps, fine.steps[2::3], strict=True):
+        assert (
+            np.array_equal(a.tokens, b.tokens)
+            and a.q == pytest.approx(b.q, abs=1e-5)
+            and a.entropy == pytest.approx(b.entropy, abs=1e-4)
+        )
+
+
+def test_a_demo_is_asked_from_the_others():
+    t = show.timeline(PARAMS, CFG, TASK, demo=1)
+    assert np.array_equal(t.question, TASK.demos[1][0]) and np.array_equal(t.target, TASK.demos[1][1]) and len(t.task.demos) == 1
+    with pytest.raises(UserError, match="no --query 1"):
+        show.timeline(PARAMS, CFG, TASK, query=1)
+    for demo in (2, -1):
+        with pytest.raises(UserError, match=f"--pair-index {demo} cannot be asked"):
+            show.timeline(PARAMS, CFG, TASK, demo=demo)
+    big = np.ones((12, 12), np.uint8)
+    with pytest.raises(UserError, match="task b: needs a canvas larger"):
+        show.timeline(PARAMS, CFG, Task("b", [(big, big)], [(big, None)]))
+
+
+def test_marks_say_right_wrong_and_changed():
+    target = np.array([[1, 2], [3, 4]], np.uint8)
+    other = np.array([[1, 2], [3, 5]], np.uint8)
+    t = line(other, target, np.array([[1, 2, 9]], np.uint8), target=target)
+    state, changed = show.marks(t, 0)
+    assert state.tolist() == [[1, 1, 0], [1, -1, 0], [0, 0, 0]] and not changed.any()
+    state, changed = show.marks(t, 1)
+    assert state.tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 0]] and np.argwhere(changed).tolist() == [[1, 1]]
+    state, changed = show.marks(t, 2)
+    assert state.tolist() == [[1, 1, -1], [-1, -1, 0], [0, 0, 0]] and changed[0, 2] and not changed[0, 0]
+    assert not show.marks(t._replace(target=None), 2)[0].any()
+
+
+def pixels(t, i, tmp_path, diff=True):
+    """The pixels of a panel, cell by cell, drawn alone in a figure of one inch a cell."""
+    h, w = t.steps[i].tokens.shape
+    figure = show._figure(w, h)
+    show.answer_on(figure.add_axes((0, 0, 1, 1)), t, i, diff)
+    show.save(figure, tmp_path / "p.png", 100)
+    image = np.asarray(Image.open(tmp_path / "p.png").convert("RGB"))
+    assert image.shape == (100 * h, 100 * w, 3)
+    return lambda r, c: image[100 * r : 100 * r + 100, 100 * c : 100 * c + 100]
+
+
+def colours_of(cell):
+    """(at the outer border, at the inner mark, in the middle)."""
+    return tuple(map(int, cell[8, 50])), tuple(map(int, cell[29, 50])), tuple(map(int, cell[50, 50]))
+
+
+def test_borders_and_colours_are_read_back_from_the_pixels(tmp_path):
+    target = np.array([[1, 2, 7], [3, 4, 0]], np.uint8)
+    first, second = target.copy(), target.copy()
+    first[0, 0], second[1, 2] = 5, 8
+    t = line(first, second, target=target)
+    cell = pixels(t, 1, tmp_path)
+    want = {(0, 0): (show.RIGHT, show.CHANGED), (1, 2): (show.WRONG, show.CHANGED), (0, 1): (show.RIGHT, None)}
+    for (r, c), (outer, inner) in want.items():
+        fill = PALETTE[second[r, c]]
+        assert colours_of(cell(r, c)) == (rgb(outer), rgb(inner or fill), rgb(fill)), (r, c)
+    assert colours_of(cell(2, 3))[0] not in (rgb(show.RIGHT), rgb(show.WRONG))  # beyond the border nothing is asked
+    plain = pixels(t._replace(target=None), 1, tmp_path, diff=False)
+    assert colours_of(plain(0, 0)) == (rgb(PALETTE[1]),) * 3
+
+
+@pytest.mark.parametrize("size", [3, 30])
+def test_a_picture_has_its_panels_and_is_legible(tmp_path, size):
+    target = np.random.default_rng(0).integers(0, 10, (size, size)).astype(np.uint8)
+    other = target.copy()
+    other[0] = (other[0] + 1) % 10
+    t = line(*[other] * 8, target, target=target)
+    assert show.draw(t, tmp_path / "a.png") == 4 + 2 + 9
+    seen = counts(tmp_path / "a.png")
+    assert all(seen.get(rgb(colour), 0) > 20 for colour in (show.RIGHT, show.WRONG, show.CHANGED, *PALETTE))
+    assert show.draw(t._replace(target=None), tmp_path / "b.png", diff=False, dpi=60) == 4 + 1 + 9
+    seen = counts(tmp_path / "b.png")
+    assert not any(rgb(colour) in seen for colour in (show.RIGHT, show.WRONG, show.CHANGED))
+
+
+def counts(path):
+    """How many pixels have which colour."""
+    image = np.asarray(Image.open(path).convert("RGB")).astype(np.int32)
+    found, n = np.unique(image[..., 0] << 16 | image[..., 1] << 8 | image[..., 2], return_counts=True)
+    return {(c >> 16, c >> 8 & 255, c & 255): k for c, k in zip(found.tolist(), n.tolist(), strict=True)}
+
+
+def test_other_formats_and_places_that_cannot_be_written(tmp_path):
+    target = np.array([[1, 2], [3, 4]], np.uint8)
+    t = line(target.T, target, target=target)
+    show.draw(t, tmp_path / "a.svg")
+    assert show.RIGHT.lower() in (tmp_path / "a.svg").read_text()
+    for name in ("nowhere/a.png", "a.doc"):
+        with pytest.raises(UserError, match="cannot be written"):
+            show.draw(t, tmp_path / name, dpi=30)
+
+
+def test_an_animation_has_a_frame_for_each_step(tmp_path):
+    target = np.array([[1, 2], [3, 4]], np.uint8)
+    t = line(target.T, target, target.T, target=target)
+    assert show.animate(t, tmp_path / "a.gif") == 3
+    with Image.open(tmp_path / "a.gif") as film:
+        assert film.n_frames == 3
+        first = np.asarray(film.convert("RGB")).copy()
+        film.seek(1)
+        assert (np.asarray(film.convert("RGB")) != first).any()
+
+
+def test_blocks_for_a_terminal():
+    target = np.array([[1, 2], [3, 4]], np.uint8)
+    text = show.blocks(line(target.T, target, target=target)).plain.splitlines()
+    assert text[1] == "  x | " and text[2] == "x   | " and text[3] == "| | . "
+    assert text[5] == "   !| " and text[6] == " !  | " and "step 2" in text[4]
+
+
+def test_an_unknown_task_names_the_nearest():
+    where = str(sources.Path(__file__).parent / "data" / "set")
+    assert show.find_task([where], "flip").name == "flip"
+    with pytest.raises(UserError, match="--task flop: not among the 6 tasks .*did you mean flip"):
+        show.find_task([where], "flop")
