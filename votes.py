@@ -194,9 +194,8 @@ def rank(votes: Sequence[Vote], rule: str = "count") -> list[Answer]:
     for v in votes:
         if v.grid is not None:
             found[v.grid.shape, np.ascontiguousarray(v.grid, np.uint8).tobytes()].append(v)
-    ranked = []
+    ranked = []  # sums are those of fsum, which no order changes
     for (shape, cells), mine in found.items():
-        mine = sorted(mine, key=lambda v: (v.q, v.logp, v.source, v.view, v.step))  # sums of floats have an order
         q = math.fsum(1 / (1 + math.exp(-max(-500.0, v.q))) for v in mine) / len(mine)
         answer = Answer(np.frombuffer(cells, np.uint8).reshape(shape), len(mine), q, len(mine) / len(votes))
         ranked.append(((-RULES[rule](mine), -q, shape, cells), answer))

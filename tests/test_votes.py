@@ -33,6 +33,7 @@ def test_ranking_ignores_the_order_of_votes(made, random, rule):
     again = votes.rank(shuffled, rule)
     assert [(a.views, a.q, a.grid.tolist()) for a in ranked] == [(a.views, a.q, a.grid.tolist()) for a in again]
     assert sum(a.views for a in ranked) == sum(v.grid is not None for v in made)
+    assert all(a.share == a.views / len(made) for a in ranked)
     if rule == "count":
         assert all((a.views, a.q) >= (b.views, b.q) for a, b in zip(ranked, ranked[1:], strict=False))
 
@@ -47,6 +48,12 @@ def test_each_rule_weighs_what_it_says():
         votes.rank([a._replace(demos=None)], "demos")
     with pytest.raises(UserError, match="did you mean count"):
         votes.rank(made, "cout")
+
+
+def test_full_ties_go_by_content_whoever_came_first():
+    made = [Vote(ONE), Vote(TWO), Vote(ONE[:1])]
+    orders = [[a.grid.tolist() for a in votes.rank(vs)] for vs in (made, made[::-1], made[1:] + made[:1])]
+    assert orders[0] == orders[1] == orders[2] == [ONE[:1].tolist(), TWO.tolist(), ONE.tolist()]
 
 
 def test_tiny_probabilities_are_still_compared():
@@ -106,6 +113,8 @@ def test_attempts_in_order_and_what_is_not_answered_is_wrong():
     task = Task("t", [(ONE, ONE)], [(ONE, ONE), (TWO, ONE), (TWO, None)])
     scored = votes.score([task], [of("t", TWO, TWO, ONE)])
     assert (scored["pass@1"], scored["pass@2"], scored["oracle"]) == (0.0, 0.5, 0.5) and scored["n_queries"] == 2
+    assert [row["right"] for row in scored["reliability"]] == [0.0, 0.0]  # right at the second attempt is not right
+    assert votes.score([task], [of("t", None, ONE)])["shape_accuracy"] == 0  # of the first view
     with pytest.raises(UserError, match="nothing to score"):
         votes.score([task._replace(queries=[(ONE, None)])], [])
 
@@ -192,11 +201,14 @@ def test_joining_counts_a_vote_once_in_whatever_order(a, b, random):
     made += [of("t", TWO)]  # another solver, by name
     twice = [*made, *made]
     random.shuffle(twice)
-    [p] = votes.joined([task], twice)
+    canvas = tokenise(ONE, (3, 4))
+    [p] = votes.joined([task], [x._replace(canvas=canvas if x.votes and x.votes[0].view == 0 else None) for x in twice])
     [q] = votes.joined([task], made)
     assert len(p.votes) == len(a) + len(b) + 1 and [v[1:] for v in p.votes] == [v[1:] for v in q.votes]
     again = votes.joined([task], [votes.of_line(votes.to_line(x), "x") for x in votes.by_source([p])])
-    assert [v[1:] for v in again[0].votes] == [v[1:] for v in p.votes]
+    assert [v[1:] for v in again[0].votes] == [v[1:] for v in p.votes] and np.array_equal(again[0].canvas, canvas)
+    few = votes.joined([task], [Prediction("t", 0, own, [Vote(ONE, view=0), Vote(TWO, view=1)])], lambda v: v.view < 1)
+    assert [v.view for v in few[0].votes] == [0]
     other = votes.joined([task._replace(demos=[(TWO, ONE)])], made)  # of the same name: only the solver that gave no hash
     assert [v.source for v in other[0].votes] == [""]
 
@@ -214,7 +226,7 @@ def test_a_submission_is_always_valid_and_complete(tmp_path_factory, made, rule)
     sent = votes.check_submission(file, solutions)
     assert [len(sent[t.name]) for t in tasks] == [2, 1]
     ranked = [a.grid.tolist() for a in votes.rank(made, rule)] or [ONE.tolist()]
-    assert [sent["b"][1][k] for k in votes.ATTEMPTS] == [ranked[0], (ranked * 2)[1]] if len(ranked) < 2 else ranked[:2]
+    assert [sent["b"][1][k] for k in votes.ATTEMPTS] == [ranked[0], ranked[min(1, len(ranked) - 1)]]
     scored = votes.score_submission(file, solutions)
     assert scored["queries"] == 3 and scored["per_output/pass@2"] <= 1
     assert votes.read(file)[0].votes[1].source == str(file)
