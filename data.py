@@ -256,7 +256,7 @@ def uniform(lanes: int, *counters: Tensor | int) -> Tensor:
     return ((x >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
 
 
-EPISODE, EXPLORE, VIEW, DONOR = range(4)  # what a counter is for
+EPISODE, EXPLORE, VIEW, DONOR, NOISE = range(5)  # what a counter is for
 
 
 # ---------------------------------------------------------------- episodes
@@ -364,6 +364,7 @@ class Batch(NamedTuple):
     at: Tensor  # (M, 2) row and column of each cell on the raster
     cells: tuple[int, ...]  # of each slot
     demos: Demos
+    noise: Tensor | None = None  # (B, demos, latent) standard normal, for a variational encoder; None: the mean
 
 
 def paint(
