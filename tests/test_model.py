@@ -3,11 +3,12 @@
 import math
 
 import hypothesis.strategies as st
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
 
-from etrm_arc import data, encoders, etrm
+from etrm_arc import blocks, data, encoders, etrm, train
 from etrm_arc.data import DataConfig
 from etrm_arc.encoders import Widened, attend_cells, encoder_of, init_params, lookup
 from etrm_arc.etrm import EncoderConfig, ModelConfig, Output, act_loss, act_step, fresh_carry, leaves, tree_map
@@ -75,6 +76,10 @@ class World:
 
     def step(self, carry, params=None, batch=None, min_steps=None):
         return act_step(params or self.params, self.cfg, self.encode, carry, batch or self.batch, min_steps)
+
+    def noise(self, step):
+        lanes, zeros = encoders.latent_of(self.cfg), torch.zeros(SLOTS, dtype=torch.int64)
+        return None if lanes is None else train.noise(lanes, self.batch.demos.most + 1, 7, torch.arange(SLOTS), zeros, zeros + step)
 
     def owner(self, batch=None):
         """(N,) whose token it is."""
@@ -218,11 +223,11 @@ def test_evaluation_is_the_same_steps_with_the_context_computed_once(encoder, g)
     assert steps.tolist() == [3] * SLOTS
 
 
-@given(generators, st.sampled_from(["q", "stable"]))
+@given(generators, st.sampled_from(["q", "stable"]), st.sampled_from(["perceiver", *RECURRENT]))
 @settings(max_examples=15)
-def test_a_view_leaves_with_the_answer_it_had(g, leave):
+def test_a_view_leaves_with_the_answer_it_had(g, leave, encoder):
     """Each slot's output is that of the step at which it left, whoever left before."""
-    w = World(g, config(halt_max_steps=6))
+    w = World(g, config(encoder, halt_max_steps=6))
     core = w.params.core
     params = w.params._replace(core=core._replace(q_weight=torch.randn(2, 32, generator=g), q_bias=torch.zeros(2)))
     carry, every = w.start(), []
@@ -420,6 +425,144 @@ def test_the_context_has_rms_one(encoder, g):
 def test_an_unknown_encoder_names_the_nearest():
     with pytest.raises(data.UserError, match="did you mean perceiver.*known: standard, variational, .*perceiver$"):
         lookup("percever")
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_every_parameter_of_every_encoder_gets_a_gradient(encoder):
+    w = World(torch.Generator().manual_seed(3), config(encoder))
+    params, carry, loss = w.trainable(), w.start(), 0.0
+    for step in range(2):
+        carry, out = w.step(carry, params, w.batch._replace(noise=w.noise(step)))
+        loss = loss + total(w, out).sum()
+    loss.backward()
+    assert [k for k, v in gradients(params.encoder).items() if v is None or not v.any()] == []
+
+
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_the_published_recurrent_encoders_never_learn(kind):
+    """Their states come back detached, so that no parameter of theirs ever gets a gradient; the core learns all the same."""
+    w = World(torch.Generator().manual_seed(3), config(kind, published=True))
+    params = w.trainable()
+    total(w, w.step(w.start(), params)[1]).sum().backward()
+    assert all(v is None for v in gradients(params.encoder).values()) and params.core.blocks[0].qkv.grad.any()
+
+
+@pytest.mark.parametrize("kind", RECURRENT)
+@given(generators)
+@settings(max_examples=3)
+def test_a_recurrent_encoder_goes_on_from_its_states(kind, g):
+    """The context of a slot that goes on depends on its own states only, that of one which begins on none."""
+    w = World(g, config(kind))
+    carry, read = w.running(g), w.encode.read(w.params.encoder, w.batch)
+    recur = lambda z_E: w.encode.recur(w.params.encoder, read, z_E, carry.halted).tokens  # noqa: E731
+    slot = puzzles.integer(g, 0, SLOTS - 1)
+    changed = torch.where(torch.arange(SLOTS)[:, None, None, None] == slot, -carry.z_E, carry.z_E)
+    moved = (recur(changed) - recur(carry.z_E)).flatten(1).norm(dim=1)
+    assert (moved[slot] > 1e-3) == (not carry.halted[slot])
+    assert not moved[torch.arange(SLOTS) != slot].any()
+
+
+@pytest.mark.parametrize("kind", VARIATIONAL)
+@given(generators)
+@settings(max_examples=2)
+def test_a_variational_encoder_draws_around_its_mean(kind, g):
+    """No noise is noise of zero; a slot's noise moves its own context alone, in proportion while it is small."""
+    w = World(g, config(kind, published=True))
+    noise = w.noise(0)
+    mean = w.context()
+    close([w.context(w.batch._replace(noise=torch.zeros_like(noise)))], [mean])
+    slot = puzzles.integer(g, 0, SLOTS - 1)
+    mine = noise * (torch.arange(SLOTS)[:, None, None] == slot)
+    moved = w.context(w.batch._replace(noise=mine)) - mean
+    assert moved[slot].norm() > 1e-3 and moved[torch.arange(SLOTS) != slot].abs().max() < 1e-5
+    close([w.context(w.batch._replace(noise=-mine)) - mean], [-moved], 1e-4)
+
+
+@given(generators)
+@settings(max_examples=20)
+def test_the_divergence_is_that_of_a_normal_from_the_standard_normal(g):
+    latent = encoders.Latent(*(torch.randn(*shape, generator=g) / 3 for shape in ((6, 4), (6,), (6, 4), (6,))))
+    x = torch.randn(5, 4, generator=g)
+    z, kl = encoders.drawn(latent, x, None)
+    spread = (0.5 * (x @ latent.log_var.T + latent.log_var_bias)).exp()
+    normal = torch.distributions.Normal
+    close([kl], [torch.distributions.kl_divergence(normal(z, spread), normal(0.0, 1.0)).sum(-1)])
+    close([encoders.drawn(latent, x, torch.ones_like(z))[0] - z], [spread])
+
+
+@pytest.mark.parametrize("kind", ["variational", "lpn_variational"])
+def test_the_divergence_of_each_slot_is_in_the_loss(kind):
+    w = World(torch.Generator().manual_seed(5), config(kind))
+    _, out = w.step(w.start())
+    loss = act_loss(w.cfg, out, w.batch.labels, w.batch.cells)
+    assert (loss.kl > 0).all() and len(loss.kl) == SLOTS
+    close([loss.total], [loss.lm + w.cfg.q_weight * loss.q + w.cfg.encoder.kl_weight * loss.kl], 1e-6)
+    published = config(kind, published=True)
+    mean = act_loss(published, out, w.batch.labels, w.batch.cells).total - loss.lm - w.cfg.q_weight * loss.q
+    close([mean.sum()], [w.cfg.encoder.kl_weight * loss.kl.mean()], 1e-6)
+    assert not act_loss(w.cfg, out._replace(kl=None), w.batch.labels, w.batch.cells).kl.any()
+
+
+@pytest.mark.parametrize("kind", ["standard", "perceiver", "set_transformer", "cross_attention"])
+def test_qk_norm_makes_the_size_of_queries_and_keys_indifferent(kind):
+    """Of every attention there is: cells, pooling, demos, context tokens."""
+
+    def moved(**more):
+        e = EncoderConfig(kind=kind, layers=1, pooling="attention", set_layers=2, **more)
+        w = World(torch.Generator().manual_seed(0), msgspec.structs.replace(config(), encoder=e))
+        plain, larger = leaves(w.params), {}
+        for name, x in plain.items():
+            if name.startswith("encoder.") and name.endswith(("queries", "pool.0")):
+                plain[name] = x = x / x.std()  # initially so small that the norm's epsilon would show
+            larger[name] = x
+            if name.startswith("encoder.") and name.endswith((".q", ".k", "pool.1", "pool.2", "qkv")):
+                keys = len(x) * 2 // 3 if name.endswith("qkv") else len(x)
+                larger[name] = torch.cat((x[:keys] * 3, x[keys:]))
+        return (w.context(params=etrm.rebuild(w.params, larger)) - w.context(params=etrm.rebuild(w.params, plain))).abs().max()
+
+    assert moved(qk_norm=True) < 1e-3 < 0.01 < moved()
+
+
+@given(generators, st.sampled_from(["perceiver", "standard", "lpn_variational", "trm_style"]))
+@settings(max_examples=8)
+def test_the_test_input_is_read_where_the_config_says_so(g, kind):
+    w = World(g, config(kind))
+    e = msgspec.structs.replace(w.cfg.encoder, query=True)
+    asking = World(g, msgspec.structs.replace(w.cfg, encoder=e))
+    for world, reads in ((w, False), (asking, True)):
+        slot = puzzles.integer(g, 0, SLOTS - 1)
+        batch = world.batch
+        cell = torch.arange(SLOTS).repeat_interleave(torch.tensor(batch.cells)) == slot
+        inputs = torch.where(cell & (batch.inputs >= data.FIRST_COLOUR), 13 - batch.inputs, batch.inputs)
+        moved = (world.context(batch._replace(inputs=inputs)) - world.context()).flatten(1).norm(dim=1)
+        assert (moved[slot] > 1e-4) == reads and moved[torch.arange(SLOTS) != slot].max() < 1e-4
+
+
+@given(generators)
+@settings(max_examples=10)
+def test_a_test_input_stands_before_the_demos_without_an_output(g):
+    batch = World(g, config()).batch
+    d, both = batch.demos, blocks.with_query(batch)
+    slots = both.owner.repeat_interleave(torch.tensor(both.cells))
+    assert torch.equal(slots[both.by_slot], slots.sort().values)
+    assert torch.bincount(slots, minlength=SLOTS).tolist() == list(both.cells_of)
+    asked = both.place.repeat_interleave(torch.tensor(both.cells)) == 0
+    assert torch.equal(both.inputs[asked], batch.inputs) and torch.equal(both.at[asked], batch.at)
+    assert set(both.outputs[asked].tolist()) <= {0, blocks.ASKED} and (both.outputs[~asked] < blocks.ASKED).all()
+    assert torch.equal(both.place[: len(d.place)], d.place + 1) and both.most == d.most + 1
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize("tokens", [16, 64])
+def test_any_number_of_context_tokens(kind, tokens):
+    w = World(torch.Generator().manual_seed(0), config(kind, context_tokens=tokens))
+    assert w.context().shape == (SLOTS, tokens, 32)
+
+
+def test_a_variational_encoder_needs_a_weight_for_its_divergence():
+    for kind in VARIATIONAL:
+        with pytest.raises(data.UserError, match=f"kl_weight: 0.0 must be above 0, {kind} is variational"):
+            init_params(ModelConfig(encoder=EncoderConfig(kind=kind, kl_weight=0.0)), 0)
 
 
 # ---------------------------------------------------------------- halting
