@@ -42,18 +42,15 @@ from .blocks import (
 )
 from .data import Batch, Demos, UserError, nearest
 from .etrm import (
-    Block,
     Context,
     Encode,
     ModelConfig,
     Params,
     Runs,
     attention,
-    init_block,
     init_core,
     normal,
     ragged,
-    reason,
     rms,
     runs_of,
 )
@@ -89,7 +86,7 @@ class Standard(NamedTuple):
     up: Tensor | None = None  # (T * D, L)
     up_bias: Tensor | None = None  # (T * D,)
     start: Tensor | None = None  # (S, T, D)
-    level: tuple[Block, ...] = ()
+    level: tuple[CellBlock, ...] = ()  # shared by both states
 
 
 Part = Callable[[ModelConfig, torch.Generator], dict[str, Any]]
@@ -101,8 +98,8 @@ def made_of(*parts: Part) -> Callable[[ModelConfig, torch.Generator], Standard]:
 
 def embeddings(cfg: ModelConfig, g: torch.Generator) -> dict[str, Any]:
     d, e = cfg.hidden, cfg.encoder
-    cells = tuple(init_cell_block(cfg, g) for _ in range(e.layers))
-    return {"input_embed": normal(g, 12, d), "output_embed": normal(g, 12 + e.query, d), "cells": cells}
+    tables = {"input_embed": normal(g, 12, d), "output_embed": normal(g, 12 + e.query, d)}
+    return {**tables, "cells": tuple(init_cell_block(cfg, g) for _ in range(e.layers))}
 
 
 def pooling(cfg: ModelConfig, g: torch.Generator, grids: int = 1) -> dict[str, Any]:
@@ -159,7 +156,7 @@ def states(n: int) -> Part:
 
 
 def level(cfg: ModelConfig, g: torch.Generator) -> dict[str, Any]:
-    return {"level": tuple(init_block(cfg, g) for _ in range(cfg.encoder.set_layers))}
+    return {"level": tuple(init_cell_block(cfg, g) for _ in range(cfg.encoder.set_layers))}
 
 
 def pool_cells(pool: Sequence[Tensor], cfg: ModelConfig, x: Tensor, mask: Tensor) -> Tensor:
@@ -334,10 +331,17 @@ def recur_cycles(p: Standard, cfg: ModelConfig, read: Vector, z: Tensor) -> Tens
     slots, _, t, _ = z.shape
     mean = read.each.sum(1) / read.seen.sum(1, keepdim=True).clamp(min=1).to(z.dtype)
     e, (z_H, z_L) = mean.repeat_interleave(t, 0), (x.flatten(0, 1) for x in z.unbind(1))
-    turn = turn_in(cfg, torch.arange(t, device=z.device).repeat(slots), z)
-    once = msgspec.structs.replace(cfg, H_cycles=1, L_cycles=cfg.encoder.L_cycles)
+    turn, runs = turn_in(cfg, torch.arange(t, device=z.device).repeat(slots), z), runs_of([t] * slots)
+
+    def level(z: Tensor) -> Tensor:
+        for b in p.level:
+            z = cell_block(b, cfg, z, runs, turn, None)
+        return z
+
     for _ in range(cfg.encoder.H_cycles):
-        z_H, z_L = reason(p.level, once, z_H, z_L, e, runs_of([t] * slots), turn)
+        for _ in range(cfg.encoder.L_cycles):
+            z_L = level(z_L + z_H + e)
+        z_H = level(z_H + z_L)
     return settled(cfg, z, torch.stack((z_H, z_L)).unflatten(1, (slots, t)).transpose(0, 1))
 
 

@@ -317,13 +317,11 @@ def block(p: Block, heads: int, x: Tensor, runs: Runs, turn: Turn) -> Tensor:
 # ---------------------------------------------------------------- the recursive core
 
 
-def reason(
-    blocks: Sequence[Block], cfg: ModelConfig, z_H: Tensor, z_L: Tensor, e: Tensor, runs: Runs, turn: Turn
-) -> tuple[Tensor, Tensor]:
+def reason(p: Core, cfg: ModelConfig, z_H: Tensor, z_L: Tensor, e: Tensor, runs: Runs, turn: Turn) -> tuple[Tensor, Tensor]:
     """H_cycles of (L_cycles updates of z_L, one of z_H), all by the same blocks; only the last cycle has gradient."""
 
     def level(z: Tensor) -> Tensor:
-        for b in blocks:
+        for b in p.blocks:
             z = block(b, cfg.heads, z, runs, turn)
         return z
 
@@ -463,7 +461,7 @@ def act_step(
     reset = carry.halted[layout.slot][:, None]
     z_H = torch.where(reset, p.H_init, carry.z_H.detach())
     z_L = torch.where(reset, p.L_init, carry.z_L.detach())
-    z_H, z_L = reason(p.blocks, cfg, z_H, z_L, e, runs_of(layout.tokens), turn)
+    z_H, z_L = reason(p, cfg, z_H, z_L, e, runs_of(layout.tokens), turn)
 
     logits = z_H[layout.cells] @ (p.embed if p.head is None else p.head).T
     q = (z_H[layout.first] @ p.q_weight.T + p.q_bias).float()

@@ -77,7 +77,7 @@ def standard(sd, sets=1):
         up=either(sd, "decode_proj.weight", "output_proj.weight"),
         up_bias=sd.get("decode_proj.bias"),
         start=torch.stack(start) if start else None,
-        level=tuple(block(sd, b) for b in level),
+        level=tuple(block(sd, b, CellBlock) for b in level),
     )
 
 

@@ -1,6 +1,8 @@
 """Laws of the model: the carry, the slots' independence, the encoders, halting, the loss."""
 
 import math
+import re
+from pathlib import Path
 
 import hypothesis.strategies as st
 import msgspec
@@ -557,6 +559,25 @@ def test_a_test_input_stands_before_the_demos_without_an_output(g):
 def test_any_number_of_context_tokens(kind, tokens):
     w = World(torch.Generator().manual_seed(0), config(kind, context_tokens=tokens))
     assert w.context().shape == (SLOTS, tokens, 32)
+
+
+@given(generators)
+@settings(max_examples=1)
+def test_the_readme_adds_an_encoder_in_twenty_lines(g):
+    code = next(
+        c for c in re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.S) if "ENCODERS" in c
+    )
+    assert len([line for line in code.splitlines() if line]) <= 20
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(KINDS, "colours", {"kind": "colours"})
+        patch.setitem(encoders.ENCODERS, "colours", None)  # so that it is taken out again
+        exec(code, {"__name__": "readme"})
+        for law in (
+            test_every_slot_trains_the_encoder_in_every_step, test_a_row_alone_is_the_row_in_the_batch,
+            test_the_order_of_demos_does_not_matter, test_the_context_depends_on_every_demo, test_the_context_has_rms_one,
+        ):  # fmt: skip
+            law.hypothesis.inner_test("colours", g)
+        test_every_parameter_of_every_encoder_gets_a_gradient("colours")
 
 
 def test_a_variational_encoder_needs_a_weight_for_its_divergence():
