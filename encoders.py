@@ -124,16 +124,13 @@ def paper(cfg: ModelConfig, g: torch.Generator) -> dict[str, Any]:
     return {**found, "cells": cells, "row_embed": row, "column_embed": column, "side_embed": side}
 
 
-def set_blocks(cfg: ModelConfig, g: torch.Generator) -> dict[str, Any]:
-    return {"sets": tuple(init_set_block(cfg, g) for _ in range(cfg.encoder.set_layers))}
+def some(name: str, init: Callable[[ModelConfig, torch.Generator], Any]) -> Part:
+    """As many blocks as there are set layers."""
+    return lambda cfg, g: {name: tuple(init(cfg, g) for _ in range(cfg.encoder.set_layers))}
 
 
 def seeds(cfg: ModelConfig, g: torch.Generator) -> dict[str, Any]:
-    return {"queries": normal(g, cfg.context_tokens, cfg.hidden, std=0.02), **set_blocks(cfg, g)}
-
-
-def mixing(cfg: ModelConfig, g: torch.Generator) -> dict[str, Any]:
-    return {"mixing": tuple(init_cell_block(cfg, g) for _ in range(cfg.encoder.set_layers))}
+    return {"queries": normal(g, cfg.context_tokens, cfg.hidden, std=0.02)}
 
 
 def unfolding(cfg: ModelConfig, g: torch.Generator) -> dict[str, Any]:
@@ -153,10 +150,6 @@ def drawing(cfg: ModelConfig, g: torch.Generator) -> dict[str, Any]:
 
 def states(n: int) -> Part:
     return lambda cfg, g: {"start": normal(g, n, cfg.context_tokens, cfg.hidden, std=1.0)}
-
-
-def level(cfg: ModelConfig, g: torch.Generator) -> dict[str, Any]:
-    return {"level": tuple(init_cell_block(cfg, g) for _ in range(cfg.encoder.set_layers))}
 
 
 def pool_cells(pool: Sequence[Tensor], cfg: ModelConfig, x: Tensor, mask: Tensor) -> Tensor:
@@ -432,23 +425,23 @@ class Encoder(NamedTuple):
     variational: bool = False
 
 
-POOL, TOKEN = (embeddings, pooling), (embeddings, class_token)
+POOL, TOKEN, SETS = (embeddings, pooling), (embeddings, class_token), (seeds, some("sets", init_set_block))
 partial = functools.partial
 
 ENCODERS: dict[str, Encoder] = {
-    "standard": Encoder(made_of(*POOL, seeds), apply_sets),
-    "variational": Encoder(made_of(*POOL, seeds, drawing, offset), partial(apply_drawn, one="tokens"), variational=True),
+    "standard": Encoder(made_of(*POOL, *SETS), apply_sets),
+    "variational": Encoder(made_of(*POOL, *SETS, drawing, offset), partial(apply_drawn, one="tokens"), variational=True),
     "lpn_standard": Encoder(made_of(*TOKEN, unfolding), apply_mean),
     "lpn_variational": Encoder(made_of(*TOKEN, drawing), apply_drawn_each, variational=True),
     "lpn_variational_v2": Encoder(made_of(*TOKEN, drawing), partial(apply_drawn, one="mean"), variational=True),
-    "hybrid_standard": Encoder(made_of(*TOKEN, seeds), apply_sets),
-    "hybrid_variational": Encoder(made_of(*TOKEN, seeds, drawing), partial(apply_drawn, one="normed"), variational=True),
+    "hybrid_standard": Encoder(made_of(*TOKEN, *SETS), apply_sets),
+    "hybrid_variational": Encoder(made_of(*TOKEN, *SETS, drawing), partial(apply_drawn, one="normed"), variational=True),
     "lpn": Encoder(made_of(paper, unfolding), apply_mean),  # the paper's; published: width 128, 8 heads
     "lpn_var": Encoder(made_of(paper, drawing), apply_drawn_each, variational=True),  # published: latent 32
-    "recurrent": Encoder(made_of(*POOL, set_blocks, states(1)), apply_vectors, recur_sets),
-    "trm_style": Encoder(made_of(*POOL, level, states(2)), apply_vectors, recur_cycles),
-    "cross_attention": Encoder(made_of(*POOL, mixing, seeds), apply_sets),
-    "hierarchical": Encoder(made_of(embeddings, partial(pooling, grids=2), seeds), partial(apply_sets, vectors=grid_vectors)),
+    "recurrent": Encoder(made_of(*POOL, some("sets", init_set_block), states(1)), apply_vectors, recur_sets),
+    "trm_style": Encoder(made_of(*POOL, some("level", init_cell_block), states(2)), apply_vectors, recur_cycles),
+    "cross_attention": Encoder(made_of(*POOL, some("mixing", init_cell_block), *SETS), apply_sets),
+    "hierarchical": Encoder(made_of(embeddings, partial(pooling, grids=2), *SETS), partial(apply_sets, vectors=grid_vectors)),
     "set_transformer": Encoder(init_set_transformer, apply_set_transformer),
     "perceiver": Encoder(init_perceiver, apply_perceiver),
 }

@@ -24,14 +24,15 @@ if TYPE_CHECKING:
 
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
+Optional = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class EncoderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which demonstration encoder, and its shape."""
 
     kind: str = "perceiver"
-    width: int = 0  # of its tokens; 0: the core's
-    heads: int = 0  # 0: the core's
+    width: Optional = 0  # of its tokens; 0: the core's
+    heads: Optional = 0  # 0: the core's
     layers: int = 2  # blocks over the cells of one demo
     set_layers: int = 1  # blocks in which the context tokens attend to the demos, or demos to each other
     pooling: Literal["mean", "max", "attention", "weighted"] = "mean"  # cells to a vector, where there is no class token
@@ -43,7 +44,7 @@ class EncoderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     difference: bool = False  # perceiver, set_transformer: tokens say where input and output differ
     H_cycles: Count = 2  # trm_style
     L_cycles: Count = 3
-    latent: int = 0  # of a variational encoder; 0: its width
+    latent: Optional = 0  # of a variational encoder; 0: its width
     kl_weight: float = 1e-3
     published: bool = False  # contexts not normed, states smoothed and without gradient, KL divided by the batch once more
 
@@ -406,15 +407,8 @@ def fresh_carry(cfg: ModelConfig, cells: Sequence[int], dtype: torch.dtype, devi
     tokens = tuple(cfg.context_tokens + c for c in cells)
     zeros = torch.zeros(len(cells), dtype=torch.int64, device=device)
     z = torch.zeros(sum(tokens), cfg.hidden, dtype=dtype, device=device)
-    return Carry(
-        z,
-        z.clone(),
-        zeros,
-        torch.ones(len(cells), dtype=torch.bool, device=device),
-        zeros - 1,
-        z.new_zeros(len(cells), 1, 1, 1),
-        tokens,
-    )
+    halted = torch.ones(len(cells), dtype=torch.bool, device=device)
+    return Carry(z, z.clone(), zeros, halted, zeros - 1, z.new_zeros(len(cells), 1, 1, 1), tokens)
 
 
 def relaid(cfg: ModelConfig, carry: Carry, halted: Sequence[bool], cells: Sequence[int]) -> Carry:
