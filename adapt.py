@@ -18,8 +18,8 @@ from torch import Tensor
 
 from . import checkpoint, data, etrm, sources, train
 from .config import Config
-from .data import Symmetry, Task
-from .etrm import Encode, Params
+from .data import Symmetry, Task, UserError
+from .etrm import Context, Encode, Params
 from .optim import learning_rate, update
 
 COPIES = 3  # of a single demo, under symmetries
@@ -41,6 +41,18 @@ class Asked(NamedTuple):
 
     batch: data.Batch
     owner: Tensor  # (R,) the row
+
+
+def fixed(encode: Encode) -> Encode:
+    """The encoder itself. Raises UserError where its context changes from step to step: there is no one context to search."""
+    if encode.recur:
+        raise UserError("solve: a recurrent encoder has no context that stays, so neither --adapt context nor --vote demos")
+    return encode
+
+
+def given(context: Tensor) -> Encode:
+    """An encoder that has said it already."""
+    return Encode(lambda *_: Context(context))
 
 
 def ask_demos(tasks: Sequence[Task], rows: Sequence[int], view: tuple[Symmetry, Tensor], cfg: Config, device: torch.device) -> Asked:
@@ -70,7 +82,7 @@ def likelihood(params: Params, cfg: Config, asked: Asked, context: Tensor, rows:
     model, spent = msgspec.structs.replace(cfg.model, q_weight=0.0), torch.zeros((), device=context.device)
     carry = etrm.fresh_carry(model, asked.batch.cells, context.dtype, context.device)
     for _ in range(cfg.model.halt_max_steps):
-        carry, out = etrm.act_step(params, model, lambda *_: context, carry, asked.batch, None)
+        carry, out = etrm.act_step(params, model, given(context), carry, asked.batch, None)
         loss = etrm.act_loss(model, out, asked.batch.labels, asked.batch.cells)
         spent = spent + loss.total.sum()
     sums = torch.zeros(2, rows, device=context.device)
@@ -94,7 +106,7 @@ def search(params: Params, cfg: Config, encode: Encode, asked: Asked, context: T
     if not len(asked.owner):  # their canvas is too large
         return context
     with torch.no_grad():
-        base = encode(params.encoder, asked.batch)
+        base = encode.read(params.encoder, asked.batch).tokens
     added = torch.zeros(context.shape, device=context.device, requires_grad=True)
     best, kept = torch.full((len(context),), -torch.inf, device=context.device), torch.zeros_like(added)
     opt = torch.optim.Adam([added], lr=cfg.solve.adapt_lr)

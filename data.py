@@ -365,6 +365,7 @@ class Batch(NamedTuple):
     at: Tensor  # (M, 2) row and column of each cell on the raster
     cells: tuple[int, ...]  # of each slot
     demos: Demos
+    noise: Tensor | None = None  # (B, demos, latent) standard normal, for a variational encoder; None: the mean
 
 
 def paint(

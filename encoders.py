@@ -1,8 +1,11 @@
-"""The demonstration encoders: a table kind -> (init, apply). To add one, write the two functions and its entry.
+"""The demonstration encoders: a table kind -> functions. To add one, write `init` and `apply` and an entry.
 
-init(cfg, generator) -> parameters; apply(parameters, cfg, demos) -> context (B, T, D) with rms 1.
+init(cfg, generator) -> parameters; apply(parameters, cfg, batch) -> context (B, T, D) with rms 1, from batch.demos.
+A variational encoder draws with batch.noise (None: the mean) and gives a `Context` with its KL. A recurrent one has a third
+function, recur(parameters, cfg, what apply gave, states (B, S, T, D)) -> new states, whose first is the context; the initial
+ones are its parameter `start` (S, T, D). Here cfg.hidden and cfg.heads are the encoder's own.
 Demos are ragged: each has a canvas of its own size, its owner (slot) and its place among the owner's demos.
-Axes: N demos, M cells of all demos, B slots, K most demos of a slot, T context tokens, D hidden, h heads.
+Axes: N demos, M cells of all demos, B slots, K most demos of a slot, T context tokens, D hidden, L latent, h heads.
 """
 
 from __future__ import annotations
@@ -12,129 +15,141 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import msgspec
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from .data import Demos, UserError, nearest
+from .blocks import (
+    CellBlock,
+    SetBlock,
+    attend_cells,
+    attend_tokens,
+    attend_vectors,
+    cell_block,
+    in_heads,
+    init_cell_block,
+    init_set_block,
+    mean_of,
+    norm,
+    position_in,
+    set_block,
+    there,
+    to_slots,
+    turn_in,
+    with_query,
+)
+from .data import Batch, Demos, UserError, nearest
 from .etrm import (
+    Context,
     Encode,
     ModelConfig,
     Params,
     Runs,
-    Turn,
     attention,
-    init_block,
     init_core,
-    inner_width,
     normal,
-    position_of,
     ragged,
     rms,
     runs_of,
-    self_attention,
-    swiglu,
-    turn_of,
 )
 
-
-class CellBlock(NamedTuple):
-    """A block over the cells of one demo."""
-
-    qkv: Tensor  # (3 D, D)
-    o: Tensor  # (D, D)
-    gate_up: Tensor  # (2 F, D)
-    down: Tensor  # (D, F)
-    scale_1: Tensor | None  # (D,) layer scale
-    scale_2: Tensor | None  # (D,)
+# ---------------------------------------------------------------- demo by demo, as published
 
 
-class SetBlock(NamedTuple):
-    """A block in which context tokens attend to demos."""
+class Latent(NamedTuple):
+    """A normal distribution over programs."""
 
-    q: Tensor  # (D, D)
-    k: Tensor  # (D, D)
-    v: Tensor  # (D, D)
-    o: Tensor  # (D, D)
-    gate_up: Tensor  # (2 F, D)
-    down: Tensor  # (D, F)
-    scale_1: Tensor | None  # (D,)
-    scale_2: Tensor | None  # (D,)
-
-
-def _scales(cfg: ModelConfig) -> tuple[Tensor | None, Tensor | None]:
-    if not cfg.encoder.layer_scale:
-        return None, None
-    return torch.full((cfg.hidden,), cfg.encoder.layer_scale), torch.full((cfg.hidden,), cfg.encoder.layer_scale)
-
-
-def init_cell_block(cfg: ModelConfig, g: torch.Generator) -> CellBlock:
-    return CellBlock(*init_block(cfg, g), *_scales(cfg))
-
-
-def init_set_block(cfg: ModelConfig, g: torch.Generator) -> SetBlock:
-    d, f = cfg.hidden, inner_width(cfg.hidden, cfg.expansion)
-    q, k, v, o = (normal(g, d, d) for _ in range(4))
-    return SetBlock(q, k, v, o, normal(g, 2 * f, d), normal(g, d, f), *_scales(cfg))
-
-
-def residual(cfg: ModelConfig, x: Tensor, f: Callable[[Tensor], Tensor], scale: Tensor | None) -> Tensor:
-    """x + scale * f(x), normed after (post) or before f (pre)."""
-    pre = cfg.encoder.norm == "pre"
-    y = f(rms(x) if pre else x)
-    x = x + (y if scale is None else scale * y)
-    return x if pre else rms(x)
-
-
-def cell_block(p: CellBlock, cfg: ModelConfig, x: Tensor, runs: Runs, turn: Turn, seen: Tensor) -> Tensor:
-    """Packed cells (M, D), each demo by itself; seen (M,) true where a cell may be attended to."""
-    x = residual(cfg, x, lambda x: self_attention(p.qkv, p.o, cfg.heads, x, runs, turn, seen), p.scale_1)
-    return residual(cfg, x, lambda x: swiglu(p.gate_up, p.down, x), p.scale_2)
-
-
-def position_in(cfg: ModelConfig, at: Tensor) -> Tensor:
-    """Cells keep rotary positions in the encoder even where the core has learned ones or none, as published."""
-    found = position_of("rope2d" if cfg.positions == "rope2d" else "rope", at, cfg.raster)
-    assert found is not None
-    return found
-
-
-def to_slots(x: Tensor, demos: Demos, fill: float = 0.0) -> Tensor:
-    """Per-demo values (N, ...) to (B, K, ...): each demo at its owner and place, `fill` elsewhere."""
-    out = x.new_full((len(demos.cells_of), demos.most, *x.shape[1:]), fill)
-    return out.index_put((demos.owner, demos.place), x)  # (owner, place) is unique: no accumulation, no order
-
-
-# ---------------------------------------------------------------- standard: one vector per demo (published)
+    mean: Tensor  # (L, D)
+    mean_bias: Tensor | None  # (L,)
+    log_var: Tensor  # (L, D)
+    log_var_bias: Tensor | None  # (L,)
 
 
 class Standard(NamedTuple):
+    """The parts that the published encoders are made of; None or () where one does without."""
+
     input_embed: Tensor  # (V, D)
-    output_embed: Tensor  # (V, D)
+    output_embed: Tensor | None  # (V, D), None: the same
     cells: tuple[CellBlock, ...]
-    pool: tuple[Tensor, ...]  # attention: query (1, D), q, k, v, o (D, D); weighted: (1, D)
-    pool_proj: Tensor  # (D, D)
-    queries: Tensor  # (T, D)
-    sets: tuple[SetBlock, ...]
+    pool: tuple[Tensor, ...] = ()  # attention: query (1, D), q, k, v, o (D, D); weighted: (1, D)
+    pool_proj: Tensor | None = None  # (D, D); hierarchical (D, 2 D)
+    queries: Tensor | None = None  # (T, D)
+    sets: tuple[SetBlock, ...] = ()
+    class_embed: Tensor | None = None  # (1, D) the token that stands for its demo
+    row_embed: Tensor | None = None  # (raster, D) instead of rotary positions
+    column_embed: Tensor | None = None  # (raster, D)
+    side_embed: Tensor | None = None  # (2, D) input, output
+    mixing: tuple[CellBlock, ...] = ()  # in which the demos of a slot attend to each other
+    latent: Latent | None = None
+    up: Tensor | None = None  # (T * D, L)
+    up_bias: Tensor | None = None  # (T * D,)
+    start: Tensor | None = None  # (S, T, D)
+    level: tuple[CellBlock, ...] = ()  # shared by both states
 
 
-def init_standard(cfg: ModelConfig, g: torch.Generator) -> Standard:
+Part = Callable[[ModelConfig, torch.Generator], dict[str, Any]]
+
+
+def made_of(*parts: Part) -> Callable[[ModelConfig, torch.Generator], Standard]:
+    return lambda cfg, g: Standard(**{k: v for part in parts for k, v in part(cfg, g).items()})
+
+
+def embeddings(cfg: ModelConfig, g: torch.Generator) -> dict[str, Any]:
     d, e = cfg.hidden, cfg.encoder
-    pool: tuple[Tensor, ...] = ()
-    if e.pooling == "attention":
+    tables = {"input_embed": normal(g, 12, d), "output_embed": normal(g, 12 + e.query, d)}
+    return {**tables, "cells": tuple(init_cell_block(cfg, g) for _ in range(e.layers))}
+
+
+def pooling(cfg: ModelConfig, g: torch.Generator, grids: int = 1) -> dict[str, Any]:
+    d, kind = cfg.hidden, cfg.encoder.pooling
+    pool: tuple[Tensor, ...] = (normal(g, 1, d),) if kind == "weighted" else ()
+    if kind == "attention":
         pool = (normal(g, 1, d, std=0.02), *(normal(g, d, d) for _ in range(4)))
-    elif e.pooling == "weighted":
-        pool = (normal(g, 1, d),)
-    return Standard(
-        input_embed=normal(g, 12, d),
-        output_embed=normal(g, 12, d),
-        cells=tuple(init_cell_block(cfg, g) for _ in range(e.layers)),
-        pool=pool,
-        pool_proj=normal(g, d, d),
-        queries=normal(g, cfg.context_tokens, d, std=0.02),
-        sets=tuple(init_set_block(cfg, g) for _ in range(e.set_layers)),
-    )
+    return {"pool": pool, "pool_proj": normal(g, d, grids * d)}
+
+
+def class_token(cfg: ModelConfig, g: torch.Generator) -> dict[str, Any]:
+    return {"class_embed": normal(g, 1, cfg.hidden, std=0.02)}
+
+
+def paper(cfg: ModelConfig, g: torch.Generator) -> dict[str, Any]:
+    d, r = cfg.hidden, cfg.raster
+    wide = round(cfg.expansion * d)
+    plain = lambda b: b._replace(gate_up=normal(g, wide, d), down=normal(g, d, wide))  # noqa: E731
+    row, column, side = (normal(g, n, d, std=0.02) for n in (r, r, 2))
+    found = {"input_embed": normal(g, 12 + cfg.encoder.query, d, std=1.0), "output_embed": None, **class_token(cfg, g)}
+    cells = tuple(plain(init_cell_block(cfg, g)) for _ in range(cfg.encoder.layers))
+    return {**found, "cells": cells, "row_embed": row, "column_embed": column, "side_embed": side}
+
+
+def some(name: str, init: Callable[[ModelConfig, torch.Generator], Any]) -> Part:
+    """As many blocks as there are set layers."""
+    return lambda cfg, g: {name: tuple(init(cfg, g) for _ in range(cfg.encoder.set_layers))}
+
+
+def seeds(cfg: ModelConfig, g: torch.Generator) -> dict[str, Any]:
+    return {"queries": normal(g, cfg.context_tokens, cfg.hidden, std=0.02)}
+
+
+def unfolding(cfg: ModelConfig, g: torch.Generator) -> dict[str, Any]:
+    return {"up": normal(g, cfg.context_tokens * cfg.hidden, cfg.hidden)}
+
+
+def offset(cfg: ModelConfig, g: torch.Generator) -> dict[str, Any]:
+    return {"up_bias": torch.zeros(cfg.context_tokens * cfg.hidden)}
+
+
+def drawing(cfg: ModelConfig, g: torch.Generator) -> dict[str, Any]:
+    d = cfg.hidden
+    n = cfg.encoder.latent or d
+    latent = Latent(normal(g, n, d), torch.zeros(n), normal(g, n, d), torch.zeros(n))
+    return {"latent": latent, "up": normal(g, cfg.context_tokens * d, n)}
+
+
+def states(n: int) -> Part:
+    return lambda cfg, g: {"start": normal(g, n, cfg.context_tokens, cfg.hidden, std=1.0)}
 
 
 def pool_cells(pool: Sequence[Tensor], cfg: ModelConfig, x: Tensor, mask: Tensor) -> Tensor:
@@ -142,9 +157,9 @@ def pool_cells(pool: Sequence[Tensor], cfg: ModelConfig, x: Tensor, mask: Tensor
     kind = cfg.encoder.pooling
     if kind == "attention":
         query, wq, wk, wv, wo = pool
-        q, k, v = (query @ wq.T).expand(len(x), 1, -1), x @ wk.T, x @ wv.T
-        q, k, v = (rearrange(t, "n s (h d) -> n h s d", h=cfg.heads) for t in (q, k, v))
-        return rearrange(attention(q * q.shape[-1] ** -0.5, k, v, mask[:, None, None]), "n h 1 d -> n (h d)") @ wo.T
+        q = (in_heads(cfg, query, wq) * (cfg.hidden // cfg.heads) ** -0.5).expand(len(x), -1, -1, -1)
+        mixed = attention(q, in_heads(cfg, x, wk), in_heads(cfg, x, wv, normed=False), mask[:, None, None])
+        return rearrange(mixed, "n h 1 d -> n (h d)") @ wo.T
     if kind == "weighted":
         weight = torch.softmax((x @ pool[0].T).squeeze(-1).float().masked_fill(~mask, -torch.inf), -1)
         return torch.einsum("ns,nsd->nd", weight.to(x.dtype), x)
@@ -154,49 +169,176 @@ def pool_cells(pool: Sequence[Tensor], cfg: ModelConfig, x: Tensor, mask: Tensor
     return torch.einsum("ns,nsd->nd", share.to(x.dtype), x)
 
 
-def in_pairs(demos: Demos) -> Tensor:
-    """(2 M,) order of (M input cells, M output cells) in which each demo's inputs stand before its outputs."""
-    cells = torch.tensor(demos.cells, dtype=torch.int64, device=demos.at.device)
-    whole = len(demos.at)
-    owner, place = ragged(2 * cells, 2 * whole)
-    second = (place >= cells[owner]).long()
-    return (cells.cumsum(0) - cells)[owner] + place + second * (whole - cells[owner])
-
-
-def apply_standard(p: Standard, cfg: ModelConfig, demos: Demos) -> Tensor:
-    """Input and output cells of a demo one after the other, pooled to a vector; T queries attend to the vectors."""
-    order = in_pairs(demos)
-    x = torch.cat((F.embedding(demos.inputs, p.input_embed), F.embedding(demos.outputs, p.output_embed)))[order]
-    x, seen = x * math.sqrt(cfg.hidden), torch.cat((demos.inputs, demos.outputs))[order] != 0
-    after = torch.tensor([[cfg.raster, 0]], device=demos.at.device)  # the output's grid continues the input's raster
-    turn = turn_of(position_in(cfg, torch.cat((demos.at, demos.at + after)))[order], cfg.heads, cfg.hidden // cfg.heads, x.dtype)
-    runs = runs_of([2 * c for c in demos.cells], [not cfg.encoder.attend_padding] * len(demos.cells))
-    for b in p.cells:
-        x = cell_block(b, cfg, x, runs, turn, seen)
+def pooled(p: Standard, cfg: ModelConfig, x: Tensor, seen: Tensor, runs: Runs) -> Tensor:
+    """Packed cells (M, D) to a vector (n, D) each for what lies in the runs."""
     cells, masks = ([*t.split([n * s for n, s, _ in runs])] if runs else [] for t in (x, seen))
     parts = zip(runs, cells, masks, strict=True)
     vectors = [pool_cells(p.pool, cfg, c.view(n, s, -1), m.view(n, s)) for (n, s, _), c, m in parts]
-    each = to_slots(torch.cat([x[:0], *vectors]) @ p.pool_proj.T, demos)
-    there = to_slots(torch.ones_like(demos.owner, dtype=torch.bool), demos)
-    context = p.queries.expand(len(demos.cells_of), -1, -1)
+    return torch.cat([x[:0], *vectors])
+
+
+def in_pairs(demos: Demos, lead: int = 0) -> Tensor:
+    """Order of (`lead` tokens of each demo, M input cells, M output cells) in which they stand demo by demo."""
+    cells = torch.tensor(demos.cells, dtype=torch.int64, device=demos.at.device)
+    whole, ahead = len(demos.at), lead * len(demos.cells)
+    owner, place = ragged(lead + 2 * cells, ahead + 2 * whole)
+    cell = place - lead
+    second = (cell >= cells[owner]).long()
+    index = ahead + (cells.cumsum(0) - cells)[owner] + cell + second * (whole - cells[owner])
+    return torch.where(cell < 0, owner * lead + place, index)
+
+
+def pair_cells(p: Standard, cfg: ModelConfig, demos: Demos) -> tuple[Tensor, Tensor, Runs]:
+    """(tokens, whether they may be seen, runs): class token if any, input cells, output cells, demo by demo, through the blocks."""
+    at, lead = demos.at, int(p.class_embed is not None)
+    output_embed = p.input_embed if p.output_embed is None else p.output_embed
+    x = torch.cat((F.embedding(demos.inputs, p.input_embed), F.embedding(demos.outputs, output_embed)))
+    seen, turn, kind = torch.cat((demos.inputs, demos.outputs)) != 0, None, ""
+    after = torch.tensor([[cfg.raster, 0]], device=at.device)  # the output's grid continues the input's raster
+    position = position_in(cfg, torch.cat((at, at + after)))
+    if p.row_embed is None or p.column_embed is None or p.side_embed is None:
+        x = x * math.sqrt(cfg.hidden)
+    else:
+        place = F.embedding(at[:, 0], p.row_embed) + F.embedding(at[:, 1], p.column_embed)
+        x = x + torch.cat([place + side for side in p.side_embed])
+    if p.class_embed is not None:  # it stands at the origin, so that nothing turns it
+        n, kind = len(demos.cells), "pre" if p.row_embed is None else "layer"
+        x, seen = torch.cat((p.class_embed.expand(n, -1), x)), torch.cat((seen.new_ones(n), seen))
+        position = torch.cat((position.new_zeros(n, *position.shape[1:]), position))
+    order = in_pairs(demos, lead)
+    x, seen = x[order], seen[order]
+    if p.row_embed is None:
+        turn = turn_in(cfg, position[order], x)
+    runs = runs_of([lead + 2 * c for c in demos.cells], [not cfg.encoder.attend_padding] * len(demos.cells))
+    for b in p.cells:
+        x = cell_block(b, cfg, x, runs, turn, seen, kind)
+    return x, seen, runs
+
+
+def pair_vectors(p: Standard, cfg: ModelConfig, demos: Demos) -> Tensor:
+    """(N, D): of each demo its class token, or else its cells pooled."""
+    x, seen, runs = pair_cells(p, cfg, demos)
+    if p.class_embed is not None:
+        size = torch.tensor(demos.cells, dtype=torch.int64, device=x.device) * 2 + 1
+        return norm(x[size.cumsum(0) - size], "rms" if p.row_embed is None else "layer")
+    assert p.pool_proj is not None
+    return pooled(p, cfg, x, seen, runs) @ p.pool_proj.T
+
+
+def grid_vectors(p: Standard, cfg: ModelConfig, demos: Demos) -> Tensor:
+    """(N, D): every grid by itself to a vector, the two of a demo to one: its rule."""
+    assert p.output_embed is not None and p.pool_proj is not None
+    x = torch.cat((F.embedding(demos.inputs, p.input_embed), F.embedding(demos.outputs, p.output_embed))) * math.sqrt(cfg.hidden)
+    seen, cells = torch.cat((demos.inputs, demos.outputs)) != 0, demos.cells * 2
+    turn = turn_in(cfg, position_in(cfg, demos.at.repeat(2, 1)), x)
+    runs = runs_of(cells, [not cfg.encoder.attend_padding] * len(cells))
+    for b in p.cells:
+        x = cell_block(b, cfg, x, runs, turn, seen)
+    return torch.cat(pooled(p, cfg, x, seen, runs).chunk(2), -1) @ p.pool_proj.T
+
+
+Vectors = Callable[[Standard, ModelConfig, Demos], Tensor]
+
+
+def in_sets(p: Standard, cfg: ModelConfig, each: Tensor, seen: Tensor, context: Tensor) -> Tensor:
+    """Context tokens (B, T, D) attend to the demos' vectors (B, K, D)."""
     for s in p.sets:
-        context = set_block(s, cfg, context, functools.partial(attend_vectors, s, cfg, each, there))
+        context = set_block(s, cfg, context, functools.partial(attend_vectors, s, cfg, each, seen))
     return rms(context)
 
 
-def attend_vectors(p: SetBlock, cfg: ModelConfig, each: Tensor, seen: Tensor, context: Tensor) -> Tensor:
-    q, k, v = context @ p.q.T, each @ p.k.T, each @ p.v.T
-    q, k, v = (rearrange(t, "b s (h d) -> b h s d", h=cfg.heads) for t in (q, k, v))
-    return rearrange(attention(q * q.shape[-1] ** -0.5, k, v, seen[:, None, None]), "b h t d -> b t (h d)")
+def apply_sets(p: Standard, cfg: ModelConfig, batch: Batch, vectors: Vectors = pair_vectors) -> Tensor:
+    """A vector per demo, which may attend to each other; T queries attend to them."""
+    assert p.queries is not None
+    each, seen = to_slots(vectors(p, cfg, batch.demos), batch.demos), there(batch.demos)
+    for b in p.mixing:
+        slots, most, _ = each.shape
+        each = cell_block(b, cfg, each.flatten(0, 1), ((slots, most, True),), None, seen.flatten()).unflatten(0, (slots, most))
+    return in_sets(p, cfg, each, seen, p.queries.expand(len(each), -1, -1))
 
 
-def set_block(p: SetBlock, cfg: ModelConfig, context: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
-    """(B, T, D): context tokens attend to the demos, each in its own way, then SwiGLU."""
-    context = residual(cfg, context, lambda c: attend(c) @ p.o.T, p.scale_1)
-    return residual(cfg, context, lambda c: swiglu(p.gate_up, p.down, c), p.scale_2)
+def drawn(p: Latent, x: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(..., D) to a latent (..., L) and, in float32, its divergence (...) from the standard normal."""
+    mean, log_var = F.linear(x, p.mean, p.mean_bias), F.linear(x, p.log_var, p.log_var_bias).clamp(-10, 10)
+    z = mean if noise is None else mean + noise.to(mean.dtype) * torch.exp(0.5 * log_var)
+    m, v = mean.float(), log_var.float()
+    return z, -0.5 * (1 + v - m.square() - v.exp()).sum(-1)
 
 
-# ---------------------------------------------------------------- perceiver: queries see every cell of every demo
+def unfolded(p: Standard, cfg: ModelConfig, z: Tensor) -> Tensor:
+    """(B, L) to context (B, T, D)."""
+    assert p.up is not None
+    context = F.linear(z, p.up, p.up_bias).unflatten(-1, (cfg.context_tokens, -1))
+    return context if cfg.encoder.published else rms(context)
+
+
+def apply_mean(p: Standard, cfg: ModelConfig, batch: Batch) -> Tensor:
+    """The mean of the demos' vectors, unfolded to the context."""
+    return unfolded(p, cfg, mean_of(pair_vectors(p, cfg, batch.demos), batch.demos))
+
+
+def apply_drawn(p: Standard, cfg: ModelConfig, batch: Batch, one: str) -> Context:
+    """One vector for all demos, a latent drawn from it: the mean of the demos' vectors, or of the context tokens, normed or not."""
+    assert p.latent is not None
+    d = batch.demos
+    x = mean_of(pair_vectors(p, cfg, d), d) if one == "mean" else apply_sets(p, cfg, batch).mean(1)
+    z, kl = drawn(p.latent, rms(x) if one == "normed" else x, None if batch.noise is None else batch.noise[:, 0])
+    return Context(unfolded(p, cfg, z), kl)
+
+
+def apply_drawn_each(p: Standard, cfg: ModelConfig, batch: Batch) -> Context:
+    """A latent drawn for each demo, then their mean; published: each demo of the batch counts the same in the KL."""
+    assert p.latent is not None
+    d = batch.demos
+    z, kl = drawn(p.latent, pair_vectors(p, cfg, d), None if batch.noise is None else batch.noise[d.owner, d.place])
+    whole = to_slots(kl, d).sum(1) * len(d.cells_of) / max(1, len(d.cells))
+    return Context(unfolded(p, cfg, mean_of(z, d)), whole if cfg.encoder.published else mean_of(kl, d))
+
+
+class Vector(NamedTuple):
+    """What a recurrent encoder goes on from."""
+
+    each: Tensor  # (B, K, D)
+    seen: Tensor  # (B, K) bool
+
+
+def apply_vectors(p: Standard, cfg: ModelConfig, batch: Batch) -> Vector:
+    return Vector(to_slots(pair_vectors(p, cfg, batch.demos), batch.demos), there(batch.demos))
+
+
+def settled(cfg: ModelConfig, old: Tensor, new: Tensor) -> Tensor:
+    """Published: nine tenths of the old state stay, and no gradient ever reaches the encoder."""
+    return (0.9 * old + 0.1 * new).detach() if cfg.encoder.published else rms(new)
+
+
+def recur_sets(p: Standard, cfg: ModelConfig, read: Vector, z: Tensor) -> Tensor:
+    """The context of the step before attends to the demos once more."""
+    new = z[:, 0]
+    for s in p.sets:
+        new = set_block(s, cfg, new, functools.partial(attend_vectors, s, cfg, read.each, read.seen))
+    return settled(cfg, z, new[:, None])
+
+
+def recur_cycles(p: Standard, cfg: ModelConfig, read: Vector, z: Tensor) -> Tensor:
+    """The core's recursion over the context tokens, the mean of the demos injected; every cycle has gradient."""
+    slots, _, t, _ = z.shape
+    mean = read.each.sum(1) / read.seen.sum(1, keepdim=True).clamp(min=1).to(z.dtype)
+    e, (z_H, z_L) = mean.repeat_interleave(t, 0), (x.flatten(0, 1) for x in z.unbind(1))
+    turn, runs = turn_in(cfg, torch.arange(t, device=z.device).repeat(slots), z), runs_of([t] * slots)
+
+    def level(z: Tensor) -> Tensor:
+        for b in p.level:
+            z = cell_block(b, cfg, z, runs, turn, None)
+        return z
+
+    for _ in range(cfg.encoder.H_cycles):
+        for _ in range(cfg.encoder.L_cycles):
+            z_L = level(z_L + z_H + e)
+        z_H = level(z_H + z_L)
+    return settled(cfg, z, torch.stack((z_H, z_L)).unflatten(1, (slots, t)).transpose(0, 1))
+
+
+# ---------------------------------------------------------------- cell by cell: all cells of all demos are there to be seen
 
 
 class Perceiver(NamedTuple):
@@ -205,53 +347,108 @@ class Perceiver(NamedTuple):
     cells: tuple[CellBlock, ...]
     queries: Tensor  # (T, D)
     sets: tuple[SetBlock, ...]
+    difference_embed: Tensor | None = None  # (2, D) of cells whose input and output are equal, or not
+    point_queries: Tensor | None = None  # (T, D) set_transformer
+    points: tuple[tuple[SetBlock, SetBlock], ...] = ()  # cells to points, points to cells
+    mixing: tuple[CellBlock, ...] = ()  # in which the context tokens attend to each other
 
 
 def init_perceiver(cfg: ModelConfig, g: torch.Generator) -> Perceiver:
     d, e = cfg.hidden, cfg.encoder
     return Perceiver(
         input_embed=normal(g, 12, d),
-        output_embed=normal(g, 12, d),
+        output_embed=normal(g, 12 + e.query, d),
         cells=tuple(init_cell_block(cfg, g) for _ in range(e.layers)),
         queries=normal(g, cfg.context_tokens, d, std=1.0),
         sets=tuple(init_set_block(cfg, g) for _ in range(e.set_layers)),
+        difference_embed=normal(g, 2, d) if e.difference else None,
     )
 
 
-def apply_perceiver(p: Perceiver, cfg: ModelConfig, demos: Demos) -> Tensor:
-    """Input and output of a demo aligned cell by cell, one token per cell; T queries attend to all demos' tokens."""
-    x = (F.embedding(demos.inputs, p.input_embed) + F.embedding(demos.outputs, p.output_embed)) * math.sqrt(cfg.hidden / 2)
-    seen = (demos.inputs != 0) | (demos.outputs != 0)
-    turn = turn_of(position_in(cfg, demos.at), cfg.heads, cfg.hidden // cfg.heads, x.dtype)
+def aligned(p: Perceiver, cfg: ModelConfig, demos: Demos) -> tuple[Tensor, Tensor]:
+    """Input and output of a demo aligned cell by cell, one token per cell: (M, D) ordered by slot, and which may be seen."""
+    x, summands = F.embedding(demos.inputs, p.input_embed) + F.embedding(demos.outputs, p.output_embed), 2
+    if p.difference_embed is not None:
+        x, summands = x + F.embedding((demos.inputs != demos.outputs).long(), p.difference_embed), 3
+    x, seen = x * math.sqrt(cfg.hidden / summands), (demos.inputs != 0) | (demos.outputs != 0)
+    turn = turn_in(cfg, position_in(cfg, demos.at), x)
     runs = runs_of(demos.cells, None if cfg.encoder.attend_padding else demos.gaps)
     for b in p.cells:
         x = cell_block(b, cfg, x, runs, turn, seen)
-    x, seen = x[demos.by_slot], seen[demos.by_slot]
-    context = p.queries.expand(len(demos.cells_of), -1, -1)
+    return x[demos.by_slot], seen[demos.by_slot]
+
+
+def apply_perceiver(p: Perceiver, cfg: ModelConfig, batch: Batch) -> Tensor:
+    """T queries attend to all demos' cells."""
+    (x, seen), cells_of = aligned(p, cfg, batch.demos), batch.demos.cells_of
+    context = p.queries.expand(len(cells_of), -1, -1)
     for s in p.sets:
-        context = set_block(s, cfg, context, functools.partial(attend_cells, s, cfg, x, seen, demos.cells_of))
+        context = set_block(s, cfg, context, functools.partial(attend_cells, s, cfg, x, seen, cells_of))
     return rms(context)
 
 
-def attend_cells(p: SetBlock, cfg: ModelConfig, x: Tensor, seen: Tensor, cells_of: Sequence[int], context: Tensor) -> Tensor:
-    """Each slot's context tokens attend to all cells (M, D), ordered by slot, of all its demos."""
-    q = rearrange(context @ p.q.T, "b t (h d) -> b h t d", h=cfg.heads)
-    k, v = (rearrange(x @ w.T, "m (h d) -> 1 h m d", h=cfg.heads).split(list(cells_of), 2) for w in (p.k, p.v))
-    masks = seen.view(1, 1, 1, -1).split(list(cells_of), 3)
-    mixed = [attention(*each) for each in zip((q * q.shape[-1] ** -0.5).split(1), k, v, masks, strict=True)]
-    return rearrange(torch.cat(mixed), "b h t d -> b t (h d)")
+def init_set_transformer(cfg: ModelConfig, g: torch.Generator) -> Perceiver:
+    n = range(cfg.encoder.set_layers)
+    return init_perceiver(cfg, g)._replace(
+        point_queries=normal(g, cfg.context_tokens, cfg.hidden, std=1.0),
+        points=tuple((init_set_block(cfg, g), init_set_block(cfg, g)) for _ in n),
+        mixing=tuple(init_cell_block(cfg, g) for _ in n),
+    )
+
+
+def apply_set_transformer(p: Perceiver, cfg: ModelConfig, batch: Batch) -> Tensor:
+    """Cells attend to each other across demos by way of T points (Lee et al. 2019), queries to cells, context tokens to
+    each other."""
+    assert p.point_queries is not None
+    (x, seen), cells_of = aligned(p, cfg, batch.demos), batch.demos.cells_of
+    slots, t = len(cells_of), cfg.context_tokens
+    for gather, back in p.points:
+        points = p.point_queries.expand(slots, -1, -1)
+        points = set_block(gather, cfg, points, functools.partial(attend_cells, gather, cfg, x, seen, cells_of))
+        x = set_block(back, cfg, x, functools.partial(attend_tokens, back, cfg, points, cells_of))
+    context = p.queries.expand(slots, -1, -1)
+    for s in p.sets:
+        context = set_block(s, cfg, context, functools.partial(attend_cells, s, cfg, x, seen, cells_of))
+    packed = context.flatten(0, 1)
+    for b in p.mixing:
+        packed = cell_block(b, cfg, packed, ((slots, t, False),), None, None)
+    return rms(packed).unflatten(0, (slots, t))
 
 
 # ---------------------------------------------------------------- the table
 
-ENCODERS: dict[str, tuple[Callable[..., Any], Callable[..., Tensor]]] = {
-    "standard": (init_standard, apply_standard),
-    "perceiver": (init_perceiver, apply_perceiver),
+
+class Encoder(NamedTuple):
+    init: Callable[[ModelConfig, torch.Generator], Any]
+    apply: Callable[[Any, ModelConfig, Batch], Any]
+    recur: Callable[[Any, ModelConfig, Any, Tensor], Tensor] | None = None
+    variational: bool = False
+
+
+POOL, TOKEN, SETS = (embeddings, pooling), (embeddings, class_token), (seeds, some("sets", init_set_block))
+partial = functools.partial
+
+ENCODERS: dict[str, Encoder] = {
+    "standard": Encoder(made_of(*POOL, *SETS), apply_sets),
+    "variational": Encoder(made_of(*POOL, *SETS, drawing, offset), partial(apply_drawn, one="tokens"), variational=True),
+    "lpn_standard": Encoder(made_of(*TOKEN, unfolding), apply_mean),
+    "lpn_variational": Encoder(made_of(*TOKEN, drawing), apply_drawn_each, variational=True),
+    "lpn_variational_v2": Encoder(made_of(*TOKEN, drawing), partial(apply_drawn, one="mean"), variational=True),
+    "hybrid_standard": Encoder(made_of(*TOKEN, *SETS), apply_sets),
+    "hybrid_variational": Encoder(made_of(*TOKEN, *SETS, drawing), partial(apply_drawn, one="normed"), variational=True),
+    "lpn": Encoder(made_of(paper, unfolding), apply_mean),  # the paper's; published: width 128, 8 heads
+    "lpn_var": Encoder(made_of(paper, drawing), apply_drawn_each, variational=True),  # published: latent 32
+    "recurrent": Encoder(made_of(*POOL, some("sets", init_set_block), states(1)), apply_vectors, recur_sets),
+    "trm_style": Encoder(made_of(*POOL, some("level", init_cell_block), states(2)), apply_vectors, recur_cycles),
+    "cross_attention": Encoder(made_of(*POOL, some("mixing", init_cell_block), *SETS), apply_sets),
+    "hierarchical": Encoder(made_of(embeddings, partial(pooling, grids=2), *SETS), partial(apply_sets, vectors=grid_vectors)),
+    "set_transformer": Encoder(init_set_transformer, apply_set_transformer),
+    "perceiver": Encoder(init_perceiver, apply_perceiver),
 }
 
 
-def lookup(kind: str) -> tuple[Callable[..., Any], Callable[..., Tensor]]:
-    """(init, apply) of an encoder. Raises UserError on an unknown kind."""
+def lookup(kind: str) -> Encoder:
+    """Raises UserError on an unknown kind."""
     if kind not in ENCODERS:
         raise UserError(f"model.encoder.kind: unknown {kind!r}{nearest(kind, ENCODERS)}; known: {', '.join(ENCODERS)}")
     return ENCODERS[kind]
@@ -260,15 +457,59 @@ def lookup(kind: str) -> tuple[Callable[..., Any], Callable[..., Tensor]]:
 # ---------------------------------------------------------------- encoder and core together
 
 
+class Widened(NamedTuple):
+    """An encoder whose width is not the core's."""
+
+    own: Any
+    out: Tensor  # (D of the core, D)
+
+
+def own_config(cfg: ModelConfig) -> ModelConfig:
+    """The config as the encoder sees it."""
+    e = cfg.encoder
+    return msgspec.structs.replace(cfg, hidden=e.width or cfg.hidden, heads=e.heads or cfg.heads)
+
+
+def latent_of(cfg: ModelConfig) -> int | None:
+    """Numbers that a variational encoder draws; None: it draws none."""
+    return cfg.encoder.latent or own_config(cfg).hidden if lookup(cfg.encoder.kind).variational else None
+
+
 def init_params(cfg: ModelConfig, seed: int) -> Params:
     """All parameters, float32, drawn from the seed."""
-    if cfg.hidden % cfg.heads or cfg.hidden // cfg.heads % 4:
-        raise UserError(f"model.heads: {cfg.heads} heads must divide hidden {cfg.hidden} into heads of a multiple of 4")
+    encoder, own = lookup(cfg.encoder.kind), own_config(cfg)
+    for at, c in (("model", cfg), ("model.encoder", own)):
+        if c.hidden % c.heads or c.hidden // c.heads % 4:
+            raise UserError(f"{at}.heads: {c.heads} heads must divide a width of {c.hidden} into heads of a multiple of 4")
+    if encoder.variational and not cfg.encoder.kl_weight > 0:
+        raise UserError(f"model.encoder.kl_weight: {cfg.encoder.kl_weight} must be above 0, {cfg.encoder.kind} is variational")
     g = torch.Generator().manual_seed(seed)
-    return Params(lookup(cfg.encoder.kind)[0](cfg, g), init_core(cfg, g))
+    p = encoder.init(own, g)
+    if own.hidden != cfg.hidden:
+        p = Widened(p, normal(g, cfg.hidden, own.hidden))
+    return Params(p, init_core(cfg, g))
 
 
 def encoder_of(cfg: ModelConfig) -> Encode:
     """The config's encoder as `act_step` takes it."""
-    apply = lookup(cfg.encoder.kind)[1]
-    return lambda p, batch: apply(p, cfg, batch.demos)
+    encoder, own = lookup(cfg.encoder.kind), own_config(cfg)
+
+    def said(p: Any, found: Tensor | Context) -> Context:
+        context = found if isinstance(found, Context) else Context(found)
+        if not isinstance(p, Widened):
+            return context
+        tokens = context.tokens @ p.out.T
+        return context._replace(tokens=tokens if cfg.encoder.published else rms(tokens))
+
+    def read(p: Any, batch: Batch) -> Any:
+        batch = batch._replace(demos=with_query(batch)) if cfg.encoder.query else batch
+        found = encoder.apply(p.own if isinstance(p, Widened) else p, own, batch)
+        return found if encoder.recur else said(p, found)
+
+    def recur(p: Any, found: Any, z_E: Tensor, begin: Tensor) -> Context:
+        mine = p.own if isinstance(p, Widened) else p
+        assert encoder.recur is not None
+        z_E = encoder.recur(mine, own, found, torch.where(begin[:, None, None, None], mine.start, z_E))
+        return said(p, Context(z_E[:, 0], z_E=z_E))
+
+    return Encode(read, recur if encoder.recur else None)

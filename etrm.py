@@ -24,18 +24,29 @@ if TYPE_CHECKING:
 
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
+Optional = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class EncoderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Which demonstration encoder, and its shape. Width and heads are the core's."""
+    """Which demonstration encoder, and its shape."""
 
     kind: str = "perceiver"
+    width: Optional = 0  # of its tokens; 0: the core's
+    heads: Optional = 0  # 0: the core's
     layers: int = 2  # blocks over the cells of one demo
-    set_layers: int = 1  # blocks in which the context tokens attend to the demos
-    pooling: Literal["mean", "max", "attention", "weighted"] = "mean"  # standard: one vector per demo
-    norm: Literal["post", "pre"] = "post"
+    set_layers: int = 1  # blocks in which the context tokens attend to the demos, or demos to each other
+    pooling: Literal["mean", "max", "attention", "weighted"] = "mean"  # cells to a vector, where there is no class token
+    norm: Literal["post", "pre"] = "post"  # lpn* and hybrid*: of what follows the cells, there it is always pre
+    qk_norm: bool = False
     layer_scale: float = 0.0  # 0: none
     attend_padding: bool = False  # published: the empty cells of a canvas attend and are attended
+    query: bool = False  # reads the test input too, as one more demo, without an output
+    difference: bool = False  # perceiver, set_transformer: tokens say where input and output differ
+    H_cycles: Count = 2  # trm_style
+    L_cycles: Count = 3
+    latent: Optional = 0  # of a variational encoder; 0: its width
+    kl_weight: float = 1e-3
+    published: bool = False  # contexts not normed, states smoothed and without gradient, KL divided by the batch once more
 
 
 class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -272,12 +283,16 @@ def runs_of(tokens: Sequence[int], masked: Sequence[int] | None = None) -> Runs:
     return found
 
 
-def self_attention(qkv: Tensor, o: Tensor, heads: int, x: Tensor, runs: Runs, turn: Turn, seen: Tensor | None = None) -> Tensor:
-    """(N, D): products and positions for all tokens at once, attention within each slot, run by run; seen (N,) bool."""
+def self_attention(
+    qkv: Tensor, o: Tensor, heads: int, x: Tensor, runs: Runs, turn: Turn, seen: Tensor | None = None, norm: bool = False
+) -> Tensor:  # fmt: skip
+    """(N, D): products and positions for all tokens at once, attention within each slot, run by run; seen (N,) bool; norm:
+    queries and keys have rms 1 before they turn."""
     if not runs:
         return x
     d, sizes = x.shape[1], [b * s for b, s, _ in runs]
-    queries_keys = rotate((x @ qkv[: 2 * d].T).unflatten(-1, (2, heads, -1)), turn)
+    queries_keys = (x @ qkv[: 2 * d].T).unflatten(-1, (2, heads, -1))
+    queries_keys = rotate(rms(queries_keys) if norm else queries_keys, turn)
     values = (x @ qkv[2 * d :].T).unflatten(-1, (heads, -1))
     masks = None if seen is None else seen.split(sizes)
     out = []
@@ -376,6 +391,7 @@ class Carry(NamedTuple):
     steps: Tensor  # (B,) ACT steps spent on the episode
     halted: Tensor  # (B,) bool: the next step starts an episode
     n: Tensor  # (B,) episodes the slot has finished or begun
+    z_E: Tensor  # (B, S, T, D) states of a recurrent encoder, detached; (B, 1, 1, 1) where there is none
     tokens: tuple[int, ...]  # of each slot
 
 
@@ -383,6 +399,7 @@ class Output(NamedTuple):
     logits: Tensor  # (M, V)
     q_halt: Tensor  # (B,) float32
     q_continue: Tensor  # (B,) float32
+    kl: Tensor | None = None  # (B,) float32, of a variational encoder
 
 
 def fresh_carry(cfg: ModelConfig, cells: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Carry:
@@ -390,7 +407,8 @@ def fresh_carry(cfg: ModelConfig, cells: Sequence[int], dtype: torch.dtype, devi
     tokens = tuple(cfg.context_tokens + c for c in cells)
     zeros = torch.zeros(len(cells), dtype=torch.int64, device=device)
     z = torch.zeros(sum(tokens), cfg.hidden, dtype=dtype, device=device)
-    return Carry(z, z.clone(), zeros, torch.ones(len(cells), dtype=torch.bool, device=device), zeros - 1, tokens)
+    halted = torch.ones(len(cells), dtype=torch.bool, device=device)
+    return Carry(z, z.clone(), zeros, halted, zeros - 1, z.new_zeros(len(cells), 1, 1, 1), tokens)
 
 
 def relaid(cfg: ModelConfig, carry: Carry, halted: Sequence[bool], cells: Sequence[int]) -> Carry:
@@ -405,7 +423,20 @@ def relaid(cfg: ModelConfig, carry: Carry, halted: Sequence[bool], cells: Sequen
     return carry._replace(z_H=states[0], z_L=states[1], tokens=tokens)
 
 
-Encode = Callable[[Any, "Batch"], Tensor]  # (encoder parameters, batch) -> context (B, T, D)
+class Context(NamedTuple):
+    """What an encoder says to the core."""
+
+    tokens: Tensor  # (B, T, D)
+    kl: Tensor | None = None  # (B,) float32: how far a variational encoder is from its prior
+    z_E: Tensor | None = None  # (B, S, T, D) states of a recurrent encoder
+
+
+class Encode(NamedTuple):
+    """An encoder as ACT steps take it. What is read of a batch stays the same while its slots think; a recurrent encoder goes
+    on from that, and its states, in every step."""
+
+    read: Callable[[Any, Batch], Any]  # encoder parameters, batch -> Context, or what `recur` is given; slot by slot
+    recur: Callable[[Any, Any, Tensor, Tensor], Context] | None = None  # its parameters, what was read, z_E, slots that begin
 
 
 def act_step(
@@ -417,7 +448,10 @@ def act_step(
     No gradient reaches the carry that came in; the one returned is detached.
     """
     p, layout = params.core, layout_of(cfg, batch.cells, carry.z_H.device)
-    e, turn = place(p, cfg, encode(params.encoder, batch), batch, layout)
+    context = encode.read(params.encoder, batch)
+    if encode.recur:
+        context = encode.recur(params.encoder, context, carry.z_E.detach(), carry.halted)
+    e, turn = place(p, cfg, context.tokens, batch, layout)
     reset = carry.halted[layout.slot][:, None]
     z_H = torch.where(reset, p.H_init, carry.z_H.detach())
     z_L = torch.where(reset, p.L_init, carry.z_L.detach())
@@ -429,8 +463,9 @@ def act_step(
     halted = steps >= cfg.halt_max_steps
     if min_steps is not None:
         halted = (halted | (q[:, 0] > 0)) & (steps >= min_steps)
-    new = Carry(z_H.detach(), z_L.detach(), steps, halted, carry.n, carry.tokens)
-    return new, Output(logits, q[:, 0], q[:, 1])
+    z_E = carry.z_E if context.z_E is None else context.z_E.detach()
+    new = Carry(z_H.detach(), z_L.detach(), steps, halted, carry.n, z_E, carry.tokens)
+    return new, Output(logits, q[:, 0], q[:, 1], context.kl)
 
 
 # ---------------------------------------------------------------- the ACT loss
@@ -450,13 +485,14 @@ def log_prob(cfg: ModelConfig, logits: Tensor) -> Tensor:
 class Loss(NamedTuple):
     """Per slot (B,), float32 and on the graph where it says so; means and masks are the caller's."""
 
-    total: Tensor  # on the graph: lm + q_weight * q
+    total: Tensor  # on the graph: lm + q_weight * q + kl_weight * kl
     lm: Tensor  # mean over the slot's valid cells
     q: Tensor  # halting: binary cross-entropy against "all valid cells right"
     cell_accuracy: Tensor
     exact: Tensor  # bool
     q_right: Tensor  # bool: q >= 0 agrees with exact
     labelled: Tensor  # bool: has a valid cell at all
+    kl: Tensor  # 0 where the encoder is not variational
 
 
 def per_slot(x: Tensor, cells: Sequence[int]) -> Tensor:
@@ -476,14 +512,17 @@ def act_loss(cfg: ModelConfig, out: Output, labels: Tensor, cells: Sequence[int]
     q = F.binary_cross_entropy_with_logits(out.q_halt, exact.float(), reduction="none")
     if not cfg.published_halting:
         q = torch.where(labelled, q, 0.0)
+    kl = torch.zeros_like(lm) if out.kl is None else out.kl
+    each = cfg.encoder.kl_weight / (len(cells) if cfg.encoder.published else 1)
     return Loss(
-        total=lm + cfg.q_weight * q,
+        total=lm + cfg.q_weight * q + each * kl,
         lm=lm.detach(),
         q=q.detach(),
         cell_accuracy=hits / asked.clamp(min=1),
         exact=exact & labelled,
         q_right=((out.q_halt >= 0) == exact) & labelled,
         labelled=labelled,
+        kl=kl.detach(),
     )
 
 
@@ -496,15 +535,15 @@ def part_of(x: Tensor, sizes: Sequence[int], slots: Sequence[int]) -> Tensor:
     return torch.cat([pieces[i] for i in slots])
 
 
-def only(batch: Batch, context: Tensor, carry: Carry, slots: Sequence[int]) -> tuple[Batch, Tensor, Carry]:
-    """Some slots alone, as if the others had never been there; demos are not taken along, the context stands for them."""
-    rows = torch.tensor(slots, device=context.device)
+def only(batch: Batch, read: Any, carry: Carry, slots: Sequence[int]) -> tuple[Batch, Any, Carry]:
+    """Some slots alone, as if the others had never been there; demos are not taken along, what was read stands for them."""
+    rows = torch.tensor(slots, device=batch.inputs.device)
     cells, tokens = [batch.cells[i] for i in slots], [carry.tokens[i] for i in slots]
     inputs, labels, at = (part_of(x, batch.cells, slots) for x in (batch.inputs, batch.labels, batch.at))
     own = batch._replace(inputs=inputs, labels=labels, at=at, cells=tuple(cells))
     states = {k: part_of(getattr(carry, k), carry.tokens, slots) for k in ("z_H", "z_L")}
-    kept = carry._replace(**states, **{k: getattr(carry, k)[rows] for k in ("steps", "halted", "n")}, tokens=tuple(tokens))
-    return own, context[rows], kept
+    kept = carry._replace(**states, **{k: getattr(carry, k)[rows] for k in ("steps", "halted", "n", "z_E")}, tokens=tuple(tokens))
+    return own, tree_map(lambda x: x[rows], read), kept
 
 
 Look = Callable[[int, Sequence[int], Output], None]  # (ACT step, slots that took it, their output)
@@ -514,22 +553,22 @@ def think(
     params: Params, cfg: ModelConfig, encode: Encode, batch: Batch, dtype: torch.dtype, act_steps: int, leave: str = "never",
     look: Look = lambda step, slots, out: None, before: Callable[[int, Sequence[int], Carry], Carry] = lambda step, slots, carry: carry,
 ) -> tuple[Output, Tensor]:  # fmt: skip
-    """Evaluation: (output, ACT steps spent (B,)) from the initial states; the context is computed once.
+    """Evaluation: (output, ACT steps spent (B,)) from the initial states; the demos are read once.
 
     leave: "never" takes act_steps (published); "q" leaves when the halting head says so; "stable" when the answer was the
     same after three steps on end. What has left is computed no more. `look` sees each step; `before` may change its carry.
     """
     with torch.no_grad():
         carry = fresh_carry(cfg, batch.cells, dtype, batch.inputs.device)
-        context, here = encode(params.encoder, batch), list(range(len(batch.cells)))
-        found: list[tuple[Tensor, Tensor, Tensor, int]] = [(context, context, context, 0)] * len(here)
-        last, same = torch.zeros_like(batch.inputs), torch.zeros(len(here), dtype=torch.int64, device=context.device)
+        read, here, device = encode.read(params.encoder, batch), list(range(len(batch.cells))), batch.inputs.device
+        found: list[tuple[Tensor, Tensor, Tensor, int]] = [(batch.inputs, batch.inputs, batch.inputs, 0)] * len(here)
+        last, same = torch.zeros_like(batch.inputs), torch.zeros(len(here), dtype=torch.int64, device=device)
         for step in range(1, act_steps + 1):
-            given = context
-            carry, out = act_step(params, cfg, lambda *_, c=given: c, before(step, here, carry), batch, None)
+            given = encode._replace(read=lambda *_, r=read: r)
+            carry, out = act_step(params, cfg, given, before(step, here, carry), batch, None)
             carry = carry._replace(halted=torch.zeros_like(carry.halted))  # also beyond halt_max_steps it thinks on
             look(step, here, out)
-            going = torch.zeros(len(here), dtype=torch.bool, device=context.device)
+            going = torch.zeros(len(here), dtype=torch.bool, device=device)
             if leave == "q":
                 going = out.q_halt > 0
             elif leave == "stable":
@@ -546,17 +585,8 @@ def think(
             if not stay:
                 break
             if len(stay) < len(here):
-                last, same = part_of(last, batch.cells, stay), same[torch.tensor(stay, device=context.device)]
-                batch, context, carry = only(batch, context, carry, stay)
+                last, same = part_of(last, batch.cells, stay), same[torch.tensor(stay, device=device)]
+                batch, read, carry = only(batch, read, carry, stay)
                 here = [here[i] for i in stay]
         logits, q_halt, q_continue, spent = zip(*found, strict=True)
         return Output(torch.cat(logits), torch.stack(q_halt), torch.stack(q_continue)), torch.tensor(spent)
-
-
-def stirred(core: Core, carry: Carry, noise: Tensor) -> Carry:
-    """The carry with noise (2, N, D) added to its states; a slot that would start afresh starts from noisy initial states."""
-    slot, _ = ragged(torch.tensor(carry.tokens, device=noise.device), len(carry.z_H))
-    fresh = carry.halted[slot][:, None]
-    z_H, z_L = (torch.where(fresh, z0, z) for z0, z in ((core.H_init, carry.z_H), (core.L_init, carry.z_L)))
-    steps = torch.where(carry.halted, 0, carry.steps)
-    return carry._replace(z_H=z_H + noise[0], z_L=z_L + noise[1], steps=steps, halted=torch.zeros_like(carry.halted))

@@ -95,7 +95,7 @@ CARRY = Carry._fields[:-1]  # its tensors
 
 def carry_tensors(slots: Tensor, carry: Carry) -> dict[int, dict[str, Tensor]]:
     """The carry slot by slot (global ids), so that any number of shards and processes can take it up."""
-    rows = zip(carry.z_H.split(carry.tokens), carry.z_L.split(carry.tokens), carry.steps, carry.halted, carry.n, strict=True)
+    rows = zip(carry.z_H.split(carry.tokens), carry.z_L.split(carry.tokens), carry.steps, carry.halted, carry.n, carry.z_E, strict=True)
     return {int(i): dict(zip(CARRY, row, strict=True)) for i, row in zip(slots, rows, strict=True)}
 
 
@@ -207,7 +207,7 @@ class State:
     ema: dict[str, Tensor]
     opts: list[torch.optim.Optimizer]
     carries: list[Carry]  # of this process's shards
-    sums: Tensor  # (2, 7) metric sums since the last row, of this process
+    sums: Tensor  # (2, 8) metric sums since the last row, of this process
     facts: dict[str, Any]  # see `fresh_facts`
 
 

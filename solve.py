@@ -41,8 +41,8 @@ def view(task: Task, query: int, number: int, cfg: data.DataConfig) -> tuple[Sym
     return Symmetry(s.dihedral[0], s.colours[0]), u[11:]
 
 
-def jitter(core: etrm.Core, std: float, keys: Sequence[tuple[int, ...]]) -> Callable[[int, Sequence[int], etrm.Carry], etrm.Carry]:
-    """For `think`: before each step, noise drawn from (key of the slot, step); slots whose key ends in 0 get none."""
+def jitter(std: float, keys: Sequence[tuple[int, ...]]) -> Callable[[int, Sequence[int], etrm.Carry], etrm.Carry]:
+    """For `think`: before each step but the first, noise drawn from (key of the slot, step); a key that ends in 0 gets none."""
 
     def stir(step: int, slots: Sequence[int], carry: etrm.Carry) -> etrm.Carry:
         noise = []
@@ -50,7 +50,8 @@ def jitter(core: etrm.Core, std: float, keys: Sequence[tuple[int, ...]]) -> Call
             u = data.uniform(1, *keys[slot], data.NOISE, step, torch.arange(2 * n * carry.z_H.shape[1])).squeeze(-1)
             gauss = torch.erfinv((2 * u - 1).clamp(-1 + 1e-12, 1 - 1e-12)) * math.sqrt(2)
             noise.append((gauss * (std if keys[slot][-1] else 0.0)).view(2, n, -1))
-        return etrm.stirred(core, carry, torch.cat(noise, 1).to(carry.z_H))
+        added = torch.cat(noise, 1).to(carry.z_H)
+        return carry._replace(z_H=carry.z_H + added[0], z_L=carry.z_L + added[1])
 
     return stir if std else lambda step, slots, carry: carry
 
@@ -104,13 +105,14 @@ def predictions(
         lots = torch.nn.utils.rnn.pad_sequence([u for _, u in seen], batch_first=True)
         episodes = data.posed(packed, cfg.data, "test", data.chosen(asked, rows), view=(symmetry, lots))
         batch = data.batch(packed, episodes, cfg.data, cfg.model.raster)
-        with torch.no_grad():
-            context = encode(cast.encoder, batch)
-        explains: list[float] = []
+        explains, answering = [], encode
         if how.adapt == "context" or how.vote == "demos":
+            with torch.no_grad():
+                context = adapt.fixed(encode).read(cast.encoder, batch).tokens
             questions = adapt.ask_demos(tasks, [of[r] for r in rows.tolist()], (symmetry, lots), cfg, device)
             if how.adapt == "context":
                 context = adapt.search(cast, cfg, encode, questions, context, share)
+                answering = adapt.given(context)
             if how.vote == "demos":
                 explains = adapt.explained(cast, cfg, questions, context).tolist()
         keys = [(int(hashes[of[r]][:13], 16), number[r], v, k) for r, v in mine for k in range(samples)]
@@ -121,8 +123,8 @@ def predictions(
             for slot, logits, q in zip(slots, out.logits.split([area[s] for s in slots]), out.q_halt.tolist(), strict=True):
                 said[slot, step] = logits, q
 
-        stir = jitter(cast.core, how.noise if samples > 1 else 0.0, keys)
-        _, spent = etrm.think(cast, cfg.model, lambda *_, c=context: c, batch, dtype, steps, how.leave, look, stir)
+        stir = jitter(how.noise if samples > 1 else 0.0, keys)
+        _, spent = etrm.think(cast, cfg.model, answering, batch, dtype, steps, how.leave, look, stir)
         found: dict[int, list[Vote]] = {r: [] for r, _ in mine}
         first: dict[int, Any] = {}
         for i, (r, v) in enumerate(mine):

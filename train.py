@@ -24,7 +24,7 @@ from torch import Tensor
 from . import checkpoint, data, etrm, launch, sources
 from .config import Config
 from .data import UserError
-from .encoders import encoder_of, init_params
+from .encoders import encoder_of, init_params, latent_of
 from .etrm import Carry, Encode, ModelConfig, Params, act_loss, act_step, fresh_carry, leaves, rebuild, tree_map
 from .optim import check_patterns, is_frozen, learning_rate, optimizers, update
 from .runs import Run, State, fresh_facts, state_tensors, take_up
@@ -86,6 +86,12 @@ def min_steps(cfg: ModelConfig, seed: int, slots: Tensor, n: Tensor, step: Tenso
     return torch.where(u[:, 0] < cfg.exploration, least, 0)
 
 
+def noise(lanes: int, demos: int, seed: int, slots: Tensor, n: Tensor, step: Tensor) -> Tensor:
+    """Standard normal (B, demos, lanes) for a variational encoder, drawn anew at every ACT step, as published."""
+    u = data.uniform(demos * lanes, seed, data.NOISE, slots, n, step)
+    return (math.sqrt(2) * torch.erfinv(2 * u - 1 + 2.0**-53)).float().unflatten(-1, (demos, lanes))
+
+
 def keep_pages() -> None:
     """Let glibc reuse freed memory instead of returning it: fresh pages cost more than the product written to them
     (20,000 x 128 x 1,024 in bf16: 17 against 7 ms; a training step: 3.9 against 3.3 s)."""
@@ -108,20 +114,23 @@ def next_batch(s: Setup, cfg: Config, slots: Tensor, carry: Carry) -> tuple[Carr
     episodes = data.draw(s.tasks, s.deck, cfg.data, cfg.run.seed, slots, n)
     batch = data.batch(s.tasks, episodes, cfg.data, cfg.model.raster)
     least = min_steps(cfg.model, cfg.run.seed, slots, n, torch.where(halted, 0, steps) + 1)
+    if (lanes := latent_of(cfg.model)) is not None:
+        drawn = noise(lanes, batch.demos.most + 1, cfg.run.seed, slots, n, torch.where(halted, 0, steps) + 1)
+        batch = batch._replace(noise=drawn.to(s.device))
     carry = etrm.relaid(cfg.model, carry, halted.tolist(), batch.cells)
     return carry._replace(n=n.to(s.device)), batch, least.to(s.device)
 
 
 # ---------------------------------------------------------------- one step
 
-SUMS = ("lm_loss", "q_loss", "cell_accuracy", "exact", "q_right", "steps", "count")
+SUMS = ("lm_loss", "q_loss", "kl", "cell_accuracy", "exact", "q_right", "steps", "count")
 
 
 def train_step(
     params: dict[str, Tensor], like: Params, cfg: ModelConfig, encode: Encode, dtype: torch.dtype, carry: Carry,
     batch: data.Batch, least: Tensor, scale: float,
 ) -> tuple[Carry, list[Tensor], Tensor]:  # fmt: skip
-    """One ACT step of a shard: (new carry, gradients of scale * summed loss, sums (2, 7) over all and halted slots).
+    """One ACT step of a shard: (new carry, gradients of scale * summed loss, sums (2, 8) over all and halted slots).
 
     params: path -> float32 leaf, in the order of the gradients; cast to the compute dtype once, here.
     """
@@ -131,7 +140,7 @@ def train_step(
     trained = [v for v in params.values() if v.requires_grad]
     grads = torch.autograd.grad(loss.total.sum() * scale, trained, allow_unused=True)
     with torch.no_grad():
-        rows = (loss.lm, loss.q, loss.cell_accuracy, loss.exact, loss.q_right, carry.steps, torch.ones_like(loss.lm))
+        rows = (loss.lm, loss.q, loss.kl, loss.cell_accuracy, loss.exact, loss.q_right, carry.steps, torch.ones_like(loss.lm))
         table = torch.stack([r.float() for r in rows]) * loss.labelled
         sums = torch.stack((table.sum(-1), (table * carry.halted).sum(-1)))
     return carry, [torch.zeros_like(p) if g is None else g for p, g in zip(trained, grads, strict=True)], sums
@@ -309,10 +318,11 @@ def one_step(
 
 
 def metrics_row(sums: Tensor) -> dict[str, float]:
-    """Means over slots, all of them and those that halted, from the sums (2, 7) of all processes."""
+    """Means over slots, all of them and those that halted, from the sums (2, 8) of all processes."""
     row: dict[str, float] = {}
     for which, values in zip(("all", "halted"), sums.tolist(), strict=True):
-        row |= {f"{which}/{k}": v / values[-1] for k, v in zip(SUMS[:-1], values, strict=False) if values[-1]}
+        said = zip(SUMS[:-1], values, strict=False)  # a KL of 0 is that of an encoder without one
+        row |= {f"{which}/{k}": v / values[-1] for k, v in said if values[-1] and (k != "kl" or v)}
         row[f"{which}/count"] = values[-1]
     return row
 

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from etrm_arc import config, data, encoders, etrm, launch, sources, train
+from etrm_arc import blocks, config, data, encoders, etrm, launch, sources, train
 from etrm_arc.optim import optimizers, update
 
 DTYPES = ("bf16", "fp32")
@@ -133,9 +133,10 @@ def published_layout() -> Iterator[None]:
         return rebuild(like, {k: v.float() if k.endswith(blocks) and ".sets." not in k else v for k, v in leaves.items()})
 
     with contextlib.ExitStack() as stack:
-        for module in (etrm, encoders):
+        for module in (etrm, blocks, encoders):
             for name, new in (("attention", attention), ("self_attention", self_attention), ("swiglu", swiglu), ("rms", rms)):
-                stack.enter_context(mock.patch.object(module, name, new))
+                if hasattr(module, name):
+                    stack.enter_context(mock.patch.object(module, name, new))
         stack.enter_context(mock.patch.object(etrm, "RUN", 1 << 40))
         stack.enter_context(mock.patch.object(data, "batch", padded))
         stack.enter_context(mock.patch.object(train, "rebuild", cast_late))
@@ -206,16 +207,17 @@ def parts(t: Trainer, repeats: int) -> dict[str, dict[str, float]]:
     carry, batch, least = timed("drawing and painting", lambda: train.next_batch(s, cfg, s.shards[0], t.carries[0]))
     cast = etrm.rebuild(s.like, {k: v.to(s.dtype) for k, v in s.params.items()})
     wanted = [v for v in s.params.values() if v.requires_grad]
-    context = s.encode(cast.encoder, batch).detach()
+    context = s.encode.read(cast.encoder, batch).tokens.detach()
+    said = etrm.Encode(lambda *_: etrm.Context(context))
     toward = torch.randn_like(context)
 
     def encode() -> None:
-        out = s.encode(cast.encoder, batch)
+        out = s.encode.read(cast.encoder, batch).tokens
         torch.autograd.grad(out, wanted, toward, allow_unused=True, retain_graph=True)
 
     timed("encoder", encode)
-    _, out = etrm.act_step(cast, cfg.model, lambda *_: context, carry, batch, least)
-    out = etrm.Output(*(x.detach().requires_grad_() for x in out))
+    _, out = etrm.act_step(cast, cfg.model, said, carry, batch, least)
+    out = out._replace(logits=out.logits.detach().requires_grad_(), q_halt=out.q_halt.detach().requires_grad_())
 
     def loss() -> tuple[torch.Tensor, ...]:
         total = etrm.act_loss(cfg.model, out, batch.labels, batch.cells).total.sum()
@@ -224,7 +226,7 @@ def parts(t: Trainer, repeats: int) -> dict[str, dict[str, float]]:
     g_logits, g_q = timed("loss", loss)
 
     def core() -> None:
-        _, made = etrm.act_step(cast, cfg.model, lambda *_: context, carry, batch, least)
+        _, made = etrm.act_step(cast, cfg.model, said, carry, batch, least)
         torch.autograd.grad((made.logits, made.q_halt), wanted, (g_logits, g_q), allow_unused=True, retain_graph=True)
 
     timed("core", core)
@@ -341,7 +343,7 @@ def one_dtype(dtype: str, sets: list[str], repeats: int, stand_in: int) -> dict[
     }  # fmt: skip
     trm = Trainer(recipe(sets, train__dtype=dtype, data__canvases=[30], data__demo_canvases=[30], model__positions="rope"))
     context = torch.zeros(t.cfg.train.batch, 16, 128, dtype=trm.s.dtype)
-    trm.s = trm.s._replace(encode=lambda *_: context)
+    trm.s = trm.s._replace(encode=etrm.Encode(lambda *_: etrm.Context(context)))
     found["full_canvas_without_encoder_samples_per_s"] = trm.rate(repeats, 1)
     if stand_in:
         with published_layout():

@@ -238,6 +238,8 @@ def test_a_bad_task_file_is_one_line(tmp_path, content, said):
         (["train", "cpu", "--set", "train.bach=3"], "unknown key train.bach (did you mean batch?)"),
         (["train", "cpu", "--set", "train.batch=many"], "train.batch: expected `int`, got `str`"),
         (["train", "cpu", "--set", "model.encoder.kind=perciever"], "did you mean perceiver?"),
+        (["train", "cpu", "--set", "model.encoder.kind=lpn_var", "--set", "model.encoder.kl_weight=0.0"], "lpn_var is variational"),
+        (["train", "cpu", "--set", "model.encoder.kind=mine"], "known: standard, variational, lpn_standard, "),
         (["train", "cpu", "--set", "train.device=cuda"], "train.device: cuda is not available here"),
         (["train", "cpu", "--set", "model.heads=5"], "model.heads"),
         (["train", "cpu", "--set", "data.demo_canvases=[10]"], "data.demo_canvases"),

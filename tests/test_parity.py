@@ -8,9 +8,9 @@ import torch
 
 from etrm_arc import data, etrm
 from etrm_arc.data import Batch, Demos
-from etrm_arc.encoders import apply_standard, to_slots
-from etrm_arc.etrm import EncoderConfig, Output, Params, act_loss, act_step, fresh_carry, leaves, tree_map
-from etrm_arc.tests.published import config, core, standard, sub
+from etrm_arc.encoders import encoder_of, to_slots
+from etrm_arc.etrm import Context, Encode, EncoderConfig, Output, Params, act_loss, act_step, fresh_carry, leaves, tree_map
+from etrm_arc.tests.published import config, core, standard, sub, widened
 
 
 def close(ours, theirs, tolerance=2e-5):
@@ -25,14 +25,20 @@ def places(n, side=6):
 
 
 def batch_of(inputs, labels, demos=None):
-    return Batch(inputs.long().flatten(), labels.long().flatten(), places(len(inputs)), (inputs.shape[1],) * len(inputs), demos)
+    return Batch(
+        inputs.long().flatten(),
+        labels.long().flatten(),
+        places(len(inputs), math.isqrt(inputs.shape[1])),
+        (inputs.shape[1],) * len(inputs),
+        demos,
+    )
 
 
 def all_demos(inputs, outputs, mask):
     owner, place = torch.nonzero(mask, as_tuple=True)
     x, y, cells = inputs[owner, place].long(), outputs[owner, place].long(), inputs.shape[-1]
     return Demos(
-        x.flatten(), y.flatten(), places(len(x)), (cells,) * len(x), (1,) * len(x), owner, place, mask.shape[1],
+        x.flatten(), y.flatten(), places(len(x), math.isqrt(cells)), (cells,) * len(x), (1,) * len(x), owner, place, mask.shape[1],
         torch.arange(x.numel()), tuple((mask.sum(1) * cells).tolist()),
     )  # fmt: skip
 
@@ -65,7 +71,7 @@ def test_core(golden):
     close(etrm.place(p, cfg, context, batch, layout)[0], t["input_embeddings"].flatten(0, 1))
     carry = fresh_carry(cfg, batch.cells, torch.float32)
     for step in (1, 2, 3):
-        carry, out = act_step(Params((), p), cfg, lambda *_: context, carry, batch, None)
+        carry, out = act_step(Params((), p), cfg, Encode(lambda *_: Context(context)), carry, batch, None)
         close(carry.z_H.view(4, 52, 64), t[f"step{step}.z_H"])
         close(carry.z_L.view(4, 52, 64), t[f"step{step}.z_L"])
         close(out.logits, t[f"step{step}.logits"].flatten(0, 1))
@@ -147,7 +153,7 @@ def test_act_trace(golden):
         context = table[data_now["puzzle_identifiers"].long()].view(-1, 16, 64)
         least = (t[f"t{i}.rand"] < cfg.exploration) * t[f"t{i}.randint"]
         batch = batch_of(data_now["inputs"], data_now["labels"])
-        carry, out = act_step(Params((), p), cfg, lambda *_, c=context: c, carry, batch, least)
+        carry, out = act_step(Params((), p), cfg, Encode(lambda *_, c=context: Context(c)), carry, batch, least)
         assert torch.equal(carry.halted, t[f"t{i}.halted"])
         assert torch.equal(carry.steps.int(), t[f"t{i}.steps"].int())
         close(out.logits, t[f"t{i}.logits"].flatten(0, 1))
@@ -161,29 +167,83 @@ def test_act_trace(golden):
     context = table[t["t0.batch.puzzle_identifiers"].long()].view(-1, 16, 64)
     carry = fresh_carry(cfg, batch.cells, torch.float32)
     for n in range(1, 5):
-        carry, out = act_step(Params((), p), cfg, lambda *_: context, carry, batch, None)
+        carry, out = act_step(Params((), p), cfg, Encode(lambda *_: Context(context)), carry, batch, None)
         close(out.q_halt, t[f"eval.s{n}.q_halt_logits"])
         assert bool(carry.halted.all()) == (n == 4)
     close(out.logits, t["eval.logits"].flatten(0, 1))
 
 
-ENCODER = {"hidden": 32, "H_cycles": 1}
+def encoder_config(kind="standard", **options):
+    e = EncoderConfig(kind=kind, attend_padding=True, published=True, **options)
+    return config(hidden=32, H_cycles=1, raster=30 if "width" in options else 6, encoder=e)
 
 
-def encoder_config(**options):
-    return config(**ENCODER, encoder=EncoderConfig(kind="standard", attend_padding=True, **options))
+def asked(inputs, outputs, mask, noise=None):
+    """A batch of demos alone."""
+    return batch_of(inputs[:, 0], outputs[:, 0], all_demos(inputs, outputs, mask))._replace(noise=noise)
 
 
-def test_standard_encoder(golden):
-    t, demos = golden("enc_standard")[0], all_demos(*golden("enc_inputs")[0].values())
-    p = tree_map(lambda x: x.clone().requires_grad_(), standard(sub(t, "sd.")))
-    context = apply_standard(p, encoder_config(), demos)
-    close(context, t["eval.context"])
-    (context * t["gradprobe.W"]).sum().backward()
-    grads = [v.grad.norm() for v in leaves(p).values()]
-    theirs = standard(sub(t, "gradprobe.norm."))
-    for a, b in zip(grads, leaves(theirs).values(), strict=True):
-        close(a, b, 1e-4)
+def context_of(p, cfg, batch):
+    return encoder_of(cfg).read(p, batch)
+
+
+def same_gradients(p, theirs):
+    """Norms, of the leaves that the published code has too; returns how many."""
+    ours, theirs = leaves(p), leaves(theirs)
+    for name, norm in theirs.items():
+        close(ours[name].grad.norm(), norm, 1e-4)
+    return len(theirs)
+
+
+def published_encoder(golden, name):
+    """(golden, kind, config, our tree, demos)"""
+    t, inputs, options = golden(f"enc_{name}")[0], golden("enc_inputs")[0], {}
+    kind = {"lpn_paper": "lpn", "lpn_var_paper": "lpn_var"}.get(name, name)
+    if kind != name:
+        inputs, options = golden("enc_lpn_paper")[0], {"width": 128, "heads": 8, "latent": 32}
+    tree = standard({**sub(inputs, "sd."), **sub(t, "sd.")})
+    tree = widened(tree, 128, 32) if options else tree
+    return t, encoder_config(kind, **options), tree, [inputs[k] for k in ("demo_inputs", "demo_labels", "demo_mask")]
+
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("lpn_paper", "lpn_var_paper")]  # 1,801 tokens a demo
+VARIATIONAL = ["variational", "lpn_variational", "lpn_variational_v2", "hybrid_variational"]
+
+
+@pytest.mark.parametrize("name", ["standard", "lpn_standard", "hybrid_standard", *VARIATIONAL, *SLOW])
+def test_encoders(golden, name):
+    """Context, KL and gradients at evaluation; the same with the noise that was drawn in training."""
+    t, cfg, tree, demos = published_encoder(golden, name)
+    p = tree_map(lambda x: x.clone().requires_grad_(), tree)
+    found = context_of(p, cfg, asked(*demos))
+    close(found.tokens, t["eval.context"])
+    loss = (found.tokens * t["gradprobe.W"]).sum()
+    if found.kl is not None:
+        close(found.kl.mean(), t["eval.kl_loss"])
+        loss = loss + 0.01 * found.kl.mean()
+    close(loss, t["gradprobe.scalar"])
+    loss.backward()
+    norms = sub(t, "gradprobe.norm.")
+    ours, theirs = leaves(p.own if "paper" in name else p), leaves(standard(norms))
+    assert len(theirs) == len(norms)
+    for leaf, norm in theirs.items():
+        close(ours[leaf].grad.norm(), norm, 1e-4)
+    if "train.eps" in t:
+        eps = t["train.eps"] if t["train.eps"].ndim == 3 else t["train.eps"][:, None]
+        with torch.no_grad():
+            found = context_of(p, cfg, asked(*demos, noise=eps))
+        close(found.tokens, t["train.context"])
+        close(found.kl.mean(), t["train.kl_loss"])
+
+
+@pytest.mark.parametrize("name", ["lpn_paper", "lpn_var_paper"])
+def test_paper_encoders_of_one_demo(golden, name):
+    t, cfg, tree, demos = published_encoder(golden, name)
+    assert demos[2][1].tolist() == [True, False]
+    batch = asked(*(x[1:] for x in demos), noise=t["train.eps"][1:] if "var" in name else None)
+    with torch.no_grad():
+        found = context_of(tree, cfg, batch).tokens
+    close(found, t["train.context" if "var" in name else "eval.context"][1:])
 
 
 @pytest.mark.parametrize("variant", ["pre", "layerscale", "pre_layerscale", "attnpool", "set2", "weightedpool"])
@@ -203,13 +263,35 @@ def test_standard_options(golden, variant):
     if variant == "weightedpool":  # published: NaN wherever a demo is padded, so one demo each
         inputs, outputs, mask = inputs[:, :1], outputs[:, :1], mask[:, :1]
         want = t["weightedpool.eval.context_first_demo_only"]
-    close(apply_standard(p, encoder_config(**options), all_demos(inputs, outputs, mask)), want)
+    close(context_of(p, encoder_config(**options), asked(inputs, outputs, mask)).tokens, want)
 
 
 def test_no_demo_gives_the_published_context(golden):
     p = standard(sub(golden("enc_standard")[0], "sd."))
-    context = apply_standard(p, encoder_config(), all_demos(*(x[:1] * 0 for x in golden("enc_inputs")[0].values())))
+    context = context_of(p, encoder_config(), asked(*(x[:1] * 0 for x in golden("enc_inputs")[0].values()))).tokens
     close(context, golden("enc_standard_options")[0]["nodemos.standard.context"])
+
+
+@pytest.mark.parametrize("kind", ["recurrent", "trm_style"])
+def test_recurrent_encoders(golden, kind):
+    """Three ACT steps; one slot begins anew in the third. Published: no parameter gets a gradient, by default: every one."""
+    t, _ = golden("enc_recurrent_standard" if kind == "recurrent" else "enc_trm_style")
+    batch = asked(*golden("enc_inputs")[0].values())
+    states = ("z_e",) if kind == "recurrent" else ("z_e_H", "z_e_L")
+    for published in (True, False):
+        e = EncoderConfig(kind=kind, attend_padding=True, published=published, set_layers=1 if kind == "recurrent" else 2)
+        encode = encoder_of(config(hidden=32, encoder=e))
+        p = tree_map(lambda x: x.clone().requires_grad_(), standard(sub(t, "sd.")))
+        z_E = torch.stack([t[f"carry0.{k}"] for k in states], 1)
+        for step in (1, 2, 3):
+            context = encode.recur(p, encode.read(p, batch), z_E.detach(), t[f"step{step}.reset_in"])
+            z_E = context.z_E
+            if published:
+                close(context.tokens, t[f"step{step}.context"])
+                close(z_E, torch.stack([t[f"step{step}.{k}"] for k in states], 1))
+        assert context.tokens.requires_grad != published
+    (context.tokens * torch.randn(context.tokens.shape)).sum().backward()
+    assert all(v.grad.any() for v in leaves(p).values())
 
 
 def test_gradients_of_the_whole(golden):
@@ -222,7 +304,7 @@ def test_gradients_of_the_whole(golden):
     for step in (1, 2):
         p = tree_map(lambda x: x.clone().requires_grad_(), build(sub(t, "sd.")))
         least = (t[f"step{step}.rand"] < cfg.exploration) * t[f"step{step}.randint"]
-        carry, out = act_step(p, cfg, lambda e, b: apply_standard(e, cfg, b.demos), carry, batch, least)
+        carry, out = act_step(p, cfg, encoder_of(cfg), carry, batch, least)
         loss = act_loss(cfg, out, batch.labels, batch.cells).total.sum()
         close(loss, t[f"step{step}.total_loss"])
         (loss / 4).backward()

@@ -309,7 +309,7 @@ def test_a_search_makes_no_demo_less_likely_and_rows_know_nothing_of_each_other(
     encode = solve.encoder_of(cfg.model)
     asked = questions(s, tasks)
     context = torch.randn(6, 4, 32, generator=torch.Generator().manual_seed(0))
-    base = encode(s.params.encoder, asked.batch).detach()
+    base = encode.read(s.params.encoder, asked.batch).tokens.detach()
     found = adapt.search(s.params, cfg, encode, asked, context, float("inf"))
     before, after = (
         adapt.likelihood(s.params, cfg, asked, base + added[asked.owner], 6)[1] for added in (torch.zeros(6, 4, 32), found - context)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from etrm_arc import checkpoint, config, data, launch, optim, plan, runs, sources, train
 from etrm_arc.data import UserError
 from etrm_arc.encoders import ENCODERS, encoder_of, init_params
-from etrm_arc.etrm import EncoderConfig, ModelConfig, Params, act_loss, act_step, fresh_carry, leaves, rebuild
+from etrm_arc.etrm import Context, Encode, EncoderConfig, ModelConfig, Params, act_loss, act_step, fresh_carry, leaves, rebuild
 from etrm_arc.tests import published, puzzles
 from etrm_arc.tests.kill import outcome
 from etrm_arc.tests.puzzles import generators
@@ -77,7 +77,7 @@ def test_training_trace_of_the_published_trainer(golden):
         rows = table[ids].clone().requires_grad_()
         least = (t[f"t{i}.rand"] < cfg.exploration) * t[f"t{i}.randint"]
         batch = batch_of(now["inputs"], now["labels"])
-        carry, out = act_step(rebuild(like, params), cfg, lambda *_, r=rows: r.view(-1, 16, 64), carry, batch, least)
+        carry, out = act_step(rebuild(like, params), cfg, Encode(lambda *_, r=rows: Context(r.view(-1, 16, 64))), carry, batch, least)
         total = act_loss(cfg, out, batch.labels, batch.cells).total.sum() / 6
         *grads, row_grads = torch.autograd.grad(total, [*trained.values(), rows])
         lr = optim.learning_rate(opt, i + 1, hyper["total_steps"])
@@ -273,6 +273,33 @@ def test_a_run_stopped_after_every_step_ends_in_the_same_bits(tmp_path, kind, dt
         assert steps[-1]["step"] == len(steps)
     assert len(steps) == 7
     same(outcome(tmp_path / "whole"), outcome(tmp_path / "pieces"))
+
+
+@pytest.mark.parametrize("kind", ["recurrent", "lpn_variational"])
+def test_noise_and_states_of_an_encoder_are_taken_up_again(tmp_path, kind):
+    options = {"model__encoder": {"kind": kind, "layers": 1}, "train__log_every": 1, "eval__every": 4, "train__steps": 4}
+    rows = []
+    train.fit(tiny(tmp_path / "whole", **options), rows.append)
+    assert ("all/kl" in rows[0]) == (kind == "lpn_variational")
+    cfg, steps = tiny(tmp_path / "pieces", **options), []
+    while not steps or "stopped" in steps[-1]:
+        steps.append(train.fit(cfg, resume=bool(steps), limit=-1))
+    assert len(steps) == 4
+    same(outcome(tmp_path / "whole"), outcome(tmp_path / "pieces"))
+    states = {tuple(v.shape) for k, v in checkpoint.load_state(tmp_path / "whole")[1][0].items() if k.endswith(".z_E")}
+    assert states == {(1, 4, 32) if kind == "recurrent" else (1, 1, 1)}
+
+
+@given(st.integers(0, 2**31), st.integers(1, 4))
+def test_noise_is_a_function_of_seed_slot_episode_and_step(seed, demos):
+    slots, zeros = torch.arange(50), torch.zeros(50, dtype=torch.int64)
+    x = train.noise(32, demos, seed, slots, zeros, zeros + 1)
+    assert x.shape == (50, demos, 32) and x.dtype == torch.float32
+    assert abs(float(x.mean())) < 0.1 and abs(float(x.std()) - 1) < 0.1
+    assert torch.equal(train.noise(32, 5, seed, slots[7:9], zeros[:2], zeros[:2] + 1)[:, :demos], x[7:9])
+    for other in ((seed + 1, slots, zeros, zeros + 1), (seed, slots, zeros + 1, zeros + 1), (seed, slots, zeros, zeros + 2)):
+        assert (train.noise(32, demos, *other) - x).abs().min(0).values.mean() > 1e-3
+    assert not torch.equal(x[0], x[1])
 
 
 def test_a_killed_run_loses_only_what_came_after_its_newest_whole_state(tmp_path):
@@ -664,6 +691,6 @@ def test_encode_is_the_table_entry():
     cfg = ModelConfig(hidden=32, heads=2, context_tokens=4)
     grids = torch.full((1, 1, 36), 2)
     demos = all_demos(grids, grids + 1, torch.ones(1, 1, dtype=torch.bool))
-    context = encoder_of(cfg)(init_params(cfg, 0).encoder, batch_of(grids[0], grids[0], demos))
+    context = encoder_of(cfg).read(init_params(cfg, 0).encoder, batch_of(grids[0], grids[0], demos)).tokens
     assert context.shape == (1, 4, 32)
     assert torch.allclose(context.square().mean(-1), torch.ones(1, 4), atol=1e-3)
