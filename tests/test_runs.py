@@ -6,12 +6,11 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
+import traceback
 import types
 from pathlib import Path
 
-import msgspec
 import pytest
 import torch
 
@@ -25,6 +24,9 @@ from etrm_arc.tests.test_train import tiny
 
 
 SMALL = {"model__hidden": 16, "data__canvases": [10], "train__shards": 1, "eval__foreign": False, "eval__act_steps": 1}
+
+
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 
 
 def same(a, b):
@@ -178,7 +180,42 @@ def test_a_crash_at_any_point_of_a_write_leaves_a_whole_state(tmp_path, monkeypa
     assert crashes > 15
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_save_is_written_in_an_order_that_a_loss_of_power_cannot_break(tmp_path, monkeypatch):
+    """Content is synced before its name appears, weights and metrics before the state, files before the manifest."""
+    train.fit(tiny(tmp_path, **SMALL, train__steps=2, train__save_every=1))
+    done = []
+
+    def noted(what, real, at=0):
+        def call(*args, **kwargs):
+            done.append((what, args[at].name))
+            return real(*args, **kwargs)
+
+        return call
+
+    def begin(run, *args):
+        real_begin(run, *args)
+        done.clear()
+
+    real_begin = runs.Run.begin
+    monkeypatch.setattr(runs.Run, "begin", begin)
+    monkeypatch.setattr(checkpoint, "save_file", noted("write", checkpoint.save_file, 1))
+    monkeypatch.setattr(checkpoint, "sync", noted("sync", checkpoint.sync))
+    monkeypatch.setattr(Path, "replace", noted("rename", Path.replace))
+    monkeypatch.setattr(Path, "unlink", noted("unlink", Path.unlink))
+    train.fit(tiny(tmp_path, **SMALL, train__steps=3, train__keep_every=3, eval__every=3), resume=True)
+
+    def whole(name):
+        aside = f".{name}.writing"
+        write = [] if name.endswith(".json") else [("write", aside)]
+        return [*write, ("sync", aside), ("rename", aside), ("sync", tmp_path.name)]
+
+    weights = [*whole("best.safetensors"), *whole("step-00000003.safetensors"), *whole("last.safetensors")]
+    state = [("sync", "metrics.jsonl"), *whole("state-00000003-0.safetensors"), *whole("state-00000003.json")]
+    dropped = [("unlink", "state-00000001.json"), ("unlink", "state-00000001-0.safetensors")]
+    assert done == [*weights, *state, *dropped]
+
+
+@forks
 def test_killed_outright_again_and_again_ends_in_the_same_bits(tmp_path, monkeypatch):
     """SIGKILL at the n-th write, sync, rename, row or step of each life, what was being written torn."""
     options = {**SMALL, "train__steps": 6, "train__save_every": 1, "train__log_every": 2, "eval__every": 4}
@@ -186,9 +223,7 @@ def test_killed_outright_again_and_again_ends_in_the_same_bits(tmp_path, monkeyp
     cfg = tiny(tmp_path / "killed", **options)
 
     def life(nth):
-        """A process of its own; whether it was killed."""
-        if pid := os.fork():
-            return os.waitpid(pid, 0)[1] == signal.SIGKILL
+        """In a process of its own; kills itself."""
         calls = itertools.count(1)
 
         def deadly(real, tear):
@@ -204,55 +239,58 @@ def test_killed_outright_again_and_again_ends_in_the_same_bits(tmp_path, monkeyp
             run.log.write(json.dumps(row)[:9])
             run.log.flush()
 
-        try:
-            monkeypatch.setattr(checkpoint, "save_file", deadly(checkpoint.save_file, lambda tensors, path: path.write_bytes(b"torn")))
-            monkeypatch.setattr(runs.Run, "write", deadly(runs.Run.write, half_a_row))
-            for owner, name in ((checkpoint, "sync"), (Path, "replace"), (train, "one_step")):
-                monkeypatch.setattr(owner, name, deadly(getattr(owner, name), lambda *_: None))
-            train.fit(cfg, resume=bool(checkpoint.manifests(tmp_path / "killed")))
-        finally:
-            os._exit(0)
+        monkeypatch.setattr(checkpoint, "save_file", deadly(checkpoint.save_file, lambda tensors, path: path.write_bytes(b"torn")))
+        monkeypatch.setattr(runs.Run, "write", deadly(runs.Run.write, half_a_row))
+        for owner, name in ((checkpoint, "sync"), (Path, "replace"), (train, "one_step")):
+            monkeypatch.setattr(owner, name, deadly(getattr(owner, name), lambda *_: None))
+        train.fit(cfg, resume=bool(checkpoint.manifests(tmp_path / "killed")))
 
     instants = (3, 9, 21, 24, 15, 30, 27, 7, 23, 34, 20, 16, 22, 19)
-    assert sum(map(life, instants)) >= 8  # the last ones may live to the end
-    life(0)
+    ends = [os.waitpid(forked(lambda nth=nth: life(nth)), 0)[1] for nth in (*instants, 0)]
+    assert set(ends) == {0, signal.SIGKILL} and ends.count(signal.SIGKILL) >= 8 and ends[-1] == 0
     same(outcome(tmp_path / "whole"), outcome(tmp_path / "killed"))
     assert not list((tmp_path / "killed").glob(".*.writing"))
 
 
-def recipe(path, cfg):
-    """The config as a TOML file of dotted keys."""
-    tables = json.loads(msgspec.json.encode(cfg))
-    lines = [f"{t}.{k} = {json.dumps(v)}" for t in ("data", "train", "eval", "run") for k, v in tables[t].items()]
-    lines += [f"model.{k} = {json.dumps(v)}" for k, v in tables["model"].items() if k != "encoder"]
-    lines += [f"optimizer.{k} = {json.dumps(tables['optimizer'][k])}" for k in ("lr", "warmup")]
-    path.write_text("\n".join(lines))
-    return path
+def forked(work):
+    """Process id of a copy of this process that does the work and ends."""
+    if pid := os.fork():
+        return pid
+    try:
+        work()
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)
 
 
-def test_two_processes_end_in_the_bits_of_one(tmp_path):
-    """Gradients are summed in the order of shards, so the number of processes does not show, in weights or in carry."""
-    for name in ("one", "two"):
-        cfg = tiny(tmp_path / name, train__shards=2, train__steps=5)
-        if name == "one":
-            train.fit(cfg)
-            continue
-        command = [sys.executable, "-m", "etrm_arc.cli", "train", recipe(tmp_path / "two.toml", cfg)]
-        shared = {
-            **os.environ,
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(launch.free_port()),
-            "OMP_NUM_THREADS": "1",
-        }
-        ranks = [subprocess.Popen(command, env={**shared, "RANK": str(r)}) for r in range(2)]
-        assert [p.wait(timeout=120) for p in ranks] == [0, 0]
-    one, two = outcome(tmp_path / "one"), outcome(tmp_path / "two")
-    for part in (one, two):
-        part[1].pop("sums")  # each process has its own share of these
-    assert [r["step"] for r in one[0]] == [r["step"] for r in two[0]]
-    for k, v in one[1].items():
-        assert torch.equal(v, two[1][k]), k
+def spread(cfg, processes, **options):
+    """`fit` in so many processes."""
+    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launch.free_port())}
+
+    def one(rank):
+        os.environ.update(shared, RANK=str(rank))
+        train.fit(cfg, **options)
+
+    assert [os.waitpid(pid, 0)[1] for pid in [forked(lambda r=r: one(r)) for r in range(processes)]] == [0] * processes
+
+
+@forks
+def test_any_number_of_processes_ends_in_the_bits_of_one(tmp_path):
+    """Also when it changes on the way: weights, average, optimizer and carry to the bit, sums of metrics to rounding."""
+    options = {**SMALL, "train__shards": 4, "train__steps": 5, "train__log_every": 4, "eval__every": 4}
+    train.fit(tiny(tmp_path / "one", **options))
+    cfg = tiny(tmp_path / "several", **options)
+    spread(cfg, 2, limit=-1)
+    spread(cfg, 2, limit=-1, resume=True)
+    spread(cfg, 4, limit=-1, resume=True)
+    spread(cfg, 2, resume=True)
+    one, several = outcome(tmp_path / "one"), outcome(tmp_path / "several")
+    assert [row.keys() for row in one.rows] == [row.keys() for row in several.rows]
+    for row, other in zip(one.rows, several.rows, strict=True):
+        assert row == pytest.approx(other, rel=1e-5)
+    same(([], one.tensors), ([], several.tensors))
 
 
 def test_a_fork_goes_on_elsewhere_from_a_folder_that_is_only_read(tmp_path):
