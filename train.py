@@ -398,7 +398,6 @@ def loop(
         elif cfg.train.non_finite == "skip":
             facts["skipped"] += 1
         else:
-            run.wait()
             who = culprits(s, cfg, state.carries)
             raise UserError(f"step {step}: the gradient is not finite ({who}); {run.folder} keeps the state before it")
 

@@ -10,31 +10,33 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
+from torch.multiprocessing import start_processes
 
-from etrm_arc import checkpoint, config, train
+from etrm_arc import checkpoint, config, launch, train
 
 SET = Path(__file__).parent.parent / "tests" / "data" / "set"
+RAW = {
+    "data": {"train": [str(SET)], "dev": [], "held_out": []},
+    "model": {"hidden": 32, "heads": 2, "H_cycles": 2, "L_cycles": 2, "halt_max_steps": 4, "exploration": 0.1},
+    "train": {"steps": 50, "batch": 8, "dtype": "fp32"},
+    "eval": {"on": "train", "every": 50, "act_steps": 1, "foreign": False},
+}
 Tensors = dict[str, torch.Tensor]
+
+
+def one(rank: int, cfg: config.Config, procs: int, port: int) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(procs), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    train.fit(cfg)
 
 
 def trained(folder: Path, kind: str, procs: int, shards: int) -> Tensors:
     """All that the run leaves, but the metric sums, of which each process has a share."""
-    sets = {
-        "run.dir": str(folder), "data.train": [str(SET)], "data.dev": [], "data.held_out": [],
-        "model.hidden": 32, "model.H_cycles": 2, "model.L_cycles": 2, "model.halt_max_steps": 4, "model.exploration": 0.1,
-        "optimizer.kind": kind, "optimizer.warmup": 0, "train.steps": 50, "train.batch": 8, "train.dtype": "fp32",
-        "train.shards": shards, "eval.on": "train", "eval.every": 50, "eval.foreign": False,
-    }  # fmt: skip
-    words = [w for k, v in sets.items() for w in ("--set", f"{k}={json.dumps(v)}")]
-    command = [sys.executable, "-m", "etrm_arc.cli", "train", "cpu", "--procs", str(procs), *words]
-    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert run.returncode == 0, run.stderr
+    raw = {**RAW, "run": {"dir": str(folder)}, "optimizer": {"kind": kind, "warmup": 0}, "train": {**RAW["train"], "shards": shards}}
+    start_processes(one, (config.parse_config(raw, "drift"), procs, launch.free_port()), procs, start_method="fork")
     return {k: v for part in checkpoint.load_state(folder)[1] for k, v in part.items() if k != "sums"}
 
 
@@ -55,6 +57,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--json", action="store_true")
     args, found = options.parse_args(), {}
+    torch.set_num_threads(1)  # processes are copies of this one
     for kind in ("adamw", "muon", "adam_atan2"):
         with tempfile.TemporaryDirectory() as work:
             ran = {(n, v): trained(Path(work) / f"{n}-{v}", kind, n, v) for n, v in ((1, 1), (2, 2), (1, 4), (2, 4), (4, 4))}

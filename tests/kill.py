@@ -154,7 +154,7 @@ def strike(run: subprocess.Popen[bytes], folder: Path, draw: random.Random, whol
         if time.monotonic() >= deadline or len(seen) >= nth:
             kill(run, folder)
             return where(folder, since)
-        time.sleep(0.0005)
+        time.sleep(0.001)
     return ""
 
 

@@ -7,8 +7,10 @@ import os
 import shutil
 import signal
 import sys
+import time
 import traceback
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,19 @@ def test_resume_skips_a_broken_state_and_says_so(tmp_path):
         train.fit(cfg, resume=True)
 
 
+def test_a_state_waits_for_the_files_of_all_processes(tmp_path, monkeypatch):
+    tensors = {"x": torch.zeros(2)}
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(checkpoint.save_state, tmp_path, 1, 0, 2, tensors, {})
+        time.sleep(0.3)
+        assert not first.done() and not checkpoint.manifests(tmp_path)
+        checkpoint.save_state(tmp_path, 1, 1, 2, tensors, {})
+    assert len(checkpoint.load_state(tmp_path)[1]) == 2
+    monkeypatch.setattr(checkpoint, "PATIENCE", 0.1)
+    with pytest.raises(UserError, match="all processes must share run.dir"):
+        checkpoint.save_state(tmp_path, 2, 0, 2, tensors, {})
+
+
 def test_resuming_with_other_shards_deals_the_carry_anew(tmp_path):
     cfg = tiny(tmp_path, train__steps=3)
     train.fit(cfg)
@@ -85,6 +100,33 @@ def test_resuming_with_other_shards_deals_the_carry_anew(tmp_path):
     assert sorted(seen) == list(range(6))
     assert all(torch.equal(seen[i][k], slots[i][k]) for i in slots for k in slots[i])
     assert train.fit(more, resume=True)["step"] == 4
+
+
+def test_a_run_that_has_ended_can_be_made_longer(tmp_path):
+    train.fit(tiny(tmp_path, **SMALL, train__steps=2))
+    manifest = tmp_path / "state-00000002.json"
+    assert json.loads(manifest.read_text())["ended"] == "done"
+    doctored = json.loads(manifest.read_text()) | {"seconds": 1000.0}
+    manifest.write_text(json.dumps({**doctored, "sha256": checkpoint.signed(doctored)}))
+    assert train.fit(tiny(tmp_path, **SMALL, train__steps=4), limit=-1, resume=True)["seconds"] >= 1000
+    newest = checkpoint.load_state(tmp_path)[0]
+    assert (newest["step"], newest["ended"]) == (3, "") and newest["seconds"] > 1000
+    assert runs.listing(tmp_path)[0]["state"] == "stopped"
+
+
+def test_what_is_saved_is_of_its_step_though_training_goes_on(tmp_path, monkeypatch):
+    options = {**SMALL, "train__steps": 3, "train__save_every": 1, "train__keep_every": 1}
+    train.fit(tiny(tmp_path / "fast", **options))
+    save = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda *args: time.sleep(0.3) or save(*args))
+    train.fit(tiny(tmp_path / "slow", **options))
+    for step in (1, 2):
+        kept = [checkpoint.load(tmp_path / f / f"step-{step:08d}.safetensors") for f in ("fast", "slow")]
+        assert kept[0].meta["step"] == kept[1].meta["step"] == step
+        for a, b in zip(*(leaves(c.params).values() for c in kept), strict=True):
+            assert torch.equal(a, b)
+    fast, slow = (json.loads((tmp_path / f / "state-00000002.json").read_text()) for f in ("fast", "slow"))
+    assert fast["files"] == slow["files"]
 
 
 def test_another_yardstick_starts_a_new_best(tmp_path):

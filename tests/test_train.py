@@ -2,6 +2,7 @@
 
 import json
 import math
+import types
 from pathlib import Path
 
 import pytest
@@ -204,7 +205,39 @@ def test_shards_partition_the_slots_and_share_the_work(g, slots, parts):
     assert all(s.tolist() == sorted(s.tolist()) for s in shards)
     cost = train.cost_of(deck, cfg)
     load = [float(cost[s].sum()) for s in shards]
-    assert max(load) - min(load) <= float(cost.max()) + 1e-9
+    fullest = shards[load.index(max(load))]
+    assert max(load) - min(load) <= float(cost[fullest].min()) + 1e-9  # as only the costliest slot first can have it
+
+
+def test_exploration_is_drawn_anew_at_every_act_step():
+    cfg, slots = ModelConfig(exploration=0.25, halt_max_steps=5), torch.arange(4000)
+    one, two = (train.min_steps(cfg, 0, slots, slots * 0, torch.full_like(slots, step)) for step in (1, 2))
+    for least in (one, two):
+        assert set(least.tolist()) == {0, 2, 3, 4, 5} and float((least > 0).float().mean()) == pytest.approx(0.25, abs=0.03)
+    assert float(((one > 0) & (two > 0)).float().mean()) == pytest.approx(0.25**2, abs=0.02)
+
+
+def test_a_slot_that_halted_begins_its_next_episode(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "min_steps", lambda cfg, seed, slots, n, step: seen.append((n, step)) or torch.zeros(len(slots)))
+    cfg = tiny(tmp_path, train__shards=1)
+    s = train.setup(cfg)
+    carry, _, _ = train.next_batch(s, cfg, s.shards[0], train.start_carry(s, cfg, s.shards[0]))
+    halted, steps = torch.tensor([True, False] * 3), torch.tensor([3, 1, 2, 2, 1, 0])
+    after, _, _ = train.next_batch(s, cfg, s.shards[0], carry._replace(halted=halted, steps=steps))
+    assert torch.equal(after.n, carry.n + halted) and torch.equal(seen[-1][0], after.n)
+    assert seen[-1][1].tolist() == [1, 2, 1, 3, 1, 1]  # of which ACT step the exploration is drawn
+
+
+@given(generators, st.integers(20, 200))
+def test_batches_of_an_evaluation_hold_so_many_tokens(g, tokens):
+    canvas = torch.randint(0, 9, (puzzles.integer(g, 1, 12), 2), generator=g)
+    cfg, need = ModelConfig(context_tokens=4), 4 + canvas.prod(1)
+    made = train.portions(types.SimpleNamespace(canvas=canvas), cfg, tokens)
+    assert sorted(torch.cat([torch.zeros(0), *made]).tolist()) == torch.where(canvas.prod(1) > 0)[0].tolist()
+    sums = [int(need[rows].sum()) for rows in made]
+    assert all(total <= tokens or len(rows) == 1 for total, rows in zip(sums, made, strict=True))
+    assert all(total + int(need[rows[0]]) > tokens for total, rows in zip(sums, made[1:], strict=False))  # and no fewer
 
 
 def test_gradients_of_shards_sum_to_those_of_the_whole(tmp_path):
