@@ -182,16 +182,17 @@ def main() -> None:
     kills, runs, identical, fell = 0, 0, 0, collections.Counter[str]()
     with contextlib.suppress(KeyboardInterrupt):  # what was found until then is said
         while kills < args.kills:
-            kind, folder, good = kinds[runs % len(kinds)], work / f"run-{runs}", []
+            kind, folder, at, good = kinds[runs % len(kinds)], work / f"run-{runs}", [], []
             whole[kind] = whole.get(kind) or unbroken(work, *kind)
             while True:
                 run = start(work, folder, *kind)
-                at = strike(run, folder, draw, whole[kind]) if kills + len(good) < args.kills else run.wait() and ""
-                if not at:
+                fallen = strike(run, folder, draw, whole[kind]) if kills + len(good) < args.kills else ""
+                if not fallen:
                     break
-                fell[at] += 1
+                at.append(fallen)
                 good.append(left_whole(folder, whole[kind]))
-            assert run.returncode == 0, (work / "stderr").read_text()
+            assert run.wait() == 0, (work / "stderr").read_text()
+            fell.update(at)
             kills, runs = kills + len(good), runs + 1
             identical += sum(good) * equal(outcome(folder), whole[kind].outcome)
             print(f"{kills} kills in {runs} runs, {identical} identical; they fell: {dict(fell)}", file=sys.stderr, flush=True)
