@@ -169,7 +169,9 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path):
         rows.append(row)
         os.kill(os.getpid(), signal.SIGTERM)
 
+    before = signal.getsignal(signal.SIGTERM)
     last = train.fit(tiny(tmp_path, train__log_every=1), interrupt)
+    assert signal.getsignal(signal.SIGTERM) is before
     assert last["stopped"] == "SIGTERM" and last["step"] == 2
     assert checkpoint.load_state(tmp_path)[0]["step"] == 2
 
