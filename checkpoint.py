@@ -68,11 +68,10 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def save(path: Path, params: Params, ema: Params, meta: dict[str, Any]) -> None:
-    """Write a checkpoint that `load` reads back bit for bit. `meta` must hold the config (as a dict)."""
-    tensors = {f"{name}.{k}": v for name, tree in (("params", params), ("ema", ema)) for k, v in leaves(tree).items()}
-    own, said = copied(tensors), json.dumps({"format": FORMAT, **meta})
-    write_file(path, own, {"etrm": said, "sha256": digest_of(own, said)})
+def save(path: Path, weights: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    """Write params.* and ema.* so that `load` reads them back bit for bit. `meta` must hold the config (as a dict)."""
+    said = json.dumps({"format": FORMAT, **meta})
+    write_file(path, weights, {"etrm": said, "sha256": digest_of(weights, said)})
 
 
 def digest_of(tensors: dict[str, Tensor], said: str) -> str:
@@ -179,6 +178,8 @@ def drop(manifest: Path) -> None:
 
 def cut_back(folder: Path, step: int) -> None:
     """What was saved after `step`, or left half saved, never was."""
+    for aside in folder.glob(".*.writing"):
+        aside.unlink()
     for manifest in manifests(folder):
         if int(manifest.stem.split("-")[1]) > step:
             drop(manifest)

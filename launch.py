@@ -17,6 +17,7 @@ from typing import Any
 
 BEAT = "ETRM_BEAT"  # folder in which each process shows that it lives
 STALLED = 20.0  # seconds without a sign of life
+POLL = 0.1  # seconds between two looks at the processes
 STOPPED = 75  # EX_TEMPFAIL, exit code of a run that was asked to stop and saved: go on with --resume
 
 
@@ -86,7 +87,12 @@ def launch(arguments: Sequence[str], processes: int) -> int:
 
 
 def watch(ranks: Sequence[subprocess.Popen[bytes]], folder: Path, words: Sequence[Any]) -> int:
-    """Wait for all to end well, or for the first that does not: its exit code."""
+    """Wait for all to end well, or for the first that does not: its exit code.
+
+    Silence is counted in our own looks, not by the clock: a machine that slept, or is overloaded, is not taken for a stall.
+    """
+    last: list[float | None] = [None] * len(ranks)
+    silent = [0] * len(ranks)
     while True:
         codes = [p.poll() for p in ranks]
         for r, code in enumerate(codes):
@@ -98,9 +104,11 @@ def watch(ranks: Sequence[subprocess.Popen[bytes]], folder: Path, words: Sequenc
                     print(said[-1] if said else f"etrm: process {r} {how}; the others were stopped", file=sys.stderr)
                 return code if code > 0 else 1
             sign = folder / str(r)
-            if code is None and sign.exists() and time.time() - sign.stat().st_mtime > STALLED:
+            now = sign.stat().st_mtime if code is None and sign.exists() else None
+            last[r], silent[r] = now, silent[r] + 1 if now is not None and now == last[r] else 0
+            if silent[r] * POLL > STALLED:
                 print(f"etrm: process {r} gave no sign of life for {STALLED:.0f} s; all were stopped", file=sys.stderr)
                 return 1
         if all(code is not None for code in codes):
             return STOPPED if STOPPED in codes else 0
-        time.sleep(0.1)
+        time.sleep(POLL)

@@ -147,12 +147,8 @@ class Run:
         self.log.flush()
         self.track(row)
 
-    def save(self, write: Callable[[], None]) -> None:
-        """Write aside while training goes on, one after the other; an error of the last write is raised here."""
-        self.wait()
-        self.writing = self.writer.submit(write)
-
     def wait(self) -> None:
+        """Until what `save` began is written; its error is raised here."""
         if self.writing:
             self.writing.result()
             self.writing = None
@@ -216,6 +212,10 @@ def fresh_facts(scale: float) -> dict[str, Any]:
     return {"step": 0, "best": None, "waited": 0, "last": {}, "seconds": 0.0, "scale": scale, "skipped": 0, "ended": ""}
 
 
+def weights(s: Setup, state: State) -> dict[str, Tensor]:
+    return {f"params.{k}": v for k, v in s.params.items()} | {f"ema.{k}": v for k, v in state.ema.items()}
+
+
 def state_tensors(s: Setup, state: State, rank: int) -> dict[str, Tensor]:
     """What one process saves: its carries slot by slot; rank 0 also what all processes share."""
     found = {"sums": state.sums}
@@ -223,9 +223,31 @@ def state_tensors(s: Setup, state: State, rank: int) -> dict[str, Tensor]:
         for slot, fields in carry_tensors(slots, carry).items():
             found |= {f"slot.{slot}.{k}": v for k, v in fields.items()}
     if rank == 0:
-        found |= {f"params.{k}": v for k, v in s.params.items()} | {f"ema.{k}": v for k, v in state.ema.items()}
-        found |= optimizer_tensors(state.opts)
+        found |= weights(s, state) | optimizer_tensors(state.opts)
     return found
+
+
+def save(run: Run, s: Setup, state: State, world: int, names: Sequence[str], full: bool) -> None:
+    """Weights under these names, then, where `full`, the state: copied here, written while training goes on.
+
+    The state comes last, so that all which it says was reached is there already.
+    """
+    if not full and (run.rank or not names):
+        return
+    run.wait()
+    tensors = checkpoint.copied(state_tensors(s, state, run.rank) if full else weights(s, state))
+    facts, own = {**state.facts}, {k: v for k, v in tensors.items() if k.startswith(("params.", "ema."))}
+
+    def write() -> None:
+        if run.rank == 0:
+            for name in names:
+                about = {**s.meta, "step": facts["step"], "score": facts["last"]}
+                checkpoint.save(run.folder / f"{name}.safetensors", own, about)
+            checkpoint.sync(run.folder / "metrics.jsonl")
+        if full:
+            checkpoint.save_state(run.folder, facts["step"], run.rank, world, tensors, {**facts, **s.meta})
+
+    run.writing = run.writer.submit(write)
 
 
 def saved_slots(parts: Sequence[dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:

@@ -21,13 +21,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import checkpoint, data, etrm, launch, sources
+from . import data, etrm, launch, sources
 from .config import Config
 from .data import UserError
 from .encoders import encoder_of, init_params, latent_of
 from .etrm import Carry, Encode, ModelConfig, Params, act_loss, act_step, fresh_carry, leaves, rebuild, tree_map
 from .optim import check_patterns, is_frozen, learning_rate, optimizers, update
-from .runs import Run, State, fresh_facts, state_tensors, take_up
+from .runs import Run, State, fresh_facts, save, take_up
 
 # ---------------------------------------------------------------- where and in what numbers
 
@@ -392,25 +392,9 @@ def loop(
             run.write(row)
         say(row)
 
-    def save_weights(name: str) -> None:
-        if run.rank == 0:
-            raw, mean = rebuild(s.like, s.params), rebuild(s.like, state.ema)
-            checkpoint.save(run.folder / f"{name}.safetensors", raw, mean, {**s.meta, "step": step, "score": facts["last"]})
-
-    def save_all() -> None:
-        save_weights("last")
-        tensors = checkpoint.copied(state_tensors(s, state, run.rank))
-        meta = {**facts, "seconds": time.monotonic() - begun, **s.meta}
-
-        def write(at: int = step) -> None:
-            if run.rank == 0:
-                checkpoint.sync(run.folder / "metrics.jsonl")
-            checkpoint.save_state(run.folder, at, run.rank, world, tensors, meta)
-
-        run.save(write)
-
     while step < cfg.train.steps and not stopped:
         step += 1
+        due = []  # names of the weights to be saved after this step
         ask = bool(run.stop) or time.monotonic() > deadline
         state.carries, grads, part, asked = one_step(s, cfg, state.carries, facts["scale"], ask)
         state.sums += part
@@ -425,11 +409,11 @@ def loop(
         elif cfg.train.non_finite == "skip":
             facts["skipped"] += 1
         else:
-            run.wait()
             who = culprits(s, cfg, state.carries)
             raise UserError(f"step {step}: the gradient is not finite ({who}); {run.folder} keeps the state before it")
 
-        facts["step"], done = step, step == cfg.train.steps
+        facts |= {"step": step, "seconds": time.monotonic() - begun}
+        done = step == cfg.train.steps
         if asked and not done:
             stopped = run.stop or ("time limit" if time.monotonic() > deadline else "another process was stopped")
         if step % cfg.train.log_every == 0 or done:
@@ -451,7 +435,7 @@ def loop(
             facts["waited"] += 1
             if gain > cfg.eval.min_gain:
                 facts |= {"best": value, "waited": 0}
-                save_weights("best")
+                due.append("best")
             if 0 < cfg.eval.stop_at <= facts["last"][f"{watched}/exact"]:
                 stopped = facts["ended"] = "eval.stop_at"
             elif 0 < cfg.eval.patience <= facts["waited"]:
@@ -460,9 +444,10 @@ def loop(
         if done and not facts["ended"]:
             facts["ended"] = "done"
         if cfg.train.keep_every and step % cfg.train.keep_every == 0:
-            save_weights(f"step-{step:08d}")
-        if step % cfg.train.save_every == 0 or done or stopped:
-            save_all()
+            due.append(f"step-{step:08d}")
+        if full := step % cfg.train.save_every == 0 or done or bool(stopped):
+            due.append("last")
+        save(run, s, state, world, due, full)
     run.wait()
     result = {"step": step, "samples": step * cfg.train.batch, "seconds": round(time.monotonic() - begun, 1)}
     return {**facts["last"], **result, **({"stopped": stopped} if stopped else {})}

@@ -1,8 +1,8 @@
 """Do 1, 2 and 4 processes train the same model? python -m benchmarks.drift [--json]
 
-50 steps in fp32 without warm-up. With the same shards the weights must be the same bits; with as many shards as
-processes only the order of summation differs: printed is the distance of the weights from those of one process, as a
-share of the way these went.
+50 steps in fp32 without warm-up. With the same shards (as shipped: 4) weights, EMA and carry must be the same bits. With
+as many shards as processes only the order of summation differs: printed is the distance of the weights from those of one
+process, as a share of the way these went, and whether every slot saw the same episodes.
 """
 
 from __future__ import annotations
@@ -10,49 +10,65 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
+from torch.multiprocessing import start_processes
 
-from etrm_arc import checkpoint, config, train
+from etrm_arc import checkpoint, config, launch, train
 
 SET = Path(__file__).parent.parent / "tests" / "data" / "set"
+RAW = {
+    "data": {"train": [str(SET)], "dev": [], "held_out": []},
+    "model": {"hidden": 32, "heads": 2, "H_cycles": 2, "L_cycles": 2, "halt_max_steps": 4, "exploration": 0.1},
+    "train": {"steps": 50, "batch": 8, "dtype": "fp32"},
+    "eval": {"on": "train", "every": 50, "act_steps": 1, "foreign": False},
+}
+Tensors = dict[str, torch.Tensor]
 
 
-def trained(folder: Path, kind: str, procs: int, shards: int) -> torch.Tensor:
-    sets = {
-        "run.dir": str(folder), "data.train": [str(SET)], "data.dev": [], "data.held_out": [],
-        "model.hidden": 64, "model.H_cycles": 2, "model.L_cycles": 2, "optimizer.kind": kind, "optimizer.warmup": 0,
-        "train.steps": 50, "train.batch": 16, "train.dtype": "fp32", "train.shards": shards,
-        "eval.on": "train", "eval.every": 50, "eval.act_steps": 1,
-    }  # fmt: skip
-    words = [w for k, v in sets.items() for w in ("--set", f"{k}={json.dumps(v)}")]
-    command = [sys.executable, "-m", "etrm_arc.cli", "train", "cpu", "--procs", str(procs), *words]
-    subprocess.run(
-        command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    tensors, _ = checkpoint.read_file(folder / "last.safetensors")
-    return torch.cat([v.double().flatten() for k, v in sorted(tensors.items()) if k.startswith("params.")])
+def one(rank: int, cfg: config.Config, procs: int, port: int) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(procs), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    train.fit(cfg)
+
+
+def trained(folder: Path, kind: str, procs: int, shards: int) -> Tensors:
+    """All that the run leaves, but the metric sums, of which each process has a share."""
+    raw = {**RAW, "run": {"dir": str(folder)}, "optimizer": {"kind": kind, "warmup": 0}, "train": {**RAW["train"], "shards": shards}}
+    start_processes(one, (config.parse_config(raw, "drift"), procs, launch.free_port()), procs, start_method="fork")
+    return {k: v for part in checkpoint.load_state(folder)[1] for k, v in part.items() if k != "sums"}
+
+
+def weights(tensors: Tensors) -> torch.Tensor:
+    return torch.cat([v.detach().double().flatten() for _, v in sorted(tensors.items())])
+
+
+def distance(start: Tensors, one: Tensors, other: Tensors) -> float:
+    a, b = (weights({k: x[f"params.{k}"] for k in start}) for x in (one, other))
+    return float((b - a).norm() / (a - weights(start)).norm())
+
+
+def same(one: Tensors, other: Tensors, only: str = "") -> bool:
+    return one.keys() == other.keys() and all(v.equal(other[k]) for k, v in one.items() if k.endswith(only))
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--json", action="store_true")
     args, found = options.parse_args(), {}
+    torch.set_num_threads(1)  # processes are copies of this one
     for kind in ("adamw", "muon", "adam_atan2"):
         with tempfile.TemporaryDirectory() as work:
-            one = trained(Path(work) / "1", kind, 1, 1)
-            cfg = config.parse_config(json.loads((Path(work) / "1" / "run.json").read_text())["config"], "run.json")
-            start = torch.cat([v.detach().double().flatten() for _, v in sorted(train.setup(cfg).params.items())])
-            way = (one - start).norm()
-            row = {f"{n} processes": float((trained(Path(work) / f"{n}", kind, n, n) - one).norm() / way) for n in (2, 4)}
-            alone = trained(Path(work) / "1-of-4", kind, 1, 4)
-            same = {f"{n} processes, 4 shards": bool(trained(Path(work) / f"{n}-of-4", kind, n, 4).equal(alone)) for n in (2, 4)}
-        found[kind] = {**row, **same}
-        print(f"{kind}: " + ", ".join(f"{k} {'the same bits' if v is True else v}" for k, v in found[kind].items()), flush=True)
+            ran = {(n, v): trained(Path(work) / f"{n}-{v}", kind, n, v) for n, v in ((1, 1), (2, 2), (1, 4), (2, 4), (4, 4))}
+            cfg = config.parse_config(json.loads((Path(work) / "1-1" / "run.json").read_text())["config"], "run.json")
+        start = train.setup(cfg).params
+        found[kind] = {
+            "same bits with 4 shards": {n: same(ran[1, 4], ran[n, 4]) for n in (2, 4)},
+            "same episodes": {n: same(ran[1, 1], ran[n, n], ".n") for n in (2, 4)},
+            "distance": {n: distance(start, ran[1, 1], ran[n, n]) for n in (2, 4)},
+        }
+        print(f"{kind}, by processes: {found[kind]}", flush=True)
     if args.json:
         print(json.dumps(found))
 

@@ -130,7 +130,7 @@ def test_processes_do_not_outlive_their_launcher(tmp_path):
 
 
 def test_a_stalled_process_brings_the_others_down(tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "STALLED", 3.0)
+    monkeypatch.setattr(launch, "STALLED", 1.0)
     words_ = [open(tmp_path / f"w{i}", "w+") for i in range(2)]  # noqa: SIM115
     ranks = [subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) for _ in range(2)]
     (tmp_path / "0").touch()

@@ -200,7 +200,8 @@ def test_shards_and_checkpoints_join(run, tmp_path):
     more = solve.merge([*files, tmp_path / "all.jsonl", tmp_path / "sub.json"], [], "count")
     assert more["votes"] == 18 + 12 and "pass@2" not in more
     c = checkpoint.load(run)
-    checkpoint.save(tmp_path / "other.safetensors", c.params, etrm.tree_map(lambda x: 1.1 * x, c.ema), c.meta)
+    own = {f"{k}.{path}": 1.1 * v for k in ("params", "ema") for path, v in leaves(getattr(c, k)).items()}
+    checkpoint.save(tmp_path / "other.safetensors", own, c.meta)
     both = solve.evaluate([run, tmp_path / "other.safetensors"], data_, predictions_file=str(tmp_path / "whole.jsonl"))
     assert both["votes"] == 36 and len(both["checkpoints"]) == 2
     with pytest.raises(UserError, match="--shard 3/2"):

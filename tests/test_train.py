@@ -1,26 +1,20 @@
-"""The optimizer, the config, the dealing of slots, the loop and its checkpoints."""
+"""The optimizer, the config, the dealing of slots, the step, the loop and what it watches."""
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
 import types
 from pathlib import Path
 
-import msgspec
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from etrm_arc import checkpoint, config, data, launch, optim, plan, runs, sources, train
+from etrm_arc import checkpoint, config, data, optim, plan, runs, sources, train
 from etrm_arc.data import UserError
 from etrm_arc.encoders import ENCODERS, encoder_of, init_params
 from etrm_arc.etrm import Context, Encode, EncoderConfig, ModelConfig, Params, act_loss, act_step, fresh_carry, leaves, rebuild
 from etrm_arc.tests import published, puzzles
-from etrm_arc.tests.kill import outcome
 from etrm_arc.tests.puzzles import generators
 from etrm_arc.tests.test_parity import all_demos, batch_of
 
@@ -36,7 +30,7 @@ TINY = {
         "halt_max_steps": 3,
     },
     "optimizer": {"warmup": 2, "lr": 3e-3},
-    "train": {"batch": 6, "steps": 6, "dtype": "fp32", "log_every": 2, "save_every": 3},
+    "train": {"batch": 6, "shards": 2, "steps": 6, "dtype": "fp32", "log_every": 2, "save_every": 3},
     "eval": {"on": "train", "every": 3, "act_steps": 2},
 }
 
@@ -211,7 +205,39 @@ def test_shards_partition_the_slots_and_share_the_work(g, slots, parts):
     assert all(s.tolist() == sorted(s.tolist()) for s in shards)
     cost = train.cost_of(deck, cfg)
     load = [float(cost[s].sum()) for s in shards]
-    assert max(load) - min(load) <= float(cost.max()) + 1e-9
+    fullest = shards[load.index(max(load))]
+    assert max(load) - min(load) <= float(cost[fullest].min()) + 1e-9  # as only the costliest slot first can have it
+
+
+def test_exploration_is_drawn_anew_at_every_act_step():
+    cfg, slots = ModelConfig(exploration=0.25, halt_max_steps=5), torch.arange(4000)
+    one, two = (train.min_steps(cfg, 0, slots, slots * 0, torch.full_like(slots, step)) for step in (1, 2))
+    for least in (one, two):
+        assert set(least.tolist()) == {0, 2, 3, 4, 5} and float((least > 0).float().mean()) == pytest.approx(0.25, abs=0.03)
+    assert float(((one > 0) & (two > 0)).float().mean()) == pytest.approx(0.25**2, abs=0.02)
+
+
+def test_a_slot_that_halted_begins_its_next_episode(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "min_steps", lambda cfg, seed, slots, n, step: seen.append((n, step)) or torch.zeros(len(slots)))
+    cfg = tiny(tmp_path, train__shards=1)
+    s = train.setup(cfg)
+    carry, _, _ = train.next_batch(s, cfg, s.shards[0], train.start_carry(s, cfg, s.shards[0]))
+    halted, steps = torch.tensor([True, False] * 3), torch.tensor([3, 1, 2, 2, 1, 0])
+    after, _, _ = train.next_batch(s, cfg, s.shards[0], carry._replace(halted=halted, steps=steps))
+    assert torch.equal(after.n, carry.n + halted) and torch.equal(seen[-1][0], after.n)
+    assert seen[-1][1].tolist() == [1, 2, 1, 3, 1, 1]  # of which ACT step the exploration is drawn
+
+
+@given(generators, st.integers(20, 200))
+def test_batches_of_an_evaluation_hold_so_many_tokens(g, tokens):
+    canvas = torch.randint(0, 9, (puzzles.integer(g, 1, 12), 2), generator=g)
+    cfg, need = ModelConfig(context_tokens=4), 4 + canvas.prod(1)
+    made = train.portions(types.SimpleNamespace(canvas=canvas), cfg, tokens)
+    assert sorted(torch.cat([torch.zeros(0), *made]).tolist()) == torch.where(canvas.prod(1) > 0)[0].tolist()
+    sums = [int(need[rows].sum()) for rows in made]
+    assert all(total <= tokens or len(rows) == 1 for total, rows in zip(sums, made, strict=True))
+    assert all(total + int(need[rows[0]]) > tokens for total, rows in zip(sums, made[1:], strict=False))  # and no fewer
 
 
 def test_gradients_of_shards_sum_to_those_of_the_whole(tmp_path):
@@ -255,41 +281,6 @@ def test_the_same_config_gives_the_same_bits(tmp_path):
             assert torch.equal(a, b)
 
 
-def same(a, b):
-    assert a[0] == b[0]
-    assert a[1].keys() == b[1].keys()
-    for k, v in a[1].items():
-        assert torch.equal(v, b[1][k]), k
-
-
-@pytest.mark.parametrize("kind", ["muon", "adamw", "adam_atan2"])
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_a_run_stopped_after_every_step_ends_in_the_same_bits(tmp_path, kind, dtype):
-    options = {"optimizer__kind": kind, "train__dtype": dtype, "train__log_every": 4, "eval__every": 3, "train__steps": 7}
-    train.fit(tiny(tmp_path / "whole", **options))
-    cfg, steps = tiny(tmp_path / "pieces", **options), []
-    while not steps or "stopped" in steps[-1]:
-        steps.append(train.fit(cfg, resume=bool(steps), limit=-1))
-        assert steps[-1]["step"] == len(steps)
-    assert len(steps) == 7
-    same(outcome(tmp_path / "whole"), outcome(tmp_path / "pieces"))
-
-
-@pytest.mark.parametrize("kind", ["recurrent", "lpn_variational"])
-def test_noise_and_states_of_an_encoder_are_taken_up_again(tmp_path, kind):
-    options = {"model__encoder": {"kind": kind, "layers": 1}, "train__log_every": 1, "eval__every": 4, "train__steps": 4}
-    rows = []
-    train.fit(tiny(tmp_path / "whole", **options), rows.append)
-    assert ("all/kl" in rows[0]) == (kind == "lpn_variational")
-    cfg, steps = tiny(tmp_path / "pieces", **options), []
-    while not steps or "stopped" in steps[-1]:
-        steps.append(train.fit(cfg, resume=bool(steps), limit=-1))
-    assert len(steps) == 4
-    same(outcome(tmp_path / "whole"), outcome(tmp_path / "pieces"))
-    states = {tuple(v.shape) for k, v in checkpoint.load_state(tmp_path / "whole")[1][0].items() if k.endswith(".z_E")}
-    assert states == {(1, 4, 32) if kind == "recurrent" else (1, 1, 1)}
-
-
 @given(st.integers(0, 2**31), st.integers(1, 4))
 def test_noise_is_a_function_of_seed_slot_episode_and_step(seed, demos):
     slots, zeros = torch.arange(50), torch.zeros(50, dtype=torch.int64)
@@ -300,186 +291,6 @@ def test_noise_is_a_function_of_seed_slot_episode_and_step(seed, demos):
     for other in ((seed + 1, slots, zeros, zeros + 1), (seed, slots, zeros + 1, zeros + 1), (seed, slots, zeros, zeros + 2)):
         assert (train.noise(32, demos, *other) - x).abs().min(0).values.mean() > 1e-3
     assert not torch.equal(x[0], x[1])
-
-
-def test_a_killed_run_loses_only_what_came_after_its_newest_whole_state(tmp_path):
-    train.fit(tiny(tmp_path / "whole"))
-    cfg = tiny(tmp_path / "killed")
-    train.fit(cfg)
-    (tmp_path / "killed" / "state-00000006.json").unlink()  # killed before the commit
-    with open(tmp_path / "killed" / "metrics.jsonl", "a") as f:
-        f.write('{"step": 7, "lr"')  # and in the middle of a line
-    train.fit(cfg, resume=True)
-    same(outcome(tmp_path / "whole"), outcome(tmp_path / "killed"))
-
-
-def test_resume_skips_a_broken_state_and_says_so(tmp_path):
-    cfg, said = tiny(tmp_path), []
-    train.fit(cfg)
-    newest = tmp_path / "state-00000006-0.safetensors"
-    newest.write_bytes(newest.read_bytes()[:-1] + b"x")
-    assert train.fit(cfg, said.append, resume=True)["step"] == 6
-    assert said[0] == {"skipped": "state-00000006.json: state-00000006-0.safetensors differs from its checksum"}
-    for manifest in tmp_path.glob("state-*.json"):
-        manifest.write_text("{")
-    with pytest.raises(UserError, match="holds no whole state"):
-        train.fit(cfg, resume=True)
-
-
-def test_resuming_with_other_shards_deals_the_carry_anew(tmp_path):
-    cfg = tiny(tmp_path, train__steps=3)
-    train.fit(cfg)
-    _, before, _ = checkpoint.load_state(tmp_path)
-    more = tiny(tmp_path, train__steps=4, train__shards=2)
-    s = train.setup(more)
-    slots, seen = runs.saved_slots(before), {}
-    for mine in s.shards:
-        seen |= runs.carry_tensors(mine, runs.carry_from(slots, mine, s.device))
-    assert sorted(seen) == list(range(6))
-    assert all(torch.equal(seen[i][k], slots[i][k]) for i in slots for k in slots[i])
-    assert train.fit(more, resume=True)["step"] == 4
-
-
-def test_another_yardstick_starts_a_new_best(tmp_path):
-    train.fit(tiny(tmp_path, train__steps=3))
-    assert checkpoint.load_state(tmp_path)[0]["best"] < math.inf
-    said = []
-    train.fit(tiny(tmp_path, train__steps=6, eval__act_steps=1), said.append, resume=True)
-    manifest = checkpoint.load_state(tmp_path)[0]
-    assert manifest["best"] == said[-1]["train/ema/own/loss"]
-
-
-def test_another_dtype_or_training_set_is_refused(tmp_path):
-    train.fit(tiny(tmp_path, train__steps=1))
-    manifest = tmp_path / "state-00000001.json"
-    for key in ("dtype", "data"):
-        text = json.loads(manifest.read_text())
-        text |= {key: "other", "step": 2}
-        (tmp_path / "state-00000002.json").write_text(json.dumps({**text, "sha256": checkpoint.signed(text)}))
-        with pytest.raises(UserError, match="--resume: the .* is "):
-            train.fit(tiny(tmp_path, train__steps=2), resume=True)
-
-
-def test_what_may_not_change_on_resume_is_refused(tmp_path):
-    train.fit(tiny(tmp_path, train__steps=1))
-    with pytest.raises(UserError, match=r"--resume: optimizer.lr is 0.5, the run has 0.003"):
-        train.fit(tiny(tmp_path, optimizer__lr=0.5), resume=True)
-    with pytest.raises(UserError, match="holds a run already: go on with --resume"):
-        train.fit(tiny(tmp_path))
-
-
-def test_a_folder_held_by_a_live_run_is_refused(tmp_path):
-    with train.Run(tmp_path, 0, False), pytest.raises(UserError, match="held by a live process"):
-        train.fit(tiny(tmp_path))
-
-
-def test_a_signal_finishes_the_step_and_saves(tmp_path):
-    rows = []
-
-    def interrupt(row):
-        rows.append(row)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    last = train.fit(tiny(tmp_path, train__log_every=1), interrupt)
-    assert last["stopped"] == "SIGTERM" and last["step"] == 2
-    assert checkpoint.load_state(tmp_path)[0]["step"] == 2
-
-
-def test_a_full_disk_leaves_the_state_before_it(tmp_path, monkeypatch):
-    train.fit(tiny(tmp_path, train__steps=3))
-    before = sorted(p.name for p in tmp_path.iterdir())
-
-    def full(path):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "sync", full)
-    with pytest.raises(UserError, match="cannot be written: No space left on device"):
-        train.fit(tiny(tmp_path, train__steps=6), resume=True)
-    assert sorted(p.name for p in tmp_path.iterdir()) == before
-    assert checkpoint.load_state(tmp_path)[0]["step"] == 3
-
-
-def test_a_crash_at_any_point_of_a_write_leaves_a_whole_state(tmp_path, monkeypatch):
-    """Every write, sync and rename of the later saves fails once; what is taken up then is whole, and ends in the same bits."""
-    options = {"eval__every": 6, "train__save_every": 6, "train__log_every": 6, "eval__foreign": False}
-    train.fit(tiny(tmp_path / "whole", **options))
-    points, crashes = 0, 0
-    while crashes == points:
-        folder, points = tmp_path / f"crash-{points}", points + 1
-        train.fit(tiny(folder, **options), limit=-1)  # a step, and its state
-        left = iter(range(points))
-
-        def fails(real, left=left, last=points - 1):
-            def call(*args, **kwargs):
-                if next(left, None) == last:
-                    raise OSError(5, "Input/output error")
-                return real(*args, **kwargs)
-
-            return call
-
-        with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "sync", fails(checkpoint.sync))
-            patch.setattr(checkpoint, "save_file", fails(checkpoint.save_file))
-            patch.setattr(Path, "replace", fails(Path.replace))
-            patch.setattr(Path, "unlink", fails(Path.unlink))
-            try:
-                train.fit(tiny(folder, **options), resume=True)
-            except (UserError, OSError):
-                crashes += 1
-        assert checkpoint.load_state(folder)[0]["step"] in (1, 6)
-        train.fit(tiny(folder, **options), resume=True)
-        same(outcome(tmp_path / "whole"), outcome(folder))
-    assert crashes > 15
-
-
-def test_a_checkpoint_on_the_hub_is_checked(tmp_path, monkeypatch):
-    file, tree = saved(tmp_path)
-    asked = []
-    hub = types.SimpleNamespace(hf_hub_download=lambda *args: asked.append(args) or str(file))
-    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    c = checkpoint.load(f"hf:someone/model/a/last.safetensors#{checkpoint.digest(file)}")
-    assert torch.equal(c.params.core.embed, tree.core.embed) and asked == [("someone/model", "a/last.safetensors")]
-    for name, said in (("hf:a/b/c#00", "its checksum is"), ("hf:a/b", "must look like")):
-        with pytest.raises(UserError, match=said):
-            checkpoint.load(name)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(UserError, match="needs the package huggingface_hub"):
-        checkpoint.load("hf:a/b/c")
-
-
-def recipe(path, cfg):
-    """The config as a TOML file of dotted keys."""
-    tables = json.loads(msgspec.json.encode(cfg))
-    lines = [f"{t}.{k} = {json.dumps(v)}" for t in ("data", "train", "eval", "run") for k, v in tables[t].items()]
-    lines += [f"model.{k} = {json.dumps(v)}" for k, v in tables["model"].items() if k != "encoder"]
-    lines += [f"optimizer.{k} = {json.dumps(tables['optimizer'][k])}" for k in ("lr", "warmup")]
-    path.write_text("\n".join(lines))
-    return path
-
-
-def test_two_processes_end_in_the_bits_of_one(tmp_path):
-    """Gradients are summed in the order of shards, so the number of processes does not show, in weights or in carry."""
-    for name in ("one", "two"):
-        cfg = tiny(tmp_path / name, train__shards=2, train__steps=5)
-        if name == "one":
-            train.fit(cfg)
-            continue
-        command = [sys.executable, "-m", "etrm_arc.cli", "train", recipe(tmp_path / "two.toml", cfg)]
-        shared = {
-            **os.environ,
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(launch.free_port()),
-            "OMP_NUM_THREADS": "1",
-        }
-        ranks = [subprocess.Popen(command, env={**shared, "RANK": str(r)}) for r in range(2)]
-        assert [p.wait(timeout=120) for p in ranks] == [0, 0]
-    one, two = outcome(tmp_path / "one"), outcome(tmp_path / "two")
-    for part in (one, two):
-        part[1].pop("sums")  # each process has its own share of these
-    assert [r["step"] for r in one[0]] == [r["step"] for r in two[0]]
-    for k, v in one[1].items():
-        assert torch.equal(v, two[1][k]), k
 
 
 def test_patience_gain_and_kept_weights(tmp_path, monkeypatch):
@@ -493,21 +304,6 @@ def test_patience_gain_and_kept_weights(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000002.safetensors", "step-00000004.safetensors"]
     (row,) = runs.listing(tmp_path)
     assert (row["state"], row["step"], row["best"], row["watched"]) == ("eval.patience", 5, 0.7, "train/ema/own/exact")
-
-
-def test_a_fork_goes_on_elsewhere_from_a_folder_that_is_only_read(tmp_path):
-    whole, fork = tmp_path / "whole", tmp_path / "fork"
-    train.fit(tiny(whole))
-    train.fit(tiny(tmp_path / "a", train__steps=3))
-    before = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
-    train.fit(tiny(fork), source=tmp_path / "a")
-    assert {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()} == before
-    changed = tiny(tmp_path / "other", train__steps=7, optimizer__lr=0.01)
-    assert train.fit(changed, source=tmp_path / "a")["step"] == 7
-    with pytest.raises(UserError, match="model.hidden is 64, the run has 32"):
-        train.fit(tiny(tmp_path / "new", model__hidden=64), source=tmp_path / "a")
-    rows = [[json.loads(line)["step"] for line in (f / "metrics.jsonl").open()] for f in (whole, fork)]
-    assert rows[0][-2:] == rows[1][-2:]
 
 
 def test_a_step_that_is_not_finite_can_be_left_out(tmp_path, monkeypatch):
@@ -537,43 +333,6 @@ def test_culprits_are_named_by_task_and_canvas(tmp_path):
     h, w = e.canvas[1].tolist()
     want = f"tasks {s.names[int(s.tasks.task_of[e.query[1]])]} on {h} x {w}"
     assert train.culprits(s, cfg, [carries[0]._replace(z_H=z)]) == want
-
-
-def test_what_a_run_says_of_itself_and_an_absent_tracker(tmp_path):
-    train.fit(tiny(tmp_path / "a"))
-    about = json.loads((tmp_path / "a" / "run.json").read_text())
-    assert about["config"]["train"]["steps"] == 6 and about["torch"] == torch.__version__
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "run.json").write_text("{")
-    found = {Path(r["run"]).name: r["state"] for r in runs.listing(tmp_path)}
-    assert found["a"] == "done" and found["b"].startswith("unreadable")
-    with train.Run(tmp_path / "a", 0, True):
-        assert runs.listing(tmp_path / "a")[0]["state"] == "running"
-    sys.modules["wandb"] = None
-    try:
-        with pytest.raises(UserError, match="the package wandb is not installed"):
-            train.fit(tiny(tmp_path / "c", run__track="wandb"))
-    finally:
-        del sys.modules["wandb"]
-
-
-def test_a_tracker_gets_every_row(tmp_path, monkeypatch):
-    got, said = [], []
-    monkeypatch.setitem(runs.TRACKERS, "tensorboard", lambda folder, cfg: got.append)
-    train.fit(tiny(tmp_path, run__track="tensorboard"), said.append)
-    assert got == said and len(got) == 5
-
-
-def test_what_was_written_after_the_state_never_was(tmp_path):
-    cfg = tiny(tmp_path, train__save_every=2)
-    train.fit(cfg)
-    newest = tmp_path / "state-00000006-0.safetensors"
-    newest.write_bytes(b"broken")
-    (tmp_path / "state-00000005-1.safetensors").write_bytes(b"of a process that was killed")
-    s = train.setup(cfg)
-    with train.Run(tmp_path, 0, True) as run:
-        run.begin(4, tmp_path, s.meta, "")
-    assert sorted(p.name for p in tmp_path.glob("state-*")) == ["state-00000004-0.safetensors", "state-00000004.json"]
 
 
 def test_training_stops_at_the_wanted_exact_match(tmp_path, monkeypatch):
@@ -626,65 +385,6 @@ def test_plan_counts_work_and_memory(tmp_path):
     more = planned(tiny(tmp_path, train__batch=12))
     assert 1.5 < more["gflop_per_step"] / found["gflop_per_step"] < 2.7
     assert more["memory_gb"] > found["memory_gb"]
-
-
-# ---------------------------------------------------------------- checkpoints
-
-
-def saved(tmp_path):
-    cfg = tiny(tmp_path)
-    s = train.setup(cfg)
-    tree = rebuild(s.like, s.params)
-    checkpoint.save(tmp_path / "last.safetensors", tree, tree, {**s.meta, "step": 0})
-    return tmp_path / "last.safetensors", tree
-
-
-def test_a_checkpoint_round_trips_bit_for_bit(tmp_path):
-    file, tree = saved(tmp_path)
-    for a, b in zip(leaves(tree).values(), leaves(checkpoint.load(file).params).values(), strict=True):
-        assert torch.equal(a, b)
-    assert checkpoint.load(tmp_path).path == file
-
-
-@pytest.mark.parametrize("cut", [0, 5, 100, 4000, -1])
-def test_a_truncated_checkpoint_is_refused(tmp_path, cut):
-    file, _ = saved(tmp_path)
-    file.write_bytes(file.read_bytes()[:cut])
-    with pytest.raises(UserError, match="truncated or no safetensors file"):
-        checkpoint.load(file)
-
-
-def test_foreign_and_misshapen_checkpoints_are_refused(tmp_path):
-    from safetensors.torch import save_file
-
-    other = tmp_path / "other.safetensors"
-    save_file({"x": torch.zeros(2)}, other)
-    with pytest.raises(UserError, match="not a checkpoint of ETRM"):
-        checkpoint.load(other)
-    file, tree = saved(tmp_path)
-    tensors, meta = checkpoint.read_file(file)
-
-    def write(tensors):
-        checkpoint.write_file(other, tensors, {**meta, "sha256": checkpoint.digest_of(tensors, meta["etrm"])})
-
-    for change, said in (
-        ({"params.core.embed": torch.zeros(3, 3)}, r"params.core.embed is of shape \(3, 3\)"),
-        ({"params.more": torch.zeros(1)}, "unknown tensor params.more"),
-    ):
-        write({**tensors, **change})
-        with pytest.raises(UserError, match=said):
-            checkpoint.load(other)
-    write({k: v for k, v in tensors.items() if k != "ema.core.q_bias"})
-    with pytest.raises(UserError, match="ema.core.q_bias is missing"):
-        checkpoint.load(other)
-    checkpoint.write_file(other, {**tensors, "params.core.q_bias": torch.ones(2)}, meta)
-    with pytest.raises(UserError, match="differs from its checksum"):
-        checkpoint.load(other)
-    with pytest.raises(UserError, match="no such checkpoint"):
-        checkpoint.load(tmp_path / "nothing.safetensors")
-    with pytest.raises(UserError, match="neither best"):
-        (tmp_path / "empty").mkdir()
-        checkpoint.load(tmp_path / "empty")
 
 
 def test_encode_is_the_table_entry():
