@@ -46,7 +46,7 @@ class Asked(NamedTuple):
 def fixed(encode: Encode) -> Encode:
     """The encoder itself. Raises UserError where its context changes from step to step: there is no one context to search."""
     if encode.recur:
-        raise UserError("solve: a recurrent encoder has no context that stays, so neither --adapt context nor --vote demos")
+        raise UserError("solve: the encoder has states of its own in the carry, so neither --adapt context nor --vote demos")
     return encode
 
 

@@ -483,6 +483,8 @@ def init_params(cfg: ModelConfig, seed: int) -> Params:
             raise UserError(f"{at}.heads: {c.heads} heads must divide a width of {c.hidden} into heads of a multiple of 4")
     if encoder.variational and not cfg.encoder.kl_weight > 0:
         raise UserError(f"model.encoder.kl_weight: {cfg.encoder.kl_weight} must be above 0, {cfg.encoder.kind} is variational")
+    if encoder.recur and cfg.encoder.cached:
+        raise UserError(f"model.encoder.cached: {cfg.encoder.kind} goes on in every step, it cannot be read once")
     g = torch.Generator().manual_seed(seed)
     p = encoder.init(own, g)
     if own.hidden != cfg.hidden:
@@ -512,4 +514,9 @@ def encoder_of(cfg: ModelConfig) -> Encode:
         z_E = encoder.recur(mine, own, found, torch.where(begin[:, None, None, None], mine.start, z_E))
         return said(p, Context(z_E[:, 0], z_E=z_E))
 
-    return Encode(read, recur if encoder.recur else None)
+    def keep(p: Any, found: Context, z_E: Tensor, begin: Tensor) -> Context:
+        first = begin[:, None, None, None]
+        kept = torch.where(first, found.tokens[:, None], z_E)
+        return Context(kept[:, 0], None if found.kl is None else torch.where(begin, found.kl, 0.0), kept)
+
+    return Encode(read, recur if encoder.recur else keep if cfg.encoder.cached else None)

@@ -40,6 +40,7 @@ class EncoderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     qk_norm: bool = False
     layer_scale: float = 0.0  # 0: none
     attend_padding: bool = False  # published: the empty cells of a canvas attend and are attended
+    cached: bool = False  # published, and failing: read at an episode's first step alone; later steps have no gradient for it
     query: bool = False  # reads the test input too, as one more demo, without an output
     difference: bool = False  # perceiver, set_transformer: tokens say where input and output differ
     H_cycles: Count = 2  # trm_style
@@ -65,6 +66,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     context_scale: Literal["gain", "published"] = "gain"
     halt_max_steps: Count = 16
     exploration: float = 0.1
+    fixed_steps: bool = False  # every episode takes halt_max_steps, all slots in step (ETRM-FCT); no q, no exploration
     loss: Literal["stablemax", "softmax"] = "stablemax"
     q_weight: float = 0.5
     published_halting: bool = False  # a row without a valid label counts as correct and trains the halting head
@@ -461,7 +463,7 @@ def act_step(
     q = (z_H[layout.first] @ p.q_weight.T + p.q_bias).float()
     steps = torch.where(carry.halted, 0, carry.steps) + 1
     halted = steps >= cfg.halt_max_steps
-    if min_steps is not None:
+    if min_steps is not None and not cfg.fixed_steps:
         halted = (halted | (q[:, 0] > 0)) & (steps >= min_steps)
     z_E = carry.z_E if context.z_E is None else context.z_E.detach()
     new = Carry(z_H.detach(), z_L.detach(), steps, halted, carry.n, z_E, carry.tokens)

@@ -185,6 +185,41 @@ def test_every_slot_trains_the_encoder_in_every_step(encoder, g):
         assert sum(float(x.abs().sum()) for x in mine if x is not None) > 0
 
 
+@given(generators)
+@settings(max_examples=20)
+def test_a_context_read_once_starves_the_encoder(g):
+    """The published failing baseline: only slots that begin an episode train the encoder, against all of them in ours."""
+    once = msgspec.structs.replace(config(), encoder=msgspec.structs.replace(config().encoder, cached=True))
+    w = World(g, once)
+    params, carry, shares = w.trainable(), w.start(), []
+    for _ in range(3):
+        begins = carry.halted.tolist()
+        carry, out = act_step(params, w.cfg, w.encode, carry, w.batch, None)
+        loss, fed = total(w, out), []
+        for slot in range(SLOTS):
+            mine = torch.autograd.grad(loss[slot], leaves(params.encoder).values(), retain_graph=True, allow_unused=True)
+            fed.append(any(x is not None and bool(x.any()) for x in mine))
+        assert fed == begins
+        shares.append(sum(fed) / SLOTS)
+        carry = carry._replace(halted=torch.arange(SLOTS) < puzzles.integer(g, 0, SLOTS))
+    assert shares[0] == 1.0
+    thought = [etrm.think(w.params, c, encoder_of(c), w.batch, torch.float32, 3)[0].logits for c in (config(), once)]
+    assert torch.equal(*thought)  # evaluated, it is the same model
+
+
+@given(generators, st.integers(1, 5), st.floats(-9, 9))
+@settings(max_examples=30)
+def test_a_fixed_number_of_steps_is_what_every_episode_takes(g, steps, bias):
+    """Whatever q and exploration say: all slots begin and end together, so the carry is reset batch by batch (ETRM-FCT)."""
+    w = World(g, msgspec.structs.replace(config(), halt_max_steps=steps, fixed_steps=True))
+    params = w.params._replace(core=w.params.core._replace(q_bias=torch.tensor([bias, 0.0])))
+    carry = w.start()
+    for k in range(2 * steps):
+        least = torch.randint(0, steps + 1, (SLOTS,), generator=g)
+        carry, _ = w.step(carry, params, min_steps=least)
+        assert carry.halted.tolist() == [(k + 1) % steps == 0] * SLOTS and carry.steps.tolist() == [k % steps + 1] * SLOTS
+
+
 @given(generators, st.sampled_from([math.nan, math.inf, 1e30, 1.0]), st.sampled_from(["perceiver", *RECURRENT]))
 @settings(max_examples=20)
 def test_a_halted_slot_forgets(g, garbage, encoder):
