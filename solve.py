@@ -67,6 +67,41 @@ def vote_of(cfg: Config, logits: Tensor, canvas: tuple[int, int], back: Symmetry
     return Vote(data.apply(back, grid), logp=float(log_p[label != data.PAD].sum()))
 
 
+Said = dict[tuple[int, int], tuple[Tensor, float]]  # (row, ACT step): logits, q
+
+
+def thoughts(
+    params: Params, cfg: Config, encode: etrm.Encode, batch: data.Batch, dtype: torch.dtype, keys: Sequence[tuple[int, ...]]
+) -> tuple[Said, list[int]]:
+    """What each row says after each ACT step, and after how many it is done; keys of the rows' noise."""
+    said: Said = {}
+
+    def look(step: int, slots: Sequence[int], out: etrm.Output) -> None:
+        cells = [batch.cells[s] for s in slots]
+        for slot, logits, q in zip(slots, out.logits.split(cells), out.q_halt.tolist(), strict=True):
+            said[slot, step] = logits, q
+
+    stir = jitter(cfg.solve.noise if cfg.solve.samples > 1 else 0.0, keys)
+    _, spent = etrm.think(params, cfg.model, encode, batch, dtype, cfg.model.halt_max_steps, cfg.solve.leave, look, stir)
+    return said, spent.tolist()
+
+
+def from_demos(
+    params: Params, cfg: Config, encode: etrm.Encode, batch: data.Batch, tasks: Sequence[Task], rows: Sequence[int],
+    view: tuple[Symmetry, Tensor], until: float,
+) -> tuple[etrm.Encode, list[float | None]]:  # fmt: skip
+    """(encoder to answer with, how well its context explains the demos of each row), where the config asks for either."""
+    how, explains = cfg.solve, [None] * len(rows)
+    if how.adapt != "context" and how.vote != "demos":
+        return encode, [*explains]
+    with torch.no_grad():
+        context = adapt.fixed(encode).read(params.encoder, batch).tokens
+    questions = adapt.ask_demos(tasks, rows, view, cfg, context.device)
+    if how.adapt == "context":
+        context = adapt.search(params, cfg, encode, questions, context, until)
+    return adapt.given(context), adapt.explained(params, cfg, questions, context).tolist() if how.vote == "demos" else [*explains]
+
+
 def predictions(
     params: Params, cfg: Config, tasks: Sequence[Task], views: Sequence[int], source: str = "",
     done: Collection[Key] = (), until: float = math.inf,
@@ -80,75 +115,52 @@ def predictions(
         if not task.queries:
             raise UserError(f"task {task.name}: has no query (no test pair) to answer")
     tasks = [t._replace(queries=[(x, None) for x, _ in t.queries]) for t in tasks]
-    how, device = cfg.solve, train.device_of(cfg.train.device)
+    device = train.device_of(cfg.train.device)
     dtype = train.dtype_of(cfg.train.dtype, device)
     cast, encode = tree_map(lambda x: x.to(device, dtype), params), encoder_of(cfg.model)
     packed, hashes = data.pack(tasks, device), [votes.task_hash(t) for t in tasks]
     asked = data.queries(packed, "test", cfg.data.canvases)
     number = (asked.pair - packed.first[asked.task] - packed.n_demos[asked.task]).tolist()
-    of, held = asked.task.tolist(), (asked.canvas[:, 0] > 0).tolist()
-    lost = [r for r in range(len(of)) if not held[r] and any((hashes[of[r]], number[r], v) not in done for v in views)]
-    if lost:
-        yield [large_of(packed, asked, r, tasks[of[r]], number[r], hashes[of[r]])._replace(source=source) for r in lost], 0.0
-    units = [(r, v) for r in range(len(of)) for v in views if held[r] and (hashes[of[r]], number[r], v) not in done]
-    steps = cfg.model.halt_max_steps
-    at = {min(s, steps) for s in how.steps} or {steps}
-    finished, samples = 0, how.samples if how.noise else 1
+    of = asked.task.tolist()
+    nothing = [Prediction(tasks[t].name, n, hashes[t], [], source=source) for t, n in zip(of, number, strict=True)]
+    todo = [(r, v) for r, p in enumerate(nothing) for v in views if (p.hash, p.query, v) not in done]
+    units = [(r, v) for r, v in todo if asked.canvas[r, 0]]
+    if lost := sorted({r for r, _ in todo} - {r for r, _ in units}):
+        yield [nothing[r]._replace(too_large=canvas_for(tasks[of[r]], number[r])) for r in lost], 0.0
+    finished, samples = 0, cfg.solve.samples if cfg.solve.noise else 1
     for part in train.portions(data.chosen(asked, torch.tensor([r for r, _ in units]).long()), cfg.model, cfg.eval.tokens // samples):
         if time.monotonic() > until:
             return
         begun, mine = time.monotonic(), [units[i] for i in part.tolist()]
-        share = begun + (until - begun) * len(mine) / (len(units) - finished) if until < math.inf else until
-        rows = torch.tensor([r for r, _ in mine]).repeat_interleave(samples)
+        rows = [r for r, _ in mine for _ in range(samples)]
         seen = [view(tasks[of[r]], number[r], v, cfg.data) for r, v in mine for _ in range(samples)]
         symmetry = Symmetry(*(torch.stack([s[i] for s, _ in seen]) for i in range(2)))
-        lots = torch.nn.utils.rnn.pad_sequence([u for _, u in seen], batch_first=True)
-        episodes = data.posed(packed, cfg.data, "test", data.chosen(asked, rows), view=(symmetry, lots))
+        turn = symmetry, torch.nn.utils.rnn.pad_sequence([u for _, u in seen], batch_first=True)
+        episodes = data.posed(packed, cfg.data, "test", data.chosen(asked, torch.tensor(rows)), view=turn)
         batch = data.batch(packed, episodes, cfg.data, cfg.model.raster)
-        explains, answering = [], encode
-        if how.adapt == "context" or how.vote == "demos":
-            with torch.no_grad():
-                context = adapt.fixed(encode).read(cast.encoder, batch).tokens
-            questions = adapt.ask_demos(tasks, [of[r] for r in rows.tolist()], (symmetry, lots), cfg, device)
-            if how.adapt == "context":
-                context = adapt.search(cast, cfg, encode, questions, context, share)
-                answering = adapt.given(context)
-            if how.vote == "demos":
-                explains = adapt.explained(cast, cfg, questions, context).tolist()
+        share = begun + (until - begun) * len(mine) / (len(units) - finished) if until < math.inf else until
+        answering, explains = from_demos(cast, cfg, encode, batch, tasks, [of[r] for r in rows], turn, share)
         keys = [(int(hashes[of[r]][:13], 16), number[r], v, k) for r, v in mine for k in range(samples)]
-        back, canvases = data.inverse(symmetry), episodes.canvas.tolist()
-        said: dict[tuple[int, int], tuple[Tensor, float]] = {}  # (row, ACT step): logits, q
-
-        def look(step: int, slots: Sequence[int], out: etrm.Output, area: Sequence[int] = batch.cells, said: dict = said) -> None:
-            for slot, logits, q in zip(slots, out.logits.split([area[s] for s in slots]), out.q_halt.tolist(), strict=True):
-                said[slot, step] = logits, q
-
-        stir = jitter(how.noise if samples > 1 else 0.0, keys)
-        _, spent = etrm.think(cast, cfg.model, answering, batch, dtype, steps, how.leave, look, stir)
-        found: dict[int, list[Vote]] = {r: [] for r, _ in mine}
-        first: dict[int, Any] = {}
+        said, spent = thoughts(cast, cfg, answering, batch, dtype, keys)
+        back, found, first = data.inverse(symmetry), {r: list[Vote]() for r, _ in mine}, {}
         for i, (r, v) in enumerate(mine):
-            group = range(i * samples, (i + 1) * samples)
-            b = max(group, key=lambda j: (said[j, int(spent[j])][1], -j))
-            for step in sorted({min(s, int(spent[b])) for s in at}):
+            b = max(range(i * samples, (i + 1) * samples), key=lambda j: (said[j, spent[j]][1], -j))
+            canvas = tuple(episodes.canvas[b].tolist())
+            for step in sorted({min(s, spent[b]) for s in cfg.solve.steps} or {spent[b]}):
                 logits, q = said[b, step]
-                vote = vote_of(cfg, logits, tuple(canvases[b]), Symmetry(back.dihedral[b], back.colours[b]))
-                found[r].append(vote._replace(q=q, demos=explains[b] if explains else None, view=v, step=step, source=source))
+                vote = vote_of(cfg, logits, canvas, Symmetry(back.dihedral[b], back.colours[b]))
+                found[r].append(vote._replace(q=q, demos=explains[b], view=v, step=step, source=source))
             if v == 0:
-                first[r] = said[b, int(spent[b])][0].argmax(-1).view(*canvases[b]).cpu().numpy()
+                first[r] = said[b, spent[b]][0].argmax(-1).view(*canvas).cpu().numpy()
         finished += len(mine)
         each = (time.monotonic() - begun) / len(mine)
-        yield [
-            Prediction(tasks[of[r]].name, number[r], hashes[of[r]], vs, first.get(r), 0, each * len({v.view for v in vs}), source)
-            for r, vs in found.items()
-        ], finished / len(units)  # fmt: skip
+        made = [(r, vs, each * len({v.view for v in vs})) for r, vs in found.items()]
+        yield [nothing[r]._replace(votes=vs, canvas=first.get(r), seconds=t) for r, vs, t in made], finished / len(units)
 
 
-def large_of(packed: data.Tasks, asked: data.Queries, r: int, task: Task, number: int, own: str) -> Prediction:
-    """No answer, and the canvas that it would take."""
-    begin = int(packed.first[asked.task[r]])
-    demos = packed.grids[begin : begin + len(task.demos), :, 1:]
-    return Prediction(task.name, number, own, [], None, max(int(demos.max()), *task.queries[number][0].shape))
+def canvas_for(task: Task, query: int) -> int:
+    """The side that the task's demos and the query's input would take."""
+    return max(max(x.shape) for x in (*(x for pair in task.demos for x in pair), task.queries[query][0]))
 
 
 def predict(params: Params, cfg: Config, tasks: Task | Sequence[Task], views: int | None = None) -> list[Prediction]:
