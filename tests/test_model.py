@@ -371,8 +371,10 @@ def test_the_order_of_demos_does_not_matter(encoder, g):
 def test_empty_places_do_not_matter(encoder, g, stride, more):
     w = World(g, config(encoder))
     d = w.batch.demos
-    demos = d._replace(place=d.place * stride, most=d.most * stride + more)
-    close([w.context(w.batch._replace(demos=demos))], [w.context()])
+    other = w.batch._replace(demos=d._replace(place=d.place * stride, most=d.most * stride + more))
+    close([w.context(other)], [w.context()])
+    if encoders.latent_of(w.cfg):
+        close([w.encode.read(w.params.encoder, other).kl], [w.encode.read(w.params.encoder, w.batch).kl])
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
