@@ -160,9 +160,14 @@ def there(demos: Demos) -> Tensor:
     return to_slots(torch.ones_like(demos.owner, dtype=torch.bool), demos)
 
 
+def mean_seen(each: Tensor, seen: Tensor) -> Tensor:
+    """(B, K, ...), 0 where no demo is seen, to the mean (B, ...) of a slot's demos; 0 where it has none."""
+    return each.sum(1) / seen.sum(1).clamp(min=1).view(-1, *[1] * (each.ndim - 2)).to(each.dtype)
+
+
 def mean_of(x: Tensor, demos: Demos) -> Tensor:
-    """Per-demo values (N, ...) to their mean (B, ...) over each slot's demos; 0 where it has none."""
-    return to_slots(x, demos).sum(1) / there(demos).sum(1).clamp(min=1).view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
+    """Per-demo values (N, ...) to the mean (B, ...) of a slot's demos."""
+    return mean_seen(to_slots(x, demos), there(demos))
 
 
 ASKED = 12  # the output token of a test input that is read as one more demo

@@ -32,6 +32,7 @@ from .blocks import (
     init_cell_block,
     init_set_block,
     mean_of,
+    mean_seen,
     norm,
     position_in,
     set_block,
@@ -244,7 +245,7 @@ def in_sets(p: Standard, cfg: ModelConfig, each: Tensor, seen: Tensor, context: 
     """Context tokens (B, T, D) attend to the demos' vectors (B, K, D)."""
     for s in p.sets:
         context = set_block(s, cfg, context, functools.partial(attend_vectors, s, cfg, each, seen))
-    return rms(context)
+    return context
 
 
 def apply_sets(p: Standard, cfg: ModelConfig, batch: Batch, vectors: Vectors = pair_vectors) -> Tensor:
@@ -254,7 +255,7 @@ def apply_sets(p: Standard, cfg: ModelConfig, batch: Batch, vectors: Vectors = p
     for b in p.mixing:
         slots, most, _ = each.shape
         each = cell_block(b, cfg, each.flatten(0, 1), ((slots, most, True),), None, seen.flatten()).unflatten(0, (slots, most))
-    return in_sets(p, cfg, each, seen, p.queries.expand(len(each), -1, -1))
+    return rms(in_sets(p, cfg, each, seen, p.queries.expand(len(each), -1, -1)))
 
 
 def drawn(p: Latent, x: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -313,17 +314,13 @@ def settled(cfg: ModelConfig, old: Tensor, new: Tensor) -> Tensor:
 
 def recur_sets(p: Standard, cfg: ModelConfig, read: Vector, z: Tensor) -> Tensor:
     """The context of the step before attends to the demos once more."""
-    new = z[:, 0]
-    for s in p.sets:
-        new = set_block(s, cfg, new, functools.partial(attend_vectors, s, cfg, read.each, read.seen))
-    return settled(cfg, z, new[:, None])
+    return settled(cfg, z, in_sets(p, cfg, read.each, read.seen, z[:, 0])[:, None])
 
 
 def recur_cycles(p: Standard, cfg: ModelConfig, read: Vector, z: Tensor) -> Tensor:
     """The core's recursion over the context tokens, the mean of the demos injected; every cycle has gradient."""
     slots, _, t, _ = z.shape
-    mean = read.each.sum(1) / read.seen.sum(1, keepdim=True).clamp(min=1).to(z.dtype)
-    e, (z_H, z_L) = mean.repeat_interleave(t, 0), (x.flatten(0, 1) for x in z.unbind(1))
+    e, (z_H, z_L) = mean_seen(read.each, read.seen).repeat_interleave(t, 0), (x.flatten(0, 1) for x in z.unbind(1))
     turn, runs = turn_in(cfg, torch.arange(t, device=z.device).repeat(slots), z), runs_of([t] * slots)
 
     def level(z: Tensor) -> Tensor:
@@ -378,13 +375,16 @@ def aligned(p: Perceiver, cfg: ModelConfig, demos: Demos) -> tuple[Tensor, Tenso
     return x[demos.by_slot], seen[demos.by_slot]
 
 
-def apply_perceiver(p: Perceiver, cfg: ModelConfig, batch: Batch) -> Tensor:
-    """T queries attend to all demos' cells."""
-    (x, seen), cells_of = aligned(p, cfg, batch.demos), batch.demos.cells_of
+def in_cells(p: Perceiver, cfg: ModelConfig, x: Tensor, seen: Tensor, cells_of: Sequence[int]) -> Tensor:
+    """T queries attend to all demos' cells (M, D)."""
     context = p.queries.expand(len(cells_of), -1, -1)
     for s in p.sets:
         context = set_block(s, cfg, context, functools.partial(attend_cells, s, cfg, x, seen, cells_of))
-    return rms(context)
+    return context
+
+
+def apply_perceiver(p: Perceiver, cfg: ModelConfig, batch: Batch) -> Tensor:
+    return rms(in_cells(p, cfg, *aligned(p, cfg, batch.demos), batch.demos.cells_of))
 
 
 def init_set_transformer(cfg: ModelConfig, g: torch.Generator) -> Perceiver:
@@ -406,10 +406,7 @@ def apply_set_transformer(p: Perceiver, cfg: ModelConfig, batch: Batch) -> Tenso
         points = p.point_queries.expand(slots, -1, -1)
         points = set_block(gather, cfg, points, functools.partial(attend_cells, gather, cfg, x, seen, cells_of))
         x = set_block(back, cfg, x, functools.partial(attend_tokens, back, cfg, points, cells_of))
-    context = p.queries.expand(slots, -1, -1)
-    for s in p.sets:
-        context = set_block(s, cfg, context, functools.partial(attend_cells, s, cfg, x, seen, cells_of))
-    packed = context.flatten(0, 1)
+    packed = in_cells(p, cfg, x, seen, cells_of).flatten(0, 1)
     for b in p.mixing:
         packed = cell_block(b, cfg, packed, ((slots, t, False),), None, None)
     return rms(packed).unflatten(0, (slots, t))

@@ -99,11 +99,12 @@ class World:
         return fresh._replace(z_H=z[0], z_L=z[1], steps=steps, halted=halted, n=torch.zeros_like(steps), z_E=z_E)
 
     def of(self, slot, out, batch=None):
-        """What one slot gets: its logits and q, its states."""
+        """What one slot gets: its logits, q and KL, its states."""
         (carry, out), batch = out, batch or self.batch
         token = self.owner(batch) == slot
         states = carry.z_H[token], carry.z_L[token], carry.z_E[slot]
-        return out.logits.split(batch.cells)[slot], out.q_halt[slot], out.q_continue[slot], *states
+        kl = () if out.kl is None else (out.kl[slot],)
+        return out.logits.split(batch.cells)[slot], out.q_halt[slot], out.q_continue[slot], *kl, *states
 
 
 def own(encoder):
@@ -405,8 +406,10 @@ def test_the_order_of_demos_does_not_matter(encoder, g):
 def test_empty_places_do_not_matter(encoder, g, stride, more):
     w = World(g, config(encoder))
     d = w.batch.demos
-    demos = d._replace(place=d.place * stride, most=d.most * stride + more)
-    close([w.context(w.batch._replace(demos=demos))], [w.context()])
+    other = w.batch._replace(demos=d._replace(place=d.place * stride, most=d.most * stride + more))
+    close([w.context(other)], [w.context()])
+    if encoders.latent_of(w.cfg):
+        close([w.encode.read(w.params.encoder, other).kl], [w.encode.read(w.params.encoder, w.batch).kl])
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
@@ -418,6 +421,18 @@ def test_the_canvas_of_a_demo_does_not_matter(encoder, g, positions):
     assert w.packed.grids[:, :, 1:].amax() <= 7
     large = data.batch(w.packed, w.episodes, DataConfig(demo_canvases=(11, 30)), 30).demos
     close([w.context(w.batch._replace(demos=large))], [w.context()])
+
+
+@pytest.mark.parametrize("kind", ["standard", "hybrid_standard", "lpn_standard", "lpn", "recurrent", "trm_style"])
+def test_laws_that_the_published_encoders_break(kind):
+    """The empty cells of a canvas are seen, so that its size matters; unfolded contexts and smoothed states have any rms."""
+    cfg = config(kind, published=True, raster=30)
+    cfg = msgspec.structs.replace(cfg, encoder=msgspec.structs.replace(cfg.encoder, attend_padding=True))
+    w = World(torch.Generator().manual_seed(0), cfg, translate=False, demo_canvases=(8, 30))
+    large = data.batch(w.packed, w.episodes, DataConfig(demo_canvases=(11, 30)), 30).demos
+    assert (w.context(w.batch._replace(demos=large)) - w.context()).abs().max() > 1e-3
+    off = (w.context().square().mean(-1) - 1).abs().max()
+    assert (off < 1e-3) == (kind in ("standard", "hybrid_standard"))
 
 
 @given(generators)
