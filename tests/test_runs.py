@@ -393,15 +393,15 @@ def test_a_tracker_gets_every_row(tmp_path, monkeypatch):
 
 
 def test_what_was_written_after_the_state_never_was(tmp_path):
-    cfg = tiny(tmp_path, train__save_every=2)
+    cfg = tiny(tmp_path, train__save_every=1, **SMALL)
     train.fit(cfg)
     newest = tmp_path / "state-00000006-0.safetensors"
     newest.write_bytes(b"broken")
-    (tmp_path / "state-00000005-1.safetensors").write_bytes(b"of a process that was killed")
+    (tmp_path / "state-00000004-1.safetensors").write_bytes(b"of a process that was killed")
     s = train.setup(cfg)
     with train.Run(tmp_path, 0, True) as run:
-        run.begin(4, tmp_path, s.meta, "")
-    assert sorted(p.name for p in tmp_path.glob("state-*")) == ["state-00000004-0.safetensors", "state-00000004.json"]
+        run.begin(5, tmp_path, s.meta, "")
+    assert sorted(p.name for p in tmp_path.glob("state-*")) == ["state-00000005-0.safetensors", "state-00000005.json"]
 
 
 # ---------------------------------------------------------------- checkpoints
