@@ -253,7 +253,41 @@ def test_gradients_of_shards_sum_to_those_of_the_whole(tmp_path):
     torch.testing.assert_close(total[1], total[3], rtol=1e-4, atol=1e-6)
 
 
+def test_a_step_is_the_mean_of_its_slots_scaled_and_its_sums_are_theirs(tmp_path):
+    cfg = tiny(tmp_path, train__shards=1, model__halt_max_steps=1)
+    s = train.setup(cfg)
+    [slots] = s.shards
+    carry, batch, least = train.next_batch(s, cfg, slots, train.start_carry(s, cfg, slots))
+    halted = torch.arange(len(slots)) % 2 == 0
+    out = act_step(rebuild(s.like, s.params), cfg.model, s.encode, carry, batch, least)[1]
+    loss = act_loss(cfg.model, out, batch.labels, batch.cells)
+    wanted = torch.autograd.grad(loss.total.mean(), s.params["core.embed"])[0]
+    for scale in (1.0, 1024.0):
+        _, grads, sums, _ = train.one_step(s, cfg, [train.start_carry(s, cfg, slots)], scale)
+        names = [k for k, v in s.params.items() if v.requires_grad]
+        torch.testing.assert_close(grads[names.index("core.embed")] / scale, wanted, rtol=1e-4, atol=1e-7)
+    assert float(sums[0, train.SUMS.index("lm_loss")]) == pytest.approx(float(loss.lm.sum()), rel=1e-5)
+    act = train.act_step
+    with pytest.MonkeyPatch.context() as m:  # half of the slots halt: the second row is theirs
+        m.setattr(train, "act_step", lambda *a: (lambda c, o: (c._replace(halted=halted), o))(*act(*a)))
+        sums = train.one_step(s, cfg, [train.start_carry(s, cfg, slots)])[2]
+    assert float(sums[1, -1]) == int(halted.sum())
+    assert float(sums[1, train.SUMS.index("lm_loss")]) == pytest.approx(float(loss.lm[halted].sum()), rel=1e-5)
+
+
 # ---------------------------------------------------------------- the loop
+
+
+def test_the_average_follows_the_weights_and_a_scaled_loss_leaves_no_trace(tmp_path):
+    rows: dict[str, list] = {}
+    for dtype in ("fp32", "fp16"):
+        cfg, rows[dtype] = tiny(tmp_path / dtype, train__dtype=dtype, train__steps=1, train__ema=0.75, train__log_every=1), []
+        start = {k: v.detach().clone() for k, v in train.setup(cfg).params.items()}
+        train.fit(cfg, rows[dtype].append)
+        c = checkpoint.load(tmp_path / dtype / "last.safetensors")
+        for k, mean in leaves(c.ema).items():
+            torch.testing.assert_close(mean, 0.75 * start[k] + 0.25 * leaves(c.params)[k])
+    assert rows["fp16"][0]["grad_norm"] == pytest.approx(rows["fp32"][0]["grad_norm"], rel=0.05)
 
 
 def test_fit_learns_logs_and_leaves_a_checkpoint(tmp_path):
@@ -263,7 +297,7 @@ def test_fit_learns_logs_and_leaves_a_checkpoint(tmp_path):
     written = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert written == rows and [r["step"] for r in rows] == [10, 20, 30, 30]
     assert rows[2]["all/lm_loss"] < rows[0]["all/lm_loss"]
-    assert rows[0]["all/count"] == 60 and 1 <= rows[-2]["halted/steps"] <= 3
+    assert [r["all/count"] for r in rows[:3]] == [60] * 3 and 1 <= rows[-2]["halted/steps"] <= 3
     assert {"train/ema/own/loss", "train/ema/foreign/loss"} <= last.keys()
     c = checkpoint.load(tmp_path / "run")
     assert c.meta["step"] == 30 and c.model == cfg.model
@@ -295,7 +329,7 @@ def test_noise_is_a_function_of_seed_slot_episode_and_step(seed, demos):
 
 def test_patience_gain_and_kept_weights(tmp_path, monkeypatch):
     """The best is beaten by more than min_gain or not at all; training ends after so many evaluations without."""
-    value = iter((0.5, 0.55, 0.7, 0.71, 0.72, 0.75))
+    value = iter((0.5, 0.59, 0.7, 0.79, 0.795, 0.85))
     monkeypatch.setattr(train, "watch", lambda *_: {"train/ema/own/exact": next(value), "train/ema/own/loss": 1.0})
     options = {"eval__best": "exact", "eval__min_gain": 0.1, "eval__patience": 2, "eval__every": 1, "train__keep_every": 2}
     last = train.fit(tiny(tmp_path, train__steps=9, **options))
@@ -338,8 +372,28 @@ def test_culprits_are_named_by_task_and_canvas(tmp_path):
 def test_training_stops_at_the_wanted_exact_match(tmp_path, monkeypatch):
     exact = iter((0.5, 0.9, 0.95))
     monkeypatch.setattr(train, "watch", lambda *_: {"train/ema/own/exact": next(exact), "train/ema/own/loss": 1.0})
-    last = train.fit(tiny(tmp_path, eval__stop_at=0.9, train__steps=9))
+    last = train.fit(tiny(tmp_path, eval__stop_at=0.9, train__steps=9, train__save_every=99))
     assert last["step"] == 6 and checkpoint.load(tmp_path / "last.safetensors").meta["step"] == 6
+    assert runs.described(tmp_path)["state"] == "eval.stop_at"
+
+
+def test_the_lowest_loss_is_best_and_the_end_is_saved(tmp_path, monkeypatch):
+    loss = iter((1.0, 0.4, 0.6))
+    monkeypatch.setattr(train, "watch", lambda *_: {"train/ema/own/exact": 0.0, "train/ema/own/loss": next(loss)})
+    train.fit(tiny(tmp_path, train__steps=3, eval__every=1, train__save_every=99))
+    assert [checkpoint.load(tmp_path / f"{n}.safetensors").meta["step"] for n in ("best", "last")] == [2, 3]
+    assert runs.described(tmp_path) | {"age_s": 0, "run": ""} == {
+        "run": "", "state": "done", "step": 3, "steps": 3, "best": 0.4, "watched": "train/ema/own/loss", "age_s": 0,
+    }  # fmt: skip
+
+
+def test_seconds_go_on_counting_where_they_were(tmp_path, monkeypatch):
+    fresh, said = train.fresh_facts, []
+    monkeypatch.setattr(train, "fresh_facts", lambda scale: {**fresh(scale), "seconds": 1000.0})
+    train.fit(tiny(tmp_path, train__steps=2), said.append)
+    monkeypatch.setattr(train, "fresh_facts", fresh)
+    train.fit(tiny(tmp_path, train__steps=4), said.append, resume=True)
+    assert all(1000 < r["seconds"] < 2000 for r in said) and said[-1]["step"] == 4
 
 
 def test_a_diverged_run_stops_and_names_the_step(tmp_path):
@@ -348,9 +402,20 @@ def test_a_diverged_run_stops_and_names_the_step(tmp_path):
         train.fit(cfg)
 
 
-def test_fp16_halves_its_scale_on_overflow_and_goes_on(tmp_path):
-    last = train.fit(tiny(tmp_path, train__dtype="fp16"))
-    assert math.isfinite(last["train/ema/own/loss"])
+def test_fp16_halves_its_scale_on_overflow_and_goes_on(tmp_path, monkeypatch):
+    update, steps, norms = train.update, iter(range(1, 99)), []
+
+    def overflowing(opts, trained, grads, lr, clip):
+        if next(steps) == 2:
+            grads[0].fill_(math.inf)
+        norms.append(float(update(opts, trained, grads, lr, clip)))
+        return torch.tensor(norms[-1])
+
+    monkeypatch.setattr(train, "update", overflowing)
+    last = train.fit(tiny(tmp_path, train__dtype="fp16", train__steps=4, eval__foreign=False))
+    assert math.isfinite(last["train/ema/own/loss"]) and [math.isfinite(n) for n in norms] == [True, False, True, True]
+    manifest = checkpoint.load_state(tmp_path)[0]
+    assert manifest["scale"] == 2.0**15 and manifest["skipped"] == 0
 
 
 def test_hidden_outputs_are_neither_trained_on_nor_probed(tmp_path):
