@@ -282,8 +282,10 @@ def eval_command(
             typer.echo(f"{source}: pass@1 {interval(own, 'pass@1', own['n_tasks'])}, pass@2 {interval(own, 'pass@2', own['n_tasks'])}")
     else:
         typer.echo(f"{', '.join(result['data'])}: no output is known, so nothing is scored; {said}")
-    if result["unanswered"]:
-        typer.echo(f"{result['unanswered']} queries have no answer; the same command goes on where time was what lacked")
+    if result["too_large"]:
+        typer.echo(f"{result['too_large']} queries need a larger canvas than any the model was trained on: no answer")
+    if left := result["unanswered"] - result["too_large"]:
+        typer.echo(f"{left} queries have no answer yet: the budget ended; the same command goes on")
     if "look" in result:
         count = "could not be counted (folder not writable)" if result["look"] is None else f"number {result['look']}"
         typer.echo(f"look at this held-out set from this run: {count}")

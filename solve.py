@@ -305,6 +305,7 @@ def evaluate(
     result: dict[str, Any] = {"data": list(chosen), "views": how.views, "weights": weights, "adaptation": ADAPTED[how.adapt]}
     result |= {"checkpoints": [str(s.path) for s in solvers], "step": first.meta.get("step"), "predictions": str(file)}
     result |= {"votes": sum(len(p.votes) for p in here), "seconds_per_task": sum(p.seconds for p in here) / len(tasks)}
+    result["too_large"] = sum(p.too_large > 0 for p in here)
     result["guard"] = "; ".join(sorted({str(msgspec.convert(s.meta["finding"], sources.Finding)) for s in solvers}))
     if submit:
         checkpoint.write_text(Path(submit), json.dumps(votes.submission(tasks, here, how.vote)))

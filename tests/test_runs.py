@@ -81,7 +81,7 @@ def test_resume_skips_a_broken_state_and_says_so(tmp_path):
     train.fit(cfg)
     newest = tmp_path / "state-00000006-0.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1] + b"x")
-    (tmp_path / ".last.safetensors.writing").write_bytes(b"half")
+    (tmp_path / ".step-00000009.safetensors.writing").write_bytes(b"half")  # of a run that kept weights
     assert train.fit(cfg, said.append, resume=True)["step"] == 6
     assert said[0] == {"skipped": "state-00000006.json: state-00000006-0.safetensors differs from its checksum"}
     assert not list(tmp_path.glob(".*.writing"))

@@ -270,7 +270,7 @@ def test_a_query_larger_than_every_canvas_is_wrong_and_said(run, tmp_path):
     (tmp_path / "big.json").write_text(json.dumps(raw))
     for _ in range(2):
         result = solve.evaluate([run], [str(tmp_path / "big.json")], predictions_file=str(tmp_path / "p.jsonl"))
-        assert result["unanswered"] == 1 and result["pass@1"] == 0
+        assert result["unanswered"] == result["too_large"] == 1 and result["pass@1"] == 0
     assert len(votes.read(tmp_path / "p.jsonl")) == 1
 
 
