@@ -104,6 +104,15 @@ def test_a_state_waits_for_the_files_of_all_processes(tmp_path, monkeypatch):
         checkpoint.save_state(tmp_path, 2, 0, 2, tensors, {})
 
 
+def test_a_manifest_that_was_touched_or_renamed_is_no_state(tmp_path):
+    train.fit(tiny(tmp_path, eval__foreign=False))
+    old, new = sorted(tmp_path.glob("state-*.json"))
+    shutil.copy(old, tmp_path / "state-00000009.json")
+    new.write_text(new.read_text().replace('"waited": ', '"waited": 1'))
+    manifest, _, skipped = checkpoint.load_state(tmp_path)
+    assert manifest["step"] == 3 and len(skipped) == 2 and {line.split(":")[0] for line in skipped} == {"state-00000009.json", new.name}
+
+
 def test_resuming_with_other_shards_deals_the_carry_anew(tmp_path):
     cfg = tiny(tmp_path, train__steps=3)
     train.fit(cfg)
