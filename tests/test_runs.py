@@ -113,6 +113,22 @@ def test_a_manifest_that_was_touched_or_renamed_is_no_state(tmp_path):
     assert manifest["step"] == 3 and len(skipped) == 2 and {line.split(":")[0] for line in skipped} == {"state-00000009.json", new.name}
 
 
+def test_the_checksum_covers_names_and_words_and_the_format_is_known(tmp_path):
+    train.fit(tiny(tmp_path, train__steps=1, eval__foreign=False))
+    tensors, raw = checkpoint.read_file(tmp_path / "last.safetensors")
+    file, said = tmp_path / "changed.safetensors", json.loads(raw["etrm"])
+    renamed = {f"{k}x" if k == "params.core.embed" else k: v for k, v in tensors.items()}
+    later = json.dumps({**said, "format": 2})
+    for changed, words, why in (
+        (renamed, raw, "differs from its checksum"),
+        (tensors, {**raw, "etrm": json.dumps({**said, "step": 7})}, "differs from its checksum"),
+        (tensors, {"etrm": later, "sha256": checkpoint.digest_of(tensors, later)}, "format 2, this version reads 1"),
+    ):
+        checkpoint.write_file(file, changed, words)
+        with pytest.raises(UserError, match=why):
+            checkpoint.load(file)
+
+
 def test_resuming_with_other_shards_deals_the_carry_anew(tmp_path):
     cfg = tiny(tmp_path, train__steps=3)
     train.fit(cfg)
