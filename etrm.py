@@ -329,8 +329,9 @@ def reason(p: Core, cfg: ModelConfig, z_H: Tensor, z_L: Tensor, e: Tensor, runs:
         return z
 
     def cycle(z_H: Tensor, z_L: Tensor) -> tuple[Tensor, Tensor]:
+        given = z_H + e
         for _ in range(cfg.L_cycles):
-            z_L = level(z_L + z_H + e)
+            z_L = level(z_L + given)
         return level(z_H + z_L), z_L
 
     with torch.no_grad():
