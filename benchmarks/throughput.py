@@ -22,6 +22,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -44,7 +46,7 @@ def recipe(sets: list[str], **changes: Any) -> config.Config:
         "data": {"train": ["arc1:training", *sets], "dev": [], "held_out": [], "query": "test"},
         "model": {"hidden": 128, "heads": 4, "H_cycles": 3, "L_cycles": 4},
         "optimizer": {"kind": "adamw", "lr": 1e-4},
-        "train": {"batch": 16, "shards": 1},
+        "train": {"batch": 16},
         "eval": {"on": "train", "foreign": False},
     }
     for key, value in changes.items():
@@ -333,6 +335,8 @@ def one_dtype(dtype: str, sets: list[str], repeats: int, stand_in: int) -> dict[
     first = t.start + time.perf_counter() - begun
     rate = t.rate(repeats, 4, 16)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    t = Trainer(recipe(sets, train__dtype=dtype, train__shards=1))  # in one piece, to be taken apart
+    t.rate(1, 4)
     seconds, gflop = attainable(t)
     found: dict[str, Any] = {
         "samples_per_s": rate, "gflop_per_sample": gflop / t.cfg.train.batch, "start_to_first_step_s": first,
@@ -341,13 +345,13 @@ def one_dtype(dtype: str, sets: list[str], repeats: int, stand_in: int) -> dict[
         "peak_memory_gb": peak,
         "ratio_to_published": rate / PUBLISHED[dtype],
     }  # fmt: skip
-    trm = Trainer(recipe(sets, train__dtype=dtype, data__canvases=[30], data__demo_canvases=[30], model__positions="rope"))
+    trm = Trainer(recipe(sets, train__dtype=dtype, data__canvases=[30], train__shards=1, model__positions="rope"))
     context = torch.zeros(t.cfg.train.batch, 16, 128, dtype=trm.s.dtype)
     trm.s = trm.s._replace(encode=etrm.Encode(lambda *_: etrm.Context(context)))
     found["full_canvas_without_encoder_samples_per_s"] = trm.rate(repeats, 1)
     if stand_in:
         with published_layout():
-            slow = Trainer(recipe(sets, train__dtype=dtype, **LAYOUT))
+            slow = Trainer(recipe(sets, train__dtype=dtype, train__shards=1, **LAYOUT))
             found["stand_in_samples_per_s"] = slow.rate(stand_in, 1)
         found["ratio"] = rate / found["stand_in_samples_per_s"]
         found["stand_in_of_published"] = found["stand_in_samples_per_s"] / PUBLISHED[dtype]
@@ -404,7 +408,8 @@ def main() -> None:
     found: dict[str, Any] = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
     dtypes = args.dtype or DTYPES
     for dtype in dtypes:
-        row = found[dtype] = one_dtype(dtype, sets, args.repeats, 0 if args.quick else args.repeats)
+        with ProcessPoolExecutor(1, get_context("spawn")) as alone:  # memory is counted from nothing
+            row = found[dtype] = alone.submit(one_dtype, dtype, sets, args.repeats, 0 if args.quick else args.repeats).result()
         print(
             f"{dtype}: {row['samples_per_s']:.2f} samples/s, {row['gflop_per_sample']:.1f} GFLOP a sample, "
             f"{row['gflop_per_s']:.0f} GFLOP/s; its matrix products alone run at {row['products_gflop_per_s']:.0f} and take "
