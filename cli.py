@@ -435,11 +435,14 @@ def show(
     t = pictures.timeline(s.params, s.cfg, found, query, pair_index, cycles)
     t = t if target else t._replace(target=None)
     if terminal:
-        Console().print(pictures.blocks(t, diff), no_wrap=True, overflow="ignore", crop=False)
+        shown = [*(beside(x, y) for x, y in t.task.demos), beside(t.question, t.target), pictures.blocks(t, diff)]
+        for part in shown:
+            Console().print(part, no_wrap=True, overflow="ignore", crop=False)
         return last_line(as_json, {"task": found.name, "steps": len(t.steps)})
     path = Path(output or f"{found.name.replace('/', '-')}.{'gif' if gif else 'png'}")
     moving = gif or path.suffix == ".gif"
-    panels = pictures.animate(t, path, diff, dpi) if moving else pictures.draw(t, path, diff, dpi)
+    caption = f"etrm show {checkpoint} --task {found.name}: weights {s.source}, step {s.meta.get('step', 'unknown')}"
+    panels = pictures.animate(t, path, diff, dpi) if moving else pictures.draw(t, path, diff, dpi, caption)
     typer.echo(f"{path}: {panels} {'frames' if moving else 'panels'}; checkpoint {s.path}, weights {s.source}")
     last_line(as_json, {"task": found.name, "steps": len(t.steps), "panels": panels, "output": str(path), "weights": s.source})
 
