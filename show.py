@@ -177,7 +177,7 @@ def curves_on(axis: Any, t: Timeline, upto: int) -> None:
         a.tick_params(labelsize=6)
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -186,7 +186,7 @@ def _figure(width: float, height: float) -> Any:
     return figure
 
 
-def _needs_matplotlib() -> None:
+def needs_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -203,7 +203,7 @@ def picture(t: Timeline, diff: bool = True, caption: str = "") -> tuple[Any, lis
     middle = 2 * math.ceil(len(t.task.demos) / across)
     rows = middle + 1 + math.ceil(len(t.steps) / across)
     width, height = across * (side + GAP) + GAP, rows * (side + GAP) + GAP
-    figure, panels = _figure(width, height), []
+    figure, panels = new_figure(width, height), []
 
     def axis(row: int, column: int, wide: float = side, high: float = side) -> Any:
         left, top = GAP + column * (side + GAP), GAP + row * (side + GAP)
@@ -231,7 +231,7 @@ def picture(t: Timeline, diff: bool = True, caption: str = "") -> tuple[Any, lis
 
 def draw(t: Timeline, path: Path, diff: bool = True, dpi: int = 150, caption: str = "") -> int:
     """The whole timeline as PNG, SVG or PDF, by the name of the file; how many panels it has."""
-    _needs_matplotlib()
+    needs_matplotlib()
     figure, panels = picture(t, diff, caption)
     save(figure, path, dpi)
     return len(panels)
@@ -246,12 +246,12 @@ def save(figure: Any, path: Path, dpi: int) -> None:
 
 def animate(t: Timeline, path: Path, diff: bool = True, dpi: int = 100) -> int:
     """A GIF with a frame per step; the last one stays. How many frames it has."""
-    _needs_matplotlib()
+    needs_matplotlib()
     from PIL import Image
 
     frames = []
     for i in range(len(t.steps)):
-        figure = _figure(9, 4.6)
+        figure = new_figure(9, 4.6)
         places = ((0.02, "query"), (0.35, "answer"), (0.68, "target"))
         for left, what in places[: 2 + (t.target is not None)]:
             axis = figure.add_axes((left, 0.32, 0.3, 0.6))

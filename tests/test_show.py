@@ -84,7 +84,7 @@ def test_marks_say_right_wrong_and_changed():
 def pixels(t, i, tmp_path, diff=True):
     """The pixels of a panel, cell by cell, drawn alone in a figure of one inch a cell."""
     h, w = t.steps[i].tokens.shape
-    figure = show._figure(w, h)
+    figure = show.new_figure(w, h)
     show.answer_on(figure.add_axes((0, 0, 1, 1)), t, i, diff)
     show.save(figure, tmp_path / "p.png", 100)
     image = np.asarray(Image.open(tmp_path / "p.png").convert("RGB"))
