@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import json
 import math
@@ -435,13 +436,56 @@ def show(
     t = pictures.timeline(s.params, s.cfg, found, query, pair_index, cycles)
     t = t if target else t._replace(target=None)
     if terminal:
-        Console().print(pictures.blocks(t, diff), no_wrap=True, overflow="ignore", crop=False)
+        shown = [*(beside(x, y) for x, y in t.task.demos), beside(t.question, t.target), pictures.blocks(t, diff)]
+        for part in shown:
+            Console().print(part, no_wrap=True, overflow="ignore", crop=False)
         return last_line(as_json, {"task": found.name, "steps": len(t.steps)})
     path = Path(output or f"{found.name.replace('/', '-')}.{'gif' if gif else 'png'}")
     moving = gif or path.suffix == ".gif"
-    panels = pictures.animate(t, path, diff, dpi) if moving else pictures.draw(t, path, diff, dpi)
+    caption = f"etrm show {checkpoint} --task {found.name}: weights {s.source}, step {s.meta.get('step', 'unknown')}"
+    panels = pictures.animate(t, path, diff, dpi) if moving else pictures.draw(t, path, diff, dpi, caption)
     typer.echo(f"{path}: {panels} {'frames' if moving else 'panels'}; checkpoint {s.path}, weights {s.source}")
     last_line(as_json, {"task": found.name, "steps": len(t.steps), "panels": panels, "output": str(path), "weights": s.source})
+
+
+@app.command()
+@friendly
+def report(
+    run: Annotated[str, typer.Argument(help="A run folder.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Default: report.html in the folder.")] = "",
+    sources: Annotated[Optional[list[str]], typer.Option("--data", help="Tasks of the gallery. Default: the dev split.")] = None,  # noqa: UP045
+    as_json: Json = False,
+) -> None:
+    """Write one HTML file, to be opened from disk: curves, known failures, config, gallery of answers, contexts."""
+    from . import report as pages
+
+    path, found = pages.report(run, output, sources or ())
+    typer.echo("\n".join([*(m["said"] for m in found["marks"]), *found["notes"]]))
+    typer.echo(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {len(found['curves'])} panels, {len(found['gallery'])} queries")
+    counts = dict(collections.Counter(e["status"] for e in found["gallery"]))
+    last_line(as_json, {"output": str(path), "marks": found["marks"], "gallery": counts, "notes": found["notes"]})
+
+
+@app.command()
+@friendly
+def compare(
+    folders: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders.")],
+    plot: Annotated[str, typer.Option(help="Their curves overlaid, written there: .png, .svg or .pdf.")] = "",
+    csv: Annotated[str, typer.Option(help="The table, a line per run, written there.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Runs side by side: last and best values, what they took, the config keys in which they differ."""
+    from pathlib import Path
+
+    from . import report as pages
+
+    runs, table = pages.compared(folders)
+    typer.echo(pages.columns(table))
+    if csv:
+        pages.write_csv(table, Path(csv))
+    if plot:
+        typer.echo(f"{plot}: {pages.plot(runs, Path(plot))} panels")
+    last_line(as_json, {"runs": table})
 
 
 def beside(left: Any, right: Any) -> Any:

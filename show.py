@@ -5,6 +5,7 @@ Every picture is made from a `Timeline`; nothing is computed while drawing.
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +13,11 @@ from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
+from torch import Tensor
 
 from . import data, etrm, sources, train
 from .config import Config
-from .data import EOS, FIRST_COLOUR, PALETTE, Task, UserError, nearest, tokenise
+from .data import EOS, FIRST_COLOUR, PALETTE, Task, UserError, tokenise
 from .encoders import encoder_of
 from .etrm import Params, tree_map
 
@@ -65,7 +67,13 @@ def timeline(params: Params, cfg: Config, task: Task, query: int = 0, demo: int 
     # one ACT step is H cycles on end, so as many ACT steps of one cycle each pass through the same states
     model = msgspec.structs.replace(cfg.model, H_cycles=1) if cycles else cfg.model
     each, size = (1 / cfg.model.H_cycles if cycles else 1.0), tuple(asked.canvas[0].tolist())
-    steps: list[Step] = []
+    steps, encode, said = list[Step](), encoder_of(cfg.model), list[etrm.Context]()
+
+    def recur(p: Any, read: Any, z_E: Tensor, begin: Tensor) -> etrm.Context:
+        """A recurrent encoder goes on once in an ACT step, however often that is looked at."""
+        if encode.recur and (not cycles or len(steps) % cfg.model.H_cycles == 0):
+            said[:] = [encode.recur(p, read, z_E, begin)]
+        return said[0]
 
     def look(step: int, slots: Sequence[int], out: etrm.Output) -> None:
         log_p = etrm.log_prob(cfg.model, out.logits)
@@ -74,7 +82,8 @@ def timeline(params: Params, cfg: Config, task: Task, query: int = 0, demo: int 
         steps.append(Step(tokens, data.untokenise(tokens), float(out.q_halt[0].sigmoid()), entropy, step * each))
 
     cast = tree_map(lambda x: x.to(device, dtype), params)
-    etrm.think(cast, model, encoder_of(cfg.model), batch, dtype, round(cfg.model.halt_max_steps / each), look=look)
+    once = encode._replace(recur=recur) if encode.recur else encode
+    etrm.think(cast, model, once, batch, dtype, round(cfg.model.halt_max_steps / each), look=look)
     return Timeline(shown, shown.queries[0][0], target, steps)
 
 
@@ -83,8 +92,11 @@ def find_task(chosen: Sequence[str], name: str | None) -> Task:
     tasks = {t.name: t for t in sources.load(chosen)}
     if name is None and len(tasks) == 1:
         return next(iter(tasks.values()))
+    if name is None:
+        raise UserError(f"--task: which of the {len(tasks)} tasks of {', '.join(chosen)}? For instance {min(tasks)}")
     if name not in tasks:
-        raise UserError(f"--task {name}: not among the {len(tasks)} tasks of {', '.join(chosen)}{nearest(name or '', tasks)}")
+        close = ", ".join(difflib.get_close_matches(name, tasks, cutoff=0))
+        raise UserError(f"--task {name}: not among the {len(tasks)} tasks of {', '.join(chosen)}; the nearest: {close}")
     return tasks[name]
 
 
@@ -113,13 +125,9 @@ def grid_on(axis: Any, tokens: np.ndarray, title: str = "") -> None:
     h, w = tokens.shape
     axis.imshow(tokens, cmap=ListedColormap([BLANK, "#D8D8D8", *PALETTE]), vmin=0, vmax=11, interpolation="nearest")
     axis.set(xlim=(-0.5, w - 0.5), ylim=(h - 0.5, -0.5), xticks=[], yticks=[], aspect="equal")
-    axis.set_title(title, fontsize=8, pad=3)
-    lines = dict(color="#666666", lw=0.3)
-    for k in range(1, max(h, w)):
-        if k < h:
-            axis.axhline(k - 0.5, **lines)
-        if k < w:
-            axis.axvline(k - 0.5, **lines)
+    axis.set_title(title, fontsize=8, pad=3, parse_math=False)
+    axis.hlines(np.arange(1, h) - 0.5, -0.5, w - 0.5, color="#666666", lw=0.3)
+    axis.vlines(np.arange(1, w) - 0.5, -0.5, h - 0.5, color="#666666", lw=0.3)
     for spine in axis.spines.values():
         spine.set_linewidth(0.5)
 
@@ -146,10 +154,11 @@ def answer_on(axis: Any, t: Timeline, i: int, diff: bool) -> None:
     cell = 72 * min(box.width * fig_w / step.tokens.shape[1], box.height * fig_h / step.tokens.shape[0])  # in points
     width = max(0.6, 0.09 * cell)
     state, changed = marks(t, i)
-    frame(axis, np.argwhere(state == 1), RIGHT, 0.07, width)
-    frame(axis, np.argwhere(state == -1), WRONG, 0.07, width)
-    if diff:
-        frame(axis, np.argwhere(changed), CHANGED, 0.28, width)
+    frames = [(state == 1, RIGHT, 0.07), (state == -1, WRONG, 0.07), (changed & diff, CHANGED, 0.28)]
+    for cells, colour, inset in frames:
+        if cell > 8:  # where there is room, a dark edge: green is seen on green, yellow on yellow
+            frame(axis, np.argwhere(cells), "#222222", inset, 1.5 * width)
+        frame(axis, np.argwhere(cells), colour, inset, width)
 
 
 def curves_on(axis: Any, t: Timeline, upto: int) -> None:
@@ -158,15 +167,17 @@ def curves_on(axis: Any, t: Timeline, upto: int) -> None:
     other = axis.twinx()
     axis.plot(at, [s.q for s in t.steps[:upto]], ".-", color="#0074D9", lw=1, label="q")
     other.plot(at, [s.entropy for s in t.steps[:upto]], ".-", color="#FF851B", lw=1)
-    axis.set(xlim=(0, t.steps[-1].number + 0.5), ylim=(-0.03, 1.03), xlabel="ACT steps")
+    axis.set(xlim=(0, t.steps[-1].number + 0.5), ylim=(-0.03, 1.03))
+    axis.set_xlabel("ACT steps", fontsize=7, labelpad=1)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     other.set_ylim(-0.03, 0.1 + max(s.entropy for s in t.steps))
-    axis.set_ylabel("q", color="#0074D9")
-    other.set_ylabel("entropy (bits)", color="#FF851B")
+    axis.set_ylabel("q", color="#0074D9", fontsize=7, labelpad=3)
+    other.set_ylabel("entropy (bits)", color="#FF851B", fontsize=7, labelpad=3)
     for a in (axis, other):
         a.tick_params(labelsize=6)
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -175,42 +186,55 @@ def _figure(width: float, height: float) -> Any:
     return figure
 
 
-def _needs_matplotlib() -> None:
+def needs_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise UserError("etrm show: needs matplotlib: pip install 'etrm-arc[show]'") from None
+        raise UserError("pictures need matplotlib: pip install 'etrm-arc[show]'") from None
 
 
 SIDE, GAP, ACROSS = 1.5, 0.32, 8  # inches of a panel, between panels; panels in a row
 
 
-def draw(t: Timeline, path: Path, diff: bool = True, dpi: int = 150) -> int:
-    """The whole timeline as PNG, SVG or PDF, by the name of the file; how many panels it has."""
-    _needs_matplotlib()
+def picture(t: Timeline, diff: bool = True, caption: str = "") -> tuple[Any, list[Any]]:
+    """(the whole timeline as a figure, its panels): demos, then query, target and curves, then the steps."""
     side = SIDE * (1.6 if max(t.steps[0].tokens.shape) > 15 else 1.0)  # legible at 30 x 30
-    across = min(ACROSS, max(len(t.steps), len(t.task.demos), 3))
-    rows = 3 + math.ceil(len(t.steps) / across)
-    width, height = across * (side + GAP) + GAP, rows * (side + GAP) + 1.5 + GAP
-    figure = _figure(width, height)
+    across = min(ACROSS, max(len(t.steps), len(t.task.demos), 4))
+    middle = 2 * math.ceil(len(t.task.demos) / across)
+    rows = middle + 1 + math.ceil(len(t.steps) / across)
+    width, height = across * (side + GAP) + GAP, rows * (side + GAP) + GAP
+    figure, panels = new_figure(width, height), []
 
-    def axis(row: int, column: int) -> Any:
+    def axis(row: int, column: int, wide: float = side, high: float = side) -> Any:
         left, top = GAP + column * (side + GAP), GAP + row * (side + GAP)
-        return figure.add_axes((left / width, 1 - (top + side) / height, side / width, side / height))
+        return figure.add_axes((left / width, 1 - (top + high) / height, wide / width, high / height))
 
-    for i, pair in enumerate(t.task.demos[:across]):
-        for k, grid in enumerate(pair):
-            grid_on(axis(k, i), grid + FIRST_COLOUR, f"demo {i} {('input', 'output')[k]}")
-    grid_on(axis(2, 0), t.question + FIRST_COLOUR, f"{t.task.name}: query")
+    def panel(place: int, first: int, grid: np.ndarray, title: str) -> None:
+        panels.append(axis(first, place))
+        grid_on(panels[-1], grid + FIRST_COLOUR, title)
+
+    for i, pair in enumerate(t.task.demos):
+        for k, name in enumerate(("input", "output")):
+            panel(i % across, 2 * (i // across) + k, pair[k], f"demo {i} {name}")
+    panel(0, middle, t.question, f"{t.task.name}: query")
     if t.target is not None:
-        grid_on(axis(2, 1), t.target + FIRST_COLOUR, "target")
+        panel(1, middle, t.target, "target")
     for i in range(len(t.steps)):
-        answer_on(axis(3 + i // across, i % across), t, i, diff)
-    curve = figure.add_axes((0.6 / width, 0.45 / height, min(width - 1.3, 6) / width, 0.95 / height))
+        panels.append(axis(middle + 1 + i // across, i % across))
+        answer_on(panels[-1], t, i, diff)
+    curve = axis(middle, 2, min(across - 2, 3) * (side + GAP) - 3 * GAP, side - GAP)
+    curve.set_position(curve.get_position().translated(1.3 * GAP / width, 0))
     curves_on(curve, t, len(t.steps))
-    panels = len(figure.axes) - 2
+    figure.text(0.5, 0.05 / height, caption, fontsize=6, color="#666666", ha="center", parse_math=False)
+    return figure, panels
+
+
+def draw(t: Timeline, path: Path, diff: bool = True, dpi: int = 150, caption: str = "") -> int:
+    """The whole timeline as PNG, SVG or PDF, by the name of the file; how many panels it has."""
+    needs_matplotlib()
+    figure, panels = picture(t, diff, caption)
     save(figure, path, dpi)
-    return panels
+    return len(panels)
 
 
 def save(figure: Any, path: Path, dpi: int) -> None:
@@ -222,12 +246,12 @@ def save(figure: Any, path: Path, dpi: int) -> None:
 
 def animate(t: Timeline, path: Path, diff: bool = True, dpi: int = 100) -> int:
     """A GIF with a frame per step; the last one stays. How many frames it has."""
-    _needs_matplotlib()
+    needs_matplotlib()
     from PIL import Image
 
     frames = []
     for i in range(len(t.steps)):
-        figure = _figure(9, 4.6)
+        figure = new_figure(9, 4.6)
         places = ((0.02, "query"), (0.35, "answer"), (0.68, "target"))
         for left, what in places[: 2 + (t.target is not None)]:
             axis = figure.add_axes((left, 0.32, 0.3, 0.6))

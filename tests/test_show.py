@@ -41,8 +41,11 @@ def test_a_timeline_is_what_thinking_gives():
     assert t.steps[-1].q == pytest.approx(float(out.q_halt.sigmoid())) and 0 < t.steps[-1].entropy < np.log2(12)
 
 
-def test_the_cycles_of_a_step_end_where_the_step_does():
-    whole, fine = show.timeline(PARAMS, CFG, TASK), show.timeline(PARAMS, CFG, TASK, cycles=True)
+@pytest.mark.parametrize("kind", ["perceiver", "recurrent", "trm_style"])  # the states of the last two go on once a step
+def test_the_cycles_of_a_step_end_where_the_step_does(kind):
+    cfg = parse_config({"model": SMALL | {"encoder": {"kind": kind}}, "train": {"dtype": "fp32"}}, "test")
+    params = init_params(cfg.model, 0)
+    whole, fine = show.timeline(params, cfg, TASK), show.timeline(params, cfg, TASK, cycles=True)
     assert [s.number for s in fine.steps] == pytest.approx([k / 3 for k in range(1, 13)])
     for a, b in zip(whole.steps, fine.steps[2::3], strict=True):
         assert (
@@ -81,7 +84,7 @@ def test_marks_say_right_wrong_and_changed():
 def pixels(t, i, tmp_path, diff=True):
     """The pixels of a panel, cell by cell, drawn alone in a figure of one inch a cell."""
     h, w = t.steps[i].tokens.shape
-    figure = show._figure(w, h)
+    figure = show.new_figure(w, h)
     show.answer_on(figure.add_axes((0, 0, 1, 1)), t, i, diff)
     show.save(figure, tmp_path / "p.png", 100)
     image = np.asarray(Image.open(tmp_path / "p.png").convert("RGB"))
@@ -109,18 +112,38 @@ def test_borders_and_colours_are_read_back_from_the_pixels(tmp_path):
     assert colours_of(plain(0, 0)) == (rgb(PALETTE[1]),) * 3
 
 
+def test_marks_are_told_from_cells_of_their_own_colour(tmp_path):
+    """A dark edge lies between a yellow mark and a yellow cell, a green border and a green cell."""
+    target = np.array([[4, 3]], np.uint8)
+    cell = pixels(line(1 - target % 2, target, target=target), 1, tmp_path)
+    for c in (0, 1):
+        column = cell(0, c)[:50, 50].astype(int).max(-1)
+        edges = [int(i) for i in np.flatnonzero(np.diff((column < 64).astype(int), prepend=0) == 1)]
+        assert len(edges) == 4, edges  # without and within each of the two
+
+
 @pytest.mark.parametrize("size", [3, 30])
 def test_a_picture_has_its_panels_and_is_legible(tmp_path, size):
     target = np.random.default_rng(0).integers(0, 10, (size, size)).astype(np.uint8)
     other = target.copy()
     other[0] = (other[0] + 1) % 10
     t = line(*[other] * 8, target, target=target)
-    assert show.draw(t, tmp_path / "a.png") == 4 + 2 + 9
+    assert show.draw(t, tmp_path / "a.png", caption="$\\frac$") == 4 + 2 + 9
     seen = counts(tmp_path / "a.png")
     assert all(seen.get(rgb(colour), 0) > 20 for colour in (show.RIGHT, show.WRONG, show.CHANGED, *PALETTE))
     assert show.draw(t._replace(target=None), tmp_path / "b.png", diff=False, dpi=60) == 4 + 1 + 9
     seen = counts(tmp_path / "b.png")
     assert not any(rgb(colour) in seen for colour in (show.RIGHT, show.WRONG, show.CHANGED))
+
+
+def test_no_demo_is_left_out():
+    target = np.array([[1, 2], [3, 4]], np.uint8)
+    t = line(target.T, target, target=target)
+    _, panels = show.picture(t._replace(task=TASK._replace(demos=TASK.demos * 5)))
+    titles = [axis.get_title() for axis in panels]
+    assert [f"demo {i} {what}" for i in range(10) for what in ("input", "output")] == titles[:20] and len(titles) == 24
+    boxes = [tuple(np.round(axis.get_position().bounds, 6)) for axis in panels]
+    assert len(set(boxes)) == 24 and min(b[1] for b in boxes) > 0
 
 
 def counts(path):
@@ -161,5 +184,7 @@ def test_blocks_for_a_terminal():
 def test_an_unknown_task_names_the_nearest():
     where = str(sources.Path(__file__).parent / "data" / "set")
     assert show.find_task([where], "flip").name == "flip"
-    with pytest.raises(UserError, match="--task flop: not among the 6 tasks .*did you mean flip"):
+    with pytest.raises(UserError, match="--task flop: not among the 6 tasks .*; the nearest: flip, "):
         show.find_task([where], "flop")
+    with pytest.raises(UserError, match="--task: which of the 6 tasks"):
+        show.find_task([where], None)
