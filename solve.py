@@ -396,13 +396,18 @@ def held_out(cfg: Config, meta: dict[str, Any], tasks: Sequence[Task]) -> bool |
     return True
 
 
+@functools.cache
+def hashes_of(source: str) -> frozenset[str]:
+    return frozenset(votes.task_hash(t) for t in sources.load([source], hide=True))
+
+
 def looked(folders: Collection[Path], kept_out: Sequence[str], known: dict[str, list[Task]], score: float) -> dict[str, int | None]:
     """Count a look at held-out tasks (ARC's two evaluation sets and a config's own) in looks.jsonl of each folder.
 
     "look": how often the task seen most often was looked at by now; None where that could not be counted; {} where none
     of the tasks is held out."""
     there = [x for x in ("arc1:evaluation", "arc2:evaluation", *kept_out) if x in sources.EMBEDDED or Path(x).exists()]
-    held = {votes.task_hash(t) for t in sources.load(there, hide=True)}
+    held = frozenset().union(*map(hashes_of, there))
     seen = sorted({short(key) for ts in known.values() for t in ts if (key := votes.task_hash(t)) in held})
     row = {"data": list(known), "pass@2": score, "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
     counts = []
