@@ -182,4 +182,4 @@ def tuned_jointly(params: Params, cfg: Config, tasks: Sequence[Task], folder: Pa
         ran = train.fit(cfg, resume=bool(checkpoint.manifests(folder)), limit=limit, s=s)
         if ran.get("stopped") not in (None, "eval.stop_at", "time limit"):
             raise KeyboardInterrupt
-    return checkpoint.load(last).params, json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
+    return checkpoint.load(last).params, json.loads(checkpoint.manifests(folder)[-1].read_text())["seconds"]
