@@ -134,6 +134,8 @@ def test_the_logp_of_an_answer_is_that_of_its_cells_and_border(run):
     assert votes.written(vote.grid) == "777/777"
     want = -etrm.act_loss(s.cfg.model, etrm.Output(logits, *torch.zeros(2, 1)), torch.where(label > 0, label, -1), [20]).lm * 11
     assert vote.logp == pytest.approx(float(want), abs=1e-4)
+    logits[0, 9] = torch.inf  # as half precision may give: its probability is no number
+    assert solve.vote_of(s.cfg, logits, (4, 5), data.identity()).grid is None
 
 
 # ---------------------------------------------------------------- steps, samples, noise
@@ -460,7 +462,7 @@ def test_time_spent_on_adaptation_is_time_spent_on_its_task(run, tmp_path, monke
     part = solve.evaluate([run], [str(SET)], late, predictions_file=file, budget=1200.0)
     assert part["unanswered"] == 0 and clock[0] - begun <= 1200  # each task had its share of the time
     joint = solve.evaluate([run], [str(SET)], ["solve.adapt=joint", "solve.adapt_steps=100"], predictions_file=file, budget=600.0)
-    assert joint["unanswered"] == 0 and 440 <= joint["seconds_per_task"] * 6 <= 530  # four fifths of it
+    assert joint["unanswered"] == 0 and 480 <= joint["seconds_per_task"] * 6 <= 560  # four fifths, and the steps under way
 
 
 def test_gradients_of_a_search_are_those_of_all_steps_together(run):
