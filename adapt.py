@@ -7,6 +7,7 @@ Effectiveness of Test-Time Training for Abstract Reasoning" (arXiv 2411.07279).
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,8 +22,10 @@ from .config import Config
 from .data import Symmetry, Task, UserError
 from .etrm import Context, Encode, Params
 from .optim import learning_rate, update
+from .runs import described
 
 COPIES = 3  # of a single demo, under symmetries
+SCALE = 2.0**12  # of a loss in fp16, whose gradients would vanish
 
 
 def several(task: Task) -> Task:
@@ -78,16 +81,19 @@ def ask_demos(tasks: Sequence[Task], rows: Sequence[int], view: tuple[Symmetry, 
 
 
 def likelihood(params: Params, cfg: Config, asked: Asked, context: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """(loss on the graph, (rows,) mean log-probability of a demo's cell after the last ACT step; 0 without demos)."""
-    model, spent = msgspec.structs.replace(cfg.model, q_weight=0.0), torch.zeros((), device=context.device)
+    """(gradient of the summed loss of all ACT steps by the context (R, T, D), where that is wanted, else zeros; (rows,) mean
+    log-probability of a demo's cell after the last step, 0 without demos). One step's graph is there at a time."""
+    model, grad = msgspec.structs.replace(cfg.model, q_weight=0.0), torch.zeros(context.shape, device=context.device)
     carry = etrm.fresh_carry(model, asked.batch.cells, context.dtype, context.device)
+    scale = SCALE if context.dtype == torch.float16 else 1.0
     for _ in range(cfg.model.halt_max_steps):
         carry, out = etrm.act_step(params, model, given(context), carry, asked.batch, None)
         loss = etrm.act_loss(model, out, asked.batch.labels, asked.batch.cells)
-        spent = spent + loss.total.sum()
+        if context.requires_grad:
+            grad += torch.autograd.grad(loss.total.sum() * scale, [context])[0].float() / scale
     sums = torch.zeros(2, rows, device=context.device)
     sums.index_add_(1, asked.owner, torch.stack((loss.lm, torch.ones_like(loss.lm))))
-    return spent, -sums[0] / sums[1].clamp(min=1)
+    return grad, -sums[0] / sums[1].clamp(min=1)
 
 
 def explained(params: Params, cfg: Config, asked: Asked, context: Tensor) -> Tensor:
@@ -107,17 +113,19 @@ def search(params: Params, cfg: Config, encode: Encode, asked: Asked, context: T
         return context
     with torch.no_grad():
         base = encode.read(params.encoder, asked.batch).tokens
-    added = torch.zeros(context.shape, device=context.device, requires_grad=True)
+    added = torch.zeros(context.shape, device=context.device)
     best, kept = torch.full((len(context),), -torch.inf, device=context.device), torch.zeros_like(added)
     opt = torch.optim.Adam([added], lr=cfg.solve.adapt_lr)
     for step in range(cfg.solve.adapt_steps + 1):
+        last = step == cfg.solve.adapt_steps or time.monotonic() > until
+        tried = (base + added.to(base.dtype)[asked.owner]).requires_grad_(not last)
         with torch.enable_grad():
-            loss, score = likelihood(params, cfg, asked, base + added.to(base.dtype)[asked.owner], len(context))
-            (added.grad,) = torch.autograd.grad(loss, [added])
+            grad, score = likelihood(params, cfg, asked, tried, len(context))
         better = score > best
-        best, kept = torch.where(better, score, best), torch.where(better[:, None, None], added.detach(), kept)
-        if step == cfg.solve.adapt_steps or time.monotonic() > until:
+        best, kept = torch.where(better, score, best), torch.where(better[:, None, None], added, kept)
+        if last:
             break
+        added.grad = torch.zeros_like(added).index_add_(0, asked.owner, grad.nan_to_num(0.0, 0.0, 0.0))
         opt.step()
     return context + kept.to(context.dtype)
 
@@ -132,25 +140,32 @@ def recipe(cfg: Config, folder: str = "") -> Config:
         data=replace(cfg.data, query="leave_one_out", min_demos=0),
         optimizer=replace(cfg.optimizer, lr=how.adapt_lr, warmup=0, final_lr=0.1, freeze=(*cfg.optimizer.freeze, *rest)),
         train=replace(cfg.train, batch=how.adapt_batch, shards=1, steps=how.adapt_steps, save_every=100, keep_every=0),
-        eval=replace(cfg.eval, on="train", foreign=False, every=how.adapt_steps, weights=("raw",), patience=0, stop_at=0.0),
+        eval=replace(cfg.eval, on="train", foreign=False, every=500, weights=("raw",), patience=0, stop_at=1.0),
     )
 
 
 def prepared(params: Params, cfg: Config, tasks: Sequence[Task]) -> train.Setup:
     """A setup whose weights are a copy of these and whose tasks have nothing but demos."""
-    s = train.setup(cfg, given=[several(t) for t in tasks])
+    s = train.setup(cfg, given=tasks)
     own = {k: v.detach().to(s.device, torch.float32).clone() for k, v in etrm.leaves(params).items()}
     return s._replace(params={k: v.requires_grad_(s.params[k].requires_grad) for k, v in own.items()})
 
 
 def tuned(params: Params, cfg: Config, task: Task, until: float) -> Params:
-    """Weights trained on the task's demos until all slots were right three steps on end, or the steps or the time are over."""
-    cfg = recipe(cfg)
+    """Weights trained on the task's demos until all slots were right three steps on end, or the steps or the time are over;
+    the same weights where no demo can be asked, for none fits the canvas of the others."""
+    cfg, task = recipe(cfg), several(task)
+    asked = data.queries(data.pack([task]), cfg.data.query, cfg.data.canvases)
+    if not asked.fits.any() or time.monotonic() > until:
+        return params
     s = prepared(params, cfg, [task])
     state, trained, solved = train.fresh_state(cfg, s), [p for p in s.params.values() if p.requires_grad], 0
     for step in range(1, cfg.train.steps + 1):
-        state.carries, grads, sums, _ = train.one_step(s, cfg, state.carries)
-        update(state.opts, trained, grads, learning_rate(cfg.optimizer, step, cfg.train.steps), cfg.optimizer.clip)
+        scale = state.facts["scale"]
+        state.carries, grads, sums, _ = train.one_step(s, cfg, state.carries, scale)
+        torch._foreach_mul_(grads, 1 / scale)
+        norm = update(state.opts, trained, grads, learning_rate(cfg.optimizer, step, cfg.train.steps), cfg.optimizer.clip)
+        state.facts["scale"] = scale if norm.isfinite() else max(1.0, scale / 2)
         row = train.metrics_row(sums)
         solved = solved + 1 if row["all/exact"] == 1 else 0
         if solved == 3 or time.monotonic() > until:
@@ -158,9 +173,13 @@ def tuned(params: Params, cfg: Config, task: Task, until: float) -> Params:
     return etrm.rebuild(s.like, {k: v.detach() for k, v in s.params.items()})
 
 
-def tuned_jointly(params: Params, cfg: Config, tasks: Sequence[Task], folder: Path) -> Params:
-    """Weights trained on the demos of all tasks together: a run of its own, which goes on where it was interrupted."""
-    cfg = recipe(cfg, str(folder))
-    if train.fit(cfg, resume=bool(checkpoint.manifests(folder)), s=prepared(params, cfg, tasks)).get("stopped"):
-        raise KeyboardInterrupt
-    return checkpoint.load(folder / "last.safetensors").params
+def tuned_jointly(params: Params, cfg: Config, tasks: Sequence[Task], folder: Path, limit: float) -> tuple[Params, float]:
+    """(weights trained on the demos of all tasks together, seconds that took): a run of its own, which goes on where it was
+    interrupted and ends early when all demos are solved or after `limit` seconds. limit 0: what it has so far."""
+    cfg, last = recipe(cfg, str(folder)), folder / "last.safetensors"
+    if not (last.exists() and (limit <= 0 or described(folder)["state"] in ("done", "eval.stop_at"))):
+        s = prepared(params, cfg, [several(t) for t in tasks])
+        ran = train.fit(cfg, resume=bool(checkpoint.manifests(folder)), limit=limit, s=s)
+        if ran.get("stopped") not in (None, "eval.stop_at", "time limit"):
+            raise KeyboardInterrupt
+    return checkpoint.load(last).params, json.loads(checkpoint.manifests(folder)[-1].read_text())["seconds"]

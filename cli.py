@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import sys
 import time
 from collections.abc import Callable
 from typing import Annotated, Any, Optional
@@ -261,36 +262,57 @@ def eval_command(
     as_json: Json = False,
 ) -> None:
     """Answer tasks and score the answers. What is on disk is not asked again: the same command goes on after an interrupt."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
     from . import solve
 
-    with Progress(TextColumn("views"), BarColumn(), TimeRemainingColumn(), transient=True) as bar:
-        task = bar.add_task("", total=1.0)
+    given = how(sets, views, vote, adapt)
+    try:
         result = solve.evaluate(
-            checkpoints, sources or (), how(sets, views, vote, adapt), "raw" if raw else "ema", predictions, 60 * budget, shard,
-            submission, lambda done: bar.update(task, completed=done),
-        )  # fmt: skip
+            checkpoints,
+            sources or (),
+            given,
+            "raw" if raw else "ema",
+            predictions,
+            60 * budget,
+            shard,
+            submission,
+            done_so_far("views"),
+        )
+    except KeyboardInterrupt:
+        typer.echo("etrm: interrupted; what was answered is kept: the same command goes on", err=True)
+        raise typer.Exit(130) from None
     held = {
         True: "held out",
         False: "NOT held out: shares pairs with the training set",
         None: "unknown whether held out",
     }
-    said = f"{result['views']} views, {result['adaptation']}; {result['votes']} votes in {result['predictions']}"
+    said = f"{result['views']} views, {result['adaptation']}, {result['seconds_per_task']:.3g} s a task; "
+    said += f"{result['votes']} votes in {result['predictions']}"
     if "pass@2" in result:
         typer.echo(f"{', '.join(result['data'])}: {held[result['held_out']]}; {said}; guard: {result['guard']}\n{table(result)}")
         for source, own in result.get("by_source", {}).items():
-            typer.echo(f"{source}: pass@1 {interval(own, 'pass@1', own['n_tasks'])}, pass@2 {interval(own, 'pass@2', own['n_tasks'])}")
+            typer.echo(f"{source}: " + ", ".join(f"pass@{k} {interval(own, f'pass@{k}', own['n_tasks'])}" for k in (1, 2)))
     else:
         typer.echo(f"{', '.join(result['data'])}: no output is known, so nothing is scored; {said}")
     if result["too_large"]:
         typer.echo(f"{result['too_large']} queries need a larger canvas than any the model was trained on: no answer")
     if left := result["unanswered"] - result["too_large"]:
         typer.echo(f"{left} queries have no answer yet: the budget ended; the same command goes on")
-    if "look" in result:
-        count = "could not be counted (folder not writable)" if result["look"] is None else f"number {result['look']}"
-        typer.echo(f"look at this held-out set from this run: {count}")
     last_line(as_json, result)
+
+
+def done_so_far(what: str) -> Callable[[float], None]:
+    """Says the share that is done and the time left: in place on a terminal, elsewhere in a line a minute."""
+    begun, live = time.monotonic(), sys.stderr.isatty()
+    said = begun
+
+    def say(done: float) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if done and now - said > (0.2 if live else 60):
+            said, left = now, (now - begun) * (1 / done - 1)
+            typer.echo(f"{what} {percent(done)}, {left / 60:.0f} min left" + ("  \r" if live else ""), err=True, nl=not live)
+
+    return say
 
 
 def table(result: dict[str, Any]) -> str:
@@ -298,16 +320,21 @@ def table(result: dict[str, Any]) -> str:
     n, q = result["n_tasks"], result["n_queries"]
     rows = [f"pass@{k} {interval(result, f'pass@{k}', n)}" for k in (1, 2)]
     rows.append(", ".join(f"pass@{k} {percent(result[f'pass@{k}'])}" for k in (5, 10, 100, 1000)))
+    for key, name, of in (("all_queries", "all of a task's queries", n), ("per_output", "per output", q)):
+        rows.append(f"{name}: " + ", ".join(f"pass@{k} {interval(result, f'{key}/pass@{k}', of)}" for k in (1, 2)))
     rows.append(f"some vote right {interval(result, 'oracle', q)}")
-    whole, output = (percent(result[key]["pass@2"]) for key in ("all_queries", "per_output"))
-    rows.append(f"pass@2, all of a task's queries {whole}, per output {output}")
     names = (("exact_match", "exact match"), ("cell_accuracy", "cell accuracy"), ("shape_accuracy", "shape accuracy"))
     rows += [f"{name}, one view {interval(result, key, q)}" for key, name in names]
     for key, name in (("by_side", "largest side"), ("by_demos", "demos")):
         by = (f"{k} {percent(v['pass@2'])} (n = {v['n_tasks']})" for k, v in result[key].items())
         rows.append(f"pass@2 by {name}: {', '.join(by)}")
-    curve = (f"{percent(r['confidence'])} -> {percent(r['right'])} (n = {r['n']})" for r in result["reliability"])
-    return "\n".join([*rows, "share of votes for the first answer -> right: " + ", ".join(curve)])
+    for key, name in (("share", "share of votes for"), ("q", "mean q of")):
+        curve = (f"{percent(r['confidence'])} -> {percent(r['right'])} (n = {r['n']})" for r in result["reliability"][key])
+        rows.append(f"{name} the first answer -> right: {', '.join(curve)}")
+    if "look" in result:
+        count = "could not be counted (folder not writable)" if result["look"] is None else f"number {result['look']}"
+        rows.append(f"look at these held-out tasks: {count}")
+    return "\n".join(rows)
 
 
 @app.command()
@@ -326,9 +353,9 @@ def merge(
     from . import solve
 
     result = solve.merge([Path(f) for f in files], sources or (), vote, output, submission)
-    typer.echo(f"{result['votes']} votes for {result['queries']} queries")
+    typer.echo(f"{result['votes']} votes for {result['queries']} queries, {result['unanswered']} of them without any")
     if "pass@2" in result:
-        typer.echo(table(result))
+        typer.echo(f"whether held out: see the solvers (etrm eval CHECKPOINT --predictions FILE looks it up)\n{table(result)}")
     last_line(as_json, result)
 
 
@@ -347,7 +374,7 @@ def check_submission(
     if solutions:
         result = votes.score_submission(Path(file), Path(solutions))
         typer.echo("\n".join(f"pass@{k} {interval(result, f'pass@{k}', result['tasks'])}" for k in (1, 2)))
-        typer.echo(f"per output (Kaggle's score): pass@2 {percent(result['per_output/pass@2'])} (n = {result['queries']})")
+        typer.echo(f"per output (Kaggle's score): pass@2 {interval(result, 'per_output/pass@2', result['queries'])}")
     else:
         made = votes.check_submission(Path(file))
         result = {"tasks": len(made), "queries": sum(map(len, made.values()))}

@@ -72,6 +72,7 @@ class SolveConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     views: Count = 8  # symmetries and demo orders to vote over
     vote: Literal["count", "probability", "demos"] = "count"  # see votes.RULES
     leave: Literal["never", "q", "stable"] = "never"  # when a view stops thinking, see etrm.think
+    stable: Count = 3  # ACT steps on end with the same answer after which "stable" leaves
     steps: tuple[Count, ...] = ()  # ACT steps whose answers vote; none: the last one
     noise: float = 0.0  # std of what is added to the states before each ACT step, for all samples of a view but the first
     samples: Count = 1  # of a view: the one with the highest q votes

@@ -555,11 +555,12 @@ Look = Callable[[int, Sequence[int], Output], None]  # (ACT step, slots that too
 def think(
     params: Params, cfg: ModelConfig, encode: Encode, batch: Batch, dtype: torch.dtype, act_steps: int, leave: str = "never",
     look: Look = lambda step, slots, out: None, before: Callable[[int, Sequence[int], Carry], Carry] = lambda step, slots, carry: carry,
+    stable: int = 3,
 ) -> tuple[Output, Tensor]:  # fmt: skip
     """Evaluation: (output, ACT steps spent (B,)) from the initial states; the demos are read once.
 
     leave: "never" takes act_steps (published); "q" leaves when the halting head says so; "stable" when the answer was the
-    same after three steps on end. What has left is computed no more. `look` sees each step; `before` may change its carry.
+    same after so many steps on end. What has left is computed no more. `look` sees each step; `before` may change its carry.
     """
     with torch.no_grad():
         carry = fresh_carry(cfg, batch.cells, dtype, batch.inputs.device)
@@ -577,8 +578,8 @@ def think(
             elif leave == "stable":
                 answer = out.logits.argmax(-1)
                 changed = per_slot(answer != last, batch.cells) > 0
-                last, same = answer, torch.where(changed, 0, same + 1)
-                going = same >= 2
+                last, same = answer, torch.where(changed, 0, same) + 1
+                going = same >= stable
             gone = [step == act_steps or g for g in (going.tolist() if leave != "never" else [False] * len(here))]
             logits = out.logits.split(batch.cells)
             for i, slot in enumerate(here):

@@ -10,7 +10,9 @@ import functools
 import hashlib
 import json
 import math
+import os
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,9 +59,10 @@ def jitter(std: float, keys: Sequence[tuple[int, ...]]) -> Callable[[int, Sequen
 
 
 def vote_of(cfg: Config, logits: Tensor, canvas: tuple[int, int], back: Symmetry) -> Vote:
-    """The answer on a canvas, in the task's own frame, and its log-probability: of its cells and of its border."""
+    """The answer on a canvas, in the task's own frame, and its log-probability: of its cells and of its border. No answer
+    where no whole grid was given, or something else than numbers."""
     tokens = logits.float().argmax(-1).view(*canvas).cpu().numpy()
-    grid = data.untokenise(tokens)
+    grid = data.untokenise(tokens) if bool(logits.isfinite().all()) else None
     if grid is None:
         return Vote(None)
     label = torch.from_numpy(data.tokenise(grid.astype("uint8"), canvas)).long().flatten().to(logits.device)
@@ -78,11 +81,12 @@ def thoughts(
 
     def look(step: int, slots: Sequence[int], out: etrm.Output) -> None:
         cells = [batch.cells[s] for s in slots]
-        for slot, logits, q in zip(slots, out.logits.split(cells), out.q_halt.tolist(), strict=True):
+        for slot, logits, q in zip(slots, out.logits.split(cells), out.q_halt.nan_to_num(-1e9).tolist(), strict=True):
             said[slot, step] = logits, q
 
     stir = jitter(cfg.solve.noise if cfg.solve.samples > 1 else 0.0, keys)
-    _, spent = etrm.think(params, cfg.model, encode, batch, dtype, cfg.model.halt_max_steps, cfg.solve.leave, look, stir)
+    how, steps = cfg.solve, cfg.model.halt_max_steps
+    _, spent = etrm.think(params, cfg.model, encode, batch, dtype, steps, how.leave, look, stir, how.stable)
     return said, spent.tolist()
 
 
@@ -109,7 +113,7 @@ def predictions(
     """Batch by batch, what these views say of every query of the tasks, and the share of the work that is done.
 
     Views in `done` are left out; after `until` (time.monotonic) no batch begins. Outputs of queries are not looked at.
-    Raises UserError when a task has no query.
+    Small canvases come first. Raises UserError when a task has no query.
     """
     for task in tasks:
         if not task.queries:
@@ -127,18 +131,23 @@ def predictions(
     units = [(r, v) for r, v in todo if asked.canvas[r, 0]]
     if lost := sorted({r for r, _ in todo} - {r for r, _ in units}):
         yield [nothing[r]._replace(too_large=canvas_for(tasks[of[r]], number[r])) for r in lost], 0.0
-    finished, samples = 0, cfg.solve.samples if cfg.solve.noise else 1
-    for part in train.portions(data.chosen(asked, torch.tensor([r for r, _ in units]).long()), cfg.model, cfg.eval.tokens // samples):
+    samples = cfg.solve.samples if cfg.solve.noise else 1
+    asks = cfg.solve.adapt == "context" or cfg.solve.vote == "demos"  # each demo, too
+    copies = torch.tensor([samples * (1 + asks * len(tasks[of[r]].demos)) for r, _ in units])
+    each_row = data.chosen(asked, torch.tensor([r for r, _ in units]).long())
+    work = copies * (cfg.model.context_tokens + each_row.canvas.prod(1))
+    finished, whole = 0, int(work.sum())
+    for part in train.portions(each_row, cfg.model, cfg.eval.tokens, copies):
         if time.monotonic() > until:
             return
-        begun, mine = time.monotonic(), [units[i] for i in part.tolist()]
+        begun, mine, due = time.monotonic(), [units[i] for i in part.tolist()], int(work[part].sum())
         rows = [r for r, _ in mine for _ in range(samples)]
         seen = [view(tasks[of[r]], number[r], v, cfg.data) for r, v in mine for _ in range(samples)]
         symmetry = Symmetry(*(torch.stack([s[i] for s, _ in seen]) for i in range(2)))
         turn = symmetry, torch.nn.utils.rnn.pad_sequence([u for _, u in seen], batch_first=True)
         episodes = data.posed(packed, cfg.data, "test", data.chosen(asked, torch.tensor(rows)), view=turn)
         batch = data.batch(packed, episodes, cfg.data, cfg.model.raster)
-        share = begun + (until - begun) * len(mine) / (len(units) - finished) if until < math.inf else until
+        share = begun + (until - begun) * due / (whole - finished)
         answering, explains = from_demos(cast, cfg, encode, batch, tasks, [of[r] for r in rows], turn, share)
         keys = [(int(hashes[of[r]][:13], 16), number[r], v, k) for r, v in mine for k in range(samples)]
         said, spent = thoughts(cast, cfg, answering, batch, dtype, keys)
@@ -152,10 +161,10 @@ def predictions(
                 found[r].append(vote._replace(q=q, demos=explains[b], view=v, step=step, source=source))
             if v == 0:
                 first[r] = said[b, spent[b]][0].argmax(-1).view(*canvas).cpu().numpy()
-        finished += len(mine)
+        finished += due
         each = (time.monotonic() - begun) / len(mine)
         made = [(r, vs, each * len({v.view for v in vs})) for r, vs in found.items()]
-        yield [nothing[r]._replace(votes=vs, canvas=first.get(r), seconds=t) for r, vs, t in made], finished / len(units)
+        yield [nothing[r]._replace(votes=vs, canvas=first.get(r), seconds=t) for r, vs, t in made], finished / whole
 
 
 def canvas_for(task: Task, query: int) -> int:
@@ -190,6 +199,7 @@ class Solver(NamedTuple):
     cfg: Config
     meta: dict[str, Any]
     source: str  # hash of the weights and of all that its answers depend on
+    spent: float = 0.0  # seconds of joint adaptation for each query
 
 
 FREE = ("train.device", "train.dtype", "eval.tokens", "solve.")
@@ -206,9 +216,14 @@ def opened(path: str | Path, sets: Sequence[str] = (), weights: str = "ema") -> 
     cfg = config.parse_config(raw, str(c.path))
     params = c.ema if weights == "ema" else c.params
     how = {k: v for k, v in msgspec.to_builtins(cfg.solve).items() if k not in ("views", "vote")}
-    said = json.dumps([how, cfg.solve.vote == "demos", str(train.dtype_of(cfg.train.dtype, train.device_of(cfg.train.device)))])
-    source = hashlib.blake2b((checkpoint.digest_of(etrm.leaves(params), said)).encode(), digest_size=6).hexdigest()
-    return Solver(c.path, params, cfg, c.meta, source)
+    learns = [cfg.optimizer, cfg.run.seed] if cfg.solve.adapt in ("full", "joint") else []
+    rest = [cfg.solve.vote == "demos", cfg.model, cfg.data, *learns]
+    said = json.dumps([how, *msgspec.to_builtins(rest), str(train.dtype_of(cfg.train.dtype, train.device_of(cfg.train.device)))])
+    return Solver(c.path, params, cfg, c.meta, short(checkpoint.digest_of(etrm.leaves(params), said)))
+
+
+def short(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
 ADAPTED = {
@@ -225,33 +240,48 @@ class Question(NamedTuple):
     tasks: list[Task]  # their outputs hidden
     views: range
     file: Path  # predictions.jsonl
+    made: list[Prediction]  # what stands in it
     deadline: float = math.inf  # time.monotonic
+
+
+def missing(solver: Solver, ask: Question) -> tuple[list[Task], set[Key]]:
+    """(tasks of which some view was not asked yet, the views that were)."""
+    own = [p for p in ask.made if p.source == solver.source]
+    done = {(p.hash, p.query, v) for p in own for v in (ask.views if p.too_large else {x.view for x in p.votes})}
+    wanting = lambda t, key: any((key, i, v) not in done for i in range(len(t.queries)) for v in ask.views)  # noqa: E731
+    return [t for t in ask.tasks if wanting(t, votes.task_hash(t))], done
+
+
+def jointly(solver: Solver, ask: Question, everyone: Sequence[Task]) -> Solver:
+    """The solver after joint adaptation to everyone's demos, in at most 0.8 of the time; as it was where nothing is to be asked.
+
+    Who votes also depends on these tasks. Once there are votes the weights stay as they are."""
+    solver = solver._replace(source=short(solver.source + sources.set_hash(everyone)))
+    if not missing(solver, ask)[0]:
+        return solver
+    begun = any(p.source == solver.source for p in ask.made)
+    limit = 0.0 if begun else max(1e-3, 0.8 * (ask.deadline - time.monotonic()))
+    folder = ask.file.with_name(f"joint-{solver.source}")
+    params, seconds = adapt.tuned_jointly(solver.params, solver.cfg, everyone, folder, limit)
+    return solver._replace(params=params, spent=seconds / sum(len(t.queries) for t in everyone))
 
 
 def answer(solver: Solver, ask: Question, say: Callable[[float], None]) -> None:
     """Ask for the views that are not in the file yet; each batch is on disk before the next begins."""
-    cfg, params = solver.cfg, solver.params
-    made = votes.read(ask.file) if ask.file.exists() else []
-    own = [p for p in made if p.source == solver.source]
-    done = {(p.hash, p.query, v) for p in own for v in (ask.views if p.too_large else {x.view for x in p.votes})}
-    missing = [t for t in ask.tasks if any((votes.task_hash(t), i, v) not in done for i in range(len(t.queries)) for v in ask.views)]
-    if cfg.solve.adapt == "joint" and missing:
-        params = adapt.tuned_jointly(params, cfg, ask.tasks, ask.file.with_name(f"{ask.file.stem}-joint-{solver.source}"))
-    if cfg.solve.adapt != "full":
-        for part, share in predictions(params, cfg, missing, ask.views, solver.source, done, ask.deadline) if missing else ():
+    todo, done = missing(solver, ask)
+    alone = solver.cfg.solve.adapt == "full"
+    groups = [[t] for t in todo] if alone else [todo] if todo else []
+    for n, group in enumerate(groups):
+        begun, params, spent = time.monotonic(), solver.params, solver.spent
+        if alone:
+            until = begun + 0.8 * (ask.deadline - begun) / (len(groups) - n)
+            params = adapt.tuned(params, solver.cfg, group[0], until)
+            spent = (time.monotonic() - begun) / len(group[0].queries)
+        for part, share in predictions(params, solver.cfg, group, ask.views, solver.source, done, ask.deadline):
+            part = [p._replace(seconds=p.seconds + spent * (p.canvas is not None)) for p in part]  # once a query
             votes.append(ask.file, part)
-            say(share)
-        return
-    for n, task in enumerate(missing):
-        begun = time.monotonic()
-        if begun > ask.deadline:
-            return
-        until = begun + 0.8 * (ask.deadline - begun) / (len(missing) - n) if ask.deadline < math.inf else math.inf
-        tuned = adapt.tuned(params, cfg, task, until)
-        spent = (time.monotonic() - begun) / len(task.queries)
-        for part, share in predictions(tuned, cfg, [task], ask.views, solver.source, done):
-            votes.append(ask.file, [p._replace(seconds=p.seconds + spent * (p.canvas is not None)) for p in part])
-            say((n + share) / len(missing))
+            ask.made.extend(part)
+            say((n + share) / len(groups))
 
 
 def wanted(chosen: Sequence[str], limit: int, hide: bool) -> dict[str, list[Task]]:
@@ -271,6 +301,11 @@ def shard_of(tasks: Sequence[Task], shard: str) -> list[Task]:
     return list(tasks[int(i) - 1 :: int(n)])
 
 
+def place_of(path: Path) -> Path:
+    """The folder of a checkpoint, or this one where nothing can be written there."""
+    return path.parent if os.access(path.parent, os.W_OK) else Path()
+
+
 def evaluate(
     paths: Sequence[str | Path], data_sources: Sequence[str] = (), sets: Sequence[str] = (), weights: str = "ema",
     predictions_file: str = "", budget: float = math.inf, shard: str = "1/1", submit: str = "",
@@ -278,48 +313,55 @@ def evaluate(
 ) -> dict[str, Any]:  # fmt: skip
     """Ask checkpoints (which vote together), then score: what was on disk before any output of a query was looked at.
 
-    The default data is the dev split of the first. budget: seconds, after which no batch begins. Predictions that the
-    file holds already are not made again. Without any known output there are predictions but no scores.
+    The default data is the dev split of the first, whose rule of voting is that of all. budget: seconds, after which no
+    batch begins. Predictions that the file holds already are not made again. Without any known output there are
+    predictions but no scores. `submit` is written first of all, and again whenever there is more to say.
     """
-    deadline, solvers = time.monotonic() + budget, [opened(p, sets, weights) for p in paths]
-    first, how = solvers[0], solvers[0].cfg.solve
+    deadline, first = time.monotonic() + budget, opened(paths[0], sets, weights)
+    how = first.cfg.solve
+    solvers = [first, *(opened(p, [*sets, f"solve.vote={how.vote}"], weights) for p in paths[1:])]
     chosen = tuple(data_sources) or first.cfg.data.dev
     if not chosen:
         raise UserError(f"{first.path}: was trained without a dev split; name the tasks with --data")
     load = functools.partial(wanted, chosen, 0 if data_sources else first.cfg.data.max_eval_tasks)
-    if how.adapt == "joint" and shard != "1/1":
-        raise UserError(f"--shard {shard}: joint adaptation takes all tasks together")
-    asked = {k: shard_of(ts, shard) for k, ts in load(hide=True).items()}
-    tasks = [t for ts in asked.values() for t in ts]
-    file = Path(predictions_file or first.path.parent / "predictions.jsonl")
-    rounds = [range(how.views)] if budget == math.inf or how.adapt == "full" else [range(1), *rounds_of(how.views)]
-    for r, views in enumerate(rounds):
+    named = load(hide=True)
+    tasks = [t for ts in named.values() for t in shard_of(ts, shard)]
+    if not tasks:
+        raise UserError(f"--shard {shard}: no task is left")
+    file = Path(predictions_file or place_of(first.path) / "predictions.jsonl")
+    ask = Question(tasks, range(how.views), file, votes.read(file) if file.exists() else [], deadline)
+
+    def heard() -> list[Prediction]:
+        by = {s.source for s in solvers}
+        here = votes.joined(tasks, ask.made, lambda v: v.source in by and v.view < how.views)
+        if submit:
+            checkpoint.write_text(Path(submit), json.dumps(votes.submission(tasks, here, how.vote)))
+        return here
+
+    heard()  # what cannot be written is said before hours have gone by
+    everyone = [t for ts in named.values() for t in ts]
+    solvers = [jointly(s, ask, everyone) if s.cfg.solve.adapt == "joint" else s for s in solvers]
+    for views in [ask.views] if budget == math.inf or how.adapt == "full" else rounds_of(how.views):
         for k, solver in enumerate(solvers):
+            before, part = views.start + k * len(views) / len(solvers), len(views) / len(solvers)
             if time.monotonic() < deadline:
-                part = functools.partial(told, say, r * len(solvers) + k, len(rounds) * len(solvers))
-                answer(solver, Question(tasks, views, file, deadline), part)
-    by = {s.source for s in solvers}
-    here = votes.joined(tasks, votes.read(file) if file.exists() else [], lambda v: v.source in by and v.view < how.views)
+                answer(solver, ask._replace(views=views), lambda done, a=before, b=part: say((a + b * done) / how.views))  # type: ignore[misc]
+        here = heard()
     if not any(p.votes or p.too_large for p in here):
         raise UserError(f"--budget: {budget / 60:g} minutes are not enough for a single view")
-    result: dict[str, Any] = {"data": list(chosen), "views": how.views, "weights": weights, "adaptation": ADAPTED[how.adapt]}
+    adapted = " and ".join(sorted({ADAPTED[s.cfg.solve.adapt] for s in solvers}))
+    result: dict[str, Any] = {"data": list(chosen), "views": how.views, "weights": weights, "adaptation": adapted}
     result |= {"checkpoints": [str(s.path) for s in solvers], "step": first.meta.get("step"), "predictions": str(file)}
     result |= {"votes": sum(len(p.votes) for p in here), "seconds_per_task": sum(p.seconds for p in here) / len(tasks)}
     result["too_large"] = sum(p.too_large > 0 for p in here)
     result["guard"] = "; ".join(sorted({str(msgspec.convert(s.meta["finding"], sources.Finding)) for s in solvers}))
-    if submit:
-        checkpoint.write_text(Path(submit), json.dumps(votes.submission(tasks, here, how.vote)))
-        result["submission"] = submit
+    result |= {"submission": submit} if submit else {}
     return result | judged(solvers, {k: shard_of(ts, shard) for k, ts in load(hide=False).items()}, here, how.vote)
 
 
-def told(say: Callable[[float], None], done: int, of: int, part: float) -> None:
-    say((done + part) / of)
-
-
 def rounds_of(views: int) -> list[range]:
-    """1, 2, 4 ... more views each, so that a budget that ends early was spent on all queries alike."""
-    edges = [1 << i for i in range(views.bit_length()) if 1 << i < views] + [views]
+    """1, 1, 2, 4 ... more views each, so that a budget that ends early was spent on all queries alike."""
+    edges = [0, *(1 << i for i in range(views.bit_length()) if 1 << i < views), views]
     return [range(a, b) for a, b in zip(edges, edges[1:], strict=False)]
 
 
@@ -335,10 +377,8 @@ def judged(solvers: Sequence[Solver], known: dict[str, list[Task]], here: Sequen
         result["by_source"] = {k: votes.score(ts, own[k], rule) for k, ts in known.items() if ts}
     clean = [held_out(s.cfg, s.meta, tasks) for s in solvers]
     result["held_out"] = False if False in clean else None if None in clean else True
-    kept_out = {votes.task_hash(t) for t in sources.load(("arc1:evaluation", *solvers[0].cfg.data.held_out), hide=True)}
-    if any(votes.task_hash(t) in kept_out for t in tasks):
-        result["look"] = look(solvers[0].path, list(known), tasks, result)
-    return result
+    kept_out = [x for s in solvers for x in s.cfg.data.held_out]
+    return result | looked({place_of(s.path) for s in solvers}, kept_out, known, result["pass@2"])
 
 
 def held_out(cfg: Config, meta: dict[str, Any], tasks: Sequence[Task]) -> bool | None:
@@ -356,34 +396,53 @@ def held_out(cfg: Config, meta: dict[str, Any], tasks: Sequence[Task]) -> bool |
     return True
 
 
-def look(path: Path, chosen: Sequence[str], tasks: Sequence[Task], result: dict[str, Any]) -> int | None:
-    """Count this look at the held-out set beside the checkpoint; None where nothing can be written there."""
-    row = {"data": list(chosen), "hash": sources.set_hash(tasks), "pass@2": result["pass@2"], "checkpoint": path.name}
-    row["time"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    file = path.parent / "looks.jsonl"
-    try:
-        with open(file, "a+", encoding="utf-8") as f:
-            f.write(json.dumps(row) + "\n")
-            f.seek(0)
-            return sum(json.loads(line)["hash"] == row["hash"] for line in f)
-    except (OSError, ValueError, KeyError):
-        return None
+@functools.cache
+def hashes_of(source: str) -> frozenset[str]:
+    return frozenset(votes.task_hash(t) for t in sources.load([source], hide=True))
+
+
+def looked(folders: Collection[Path], kept_out: Sequence[str], known: dict[str, list[Task]], score: float) -> dict[str, int | None]:
+    """Count a look at held-out tasks (ARC's two evaluation sets and a config's own) in looks.jsonl of each folder.
+
+    "look": how often the task seen most often was looked at by now; None where that could not be counted; {} where none
+    of the tasks is held out."""
+    there = [x for x in ("arc1:evaluation", "arc2:evaluation", *kept_out) if x in sources.EMBEDDED or Path(x).exists()]
+    held = frozenset().union(*map(hashes_of, there))
+    seen = sorted({short(key) for ts in known.values() for t in ts if (key := votes.task_hash(t)) in held})
+    row = {"data": list(known), "pass@2": score, "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
+    counts = []
+    for folder in folders if seen else ():
+        try:
+            with open(folder / "looks.jsonl", "a+", encoding="utf-8") as f:
+                f.write(json.dumps(row | {"tasks": seen}) + "\n")
+                f.seek(0)
+                so_far = Counter(key for line in f for key in json.loads(line)["tasks"])
+            counts.append(max(so_far[key] for key in seen))
+        except (OSError, ValueError, KeyError):
+            return {"look": None}
+    return {"look": max(counts)} if counts else {}
 
 
 def merge(files: Sequence[Path], chosen: Sequence[str], rule: str, out: str = "", submit: str = "") -> dict[str, Any]:
     """Join predictions and submissions into one file; for tasks of the sources given, into a submission and scores."""
+    if submit and not chosen:
+        raise UserError("--submission: name the tasks with --data")
     made = [p for f in files for p in votes.read(f)]
     hidden = [t for ts in wanted(chosen, 0, True).values() for t in ts]
     here = votes.joined(hidden, made) if chosen else list(votes.union(made).values())
+    if not any(p.votes for p in here):
+        raise UserError(f"{', '.join(map(str, files))}: no vote for any of the tasks")
     result: dict[str, Any] = {"files": [str(f) for f in files], "votes": sum(len(p.votes) for p in here), "queries": len(here)}
+    result["unanswered"] = sum(not p.votes for p in here)
     if out:
         checkpoint.write_text(Path(out), "".join(votes.to_line(p) + "\n" for p in votes.by_source(here)))
     if submit:
-        if not chosen:
-            raise UserError("--submission: name the tasks with --data")
         checkpoint.write_text(Path(submit), json.dumps(votes.submission(hidden, here, rule)))
-    known = [t for ts in wanted(chosen, 0, False).values() for t in ts]
-    return result | (votes.score(known, here, rule) if any(y is not None for t in known for _, y in t.queries) else {})
+    known = wanted(chosen, 0, False)
+    if not any(y is not None for ts in known.values() for t in ts for _, y in t.queries):
+        return result
+    result |= votes.score([t for ts in known.values() for t in ts], here, rule)
+    return result | looked({place_of(files[0])}, (), known, result["pass@2"])
 
 
 def answers(path: str | Path, task_file: str, sets: Sequence[str] = ()) -> list[tuple[Task, list[tuple[Prediction, list[Answer]]]]]:

@@ -99,7 +99,7 @@ def _read(path: Path, hide: bool) -> Iterator[Task]:
     if path.is_dir():
         files = [p for p in sorted(path.rglob("*")) if p.suffix in (".json", ".jsonl") and p.is_file()]
         for file in files:
-            if not any(word in file.stem for word in ("solutions", "submission")):
+            if not any(word in file.stem for word in ("solutions", "submission", "predictions", "looks")):
                 yield from _read(file, hide)
     elif path.suffix == ".jsonl":
         try:
@@ -130,11 +130,12 @@ def _read(path: Path, hide: bool) -> Iterator[Task]:
             raise UserError(f"{path}: neither a task, nor tasks by id, nor a list of pairs")
 
 
-def load(sources: Sequence[str], limit: int = 0, hide: bool = False) -> list[Task]:
+def load(sources: str | Path | Sequence[str | Path], limit: int = 0, hide: bool = False) -> list[Task]:
     """All tasks of the sources, sorted by name; equal copies under one name once. hide: the outputs of queries are not
     looked at, no solutions file is opened. Raises UserError on anything malformed or empty."""
     tasks: dict[str, Task] = {}
-    for source in sources:
+    wanted = [str(s) for s in ([sources] if isinstance(sources, (str, Path)) else sources)]
+    for source in wanted:
         if source.startswith(("arc1:", "arc2:")):
             if source not in EMBEDDED:
                 raise UserError(f"{source}: no such embedded set{nearest(source, EMBEDDED)}; known: {', '.join(EMBEDDED)}")
@@ -149,7 +150,7 @@ def load(sources: Sequence[str], limit: int = 0, hide: bool = False) -> list[Tas
                 name, again = f"{task.name}#{again + 1}", again + 1  # another task under the same name
             tasks[name] = task._replace(name=name)
     if not tasks:
-        raise UserError(f"{', '.join(sources) or 'no source'}: no task found")
+        raise UserError(f"{', '.join(wanted) or 'no source'}: no task found")
     return [tasks[name] for name in sorted(tasks)][: limit or None]
 
 

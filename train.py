@@ -197,14 +197,16 @@ def reduce(per_shard: Sequence[Sequence[Tensor]]) -> list[Tensor]:
 # ---------------------------------------------------------------- watching a run
 
 
-def portions(asked: data.Queries, cfg: ModelConfig, tokens: int) -> list[Tensor]:
-    """Rows of `asked` of each evaluation batch, by size, at most `tokens` tokens each; those without a canvas are left out."""
+def portions(asked: data.Queries, cfg: ModelConfig, tokens: int, times: Tensor | None = None) -> list[Tensor]:
+    """Rows of `asked` of each evaluation batch, by size, at most `tokens` tokens each; those without a canvas are left out.
+
+    times (Q,): canvases of that size that each row takes, 1 by default."""
     cells = asked.canvas.prod(1)
     order = torch.argsort(cells, stable=True)
     made: list[list[int]] = []
     room = 0
     for row in order[cells[order] > 0].tolist():
-        need = cfg.context_tokens + int(cells[row])
+        need = (cfg.context_tokens + int(cells[row])) * (1 if times is None else int(times[row]))
         if need > room:
             made.append([])
             room = tokens

@@ -2,12 +2,13 @@
 
 A line of predictions.jsonl holds some votes for one query: {"task", "query", "hash", "source", "seconds", "votes",
 "canvas", "too_large"}. `hash` is the task's content without the outputs asked for, `source` says who voted. A vote is {"view",
-"step", "q", "logp", "demos", "grid"}: a grid's rows are joined by "/", null is no answer. `canvas` is all that the first
-view said: blank where nothing is, "|" at the end of the grid.
+"step", "q", "logp", "demos", "grid"}: a grid's rows are joined by "/", null is no answer; "logp" and "demos" stand there
+where the solver gave them. `canvas` is all that the first view said: blank where nothing is, "|" at the end of the grid.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections import defaultdict
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import sources
-from .data import PAD, Task, UserError, nearest, tokenise
+from .data import MAX_SIDE, PAD, Task, UserError, nearest, tokenise, untokenise
 
 SIGNS = " |0123456789"  # a token each
 
@@ -28,7 +29,7 @@ class Vote(NamedTuple):
 
     grid: np.ndarray | None  # None: no whole grid was given
     q: float = 0.0  # the halting head's logit
-    logp: float = 0.0  # log-probability of the whole answer
+    logp: float | None = None  # log-probability of the whole answer
     demos: float | None = None  # mean log-probability of a demo's cell under the same context, where that was asked
     view: int = 0
     step: int = 0  # ACT step of the answer
@@ -59,8 +60,8 @@ def to_line(p: Prediction) -> str:
     """One prediction as a line of JSON; its votes all have one source."""
     votes = []
     for v in p.votes:
-        explains = {} if v.demos is None else {"demos": v.demos}
-        votes.append({"view": v.view, "step": v.step, "q": v.q, "logp": v.logp, **explains, "grid": written(v.grid)})
+        known = {k: getattr(v, k) for k in ("logp", "demos") if getattr(v, k) is not None}
+        votes.append({"view": v.view, "step": v.step, "q": v.q, **known, "grid": written(v.grid)})
     line: dict[str, Any] = {"task": p.task, "query": p.query, "hash": p.hash, "source": p.source}
     line["seconds"] = round(p.seconds, 3)
     if p.canvas is not None:
@@ -75,8 +76,10 @@ def of_line(text: str, where: str) -> Prediction:
         votes = []
         for v in line["votes"]:
             grid = None if v["grid"] is None else sources.check_grid([[int(c) for c in r] for r in v["grid"].split("/")], where)
-            explains = float(v["demos"]) if "demos" in v else None
-            votes.append(Vote(grid, float(v["q"]), float(v["logp"]), explains, int(v["view"]), int(v["step"]), str(line["source"])))
+            q, (logp, demos) = float(v["q"]), (float(v[k]) if k in v else None for k in ("logp", "demos"))
+            if not all(x is None or math.isfinite(x) for x in (q, logp, demos)):
+                raise ValueError(f"q, logp and demos are {q}, {logp} and {demos}")
+            votes.append(Vote(grid, q, logp, demos, int(v["view"]), int(v["step"]), str(line["source"])))
         rows = line["canvas"].split("/") if "canvas" in line else None
         canvas = None if rows is None else np.array([[SIGNS.index(c) for c in row] for row in rows], np.uint8)
         rest = int(line.get("too_large", 0)), float(line.get("seconds", 0)), str(line["source"])
@@ -88,11 +91,13 @@ def of_line(text: str, where: str) -> Prediction:
 def read(path: Path) -> list[Prediction]:
     """All lines of a predictions.jsonl, or the attempts of a submission. A last line cut off by a kill is left out."""
     if path.suffix != ".jsonl":
-        return [
-            Prediction(name, i, "", [Vote(np.array(t[k], np.uint8), view=v, source=str(path)) for v, k in enumerate(ATTEMPTS)])
-            for name, tries in check_submission(path).items()
-            for i, t in enumerate(tries)
-        ]
+        made = []
+        for name, tries in check_submission(path).items():
+            for i, both in enumerate(tries):
+                grids = [np.array(both[k], np.uint8) for k in ATTEMPTS]
+                attempts = [Vote(grid, view=v, source=str(path)) for v, grid in enumerate(grids)]
+                made.append(Prediction(name, i, "", attempts, tokenise(grids[0], (MAX_SIDE, MAX_SIDE)), source=str(path)))
+        return made
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
@@ -105,10 +110,10 @@ def append(path: Path, made: Iterable[Prediction]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab+") as f:
-            f.seek(0)
-            whole = f.read()
-            if whole and not whole.endswith(b"\n"):
-                f.truncate(whole.rfind(b"\n") + 1)
+            f.seek(max(0, f.tell() - 1))
+            if f.read() not in (b"", b"\n"):
+                f.seek(0)
+                f.truncate(f.read().rfind(b"\n") + 1)
             f.write("".join(to_line(p) + "\n" for p in made).encode())
     except OSError as e:
         raise UserError(f"{path}: cannot be written: {e.strerror}") from None
@@ -127,10 +132,15 @@ def union(made: Iterable[Prediction], keep: Callable[[Vote], bool] = lambda v: T
             parts[p.hash or p.task, p.query].append(p)
     found = {}
     for key, ps in parts.items():
-        votes = {(v.source, v.view, v.step): v for p in ps for v in p.votes if keep(v)}
-        canvas = next((p.canvas for p in ps if p.canvas is not None), None)
+        votes: dict[tuple[str, int, int], Vote] = {}
+        for v in filter(keep, (v for p in ps for v in p.votes)):
+            same = votes.setdefault((v.source, v.view, v.step), v)
+            if same is not v:  # asked twice: the same, or nearly, on another machine
+                votes[v.source, v.view, v.step] = min(same, v, key=lambda x: (x.q, written(x.grid) or ""))
+        shown = [p for p in ps if p.canvas is not None]
+        canvas = min(shown, key=lambda p: p.source).canvas if shown else None
         large = 0 if votes else max(p.too_large for p in ps)
-        spent = math.fsum(p.seconds for p in ps)
+        spent = math.fsum(p.seconds * sum(map(keep, p.votes)) / len(p.votes) for p in ps if p.votes)
         found[key] = Prediction(ps[0].task, ps[0].query, ps[0].hash, [votes[k] for k in sorted(votes)], canvas, large, spent)
     return found
 
@@ -171,18 +181,19 @@ def log_sum(xs: Sequence[float]) -> float:
     return top + math.log(math.fsum(math.exp(x - top) for x in xs)) if top > -math.inf else top
 
 
-def by_demos(votes: Sequence[Vote]) -> float:
-    weights = [v.demos for v in votes if v.demos is not None]
-    if len(weights) < len(votes):
-        raise UserError("vote = demos: these predictions hold no scores of demos (etrm eval --vote demos makes them)")
+def summed(field: str, votes: Sequence[Vote]) -> float:
+    weights = [getattr(v, field) for v in votes]
+    if None in weights:
+        hint = " (etrm eval --vote demos makes them)" if field == "demos" else ""
+        raise UserError(f"vote: some of these votes hold no {field}, as a submission's do{hint}: only count can rank them")
     return log_sum(weights)
 
 
 # How much the votes for one answer weigh together; ties go by mean sigmoid(q), then by the grid itself.
 RULES: dict[str, Callable[[Sequence[Vote]], float]] = {
     "count": len,  # as published
-    "probability": lambda votes: log_sum([v.logp for v in votes]),
-    "demos": by_demos,  # each vote weighs as much as its context explains the demos
+    "probability": functools.partial(summed, "logp"),
+    "demos": functools.partial(summed, "demos"),  # each vote weighs as much as its context explains the demos
 }
 
 
@@ -236,61 +247,63 @@ class Judged(NamedTuple):
     exact: bool  # of the first view: every valid cell of the canvas
     cells: float  # of the first view: share of the valid cells
     shape: bool  # of the first view
-    confidence: float  # share of the votes that the first answer has
-    side: int  # largest side of the task's grids, the right output included
+    share: float  # of the votes, that the first answer has
+    q: float  # mean sigmoid(q) of the first answer
+    side: int  # largest side of the demos, the query and the right output
     demos: int
 
 
 def judge(task: Task, p: Prediction, want: np.ndarray, rule: str) -> Judged:
     ranked = rank(p.votes, rule)
     place = next((i for i, a in enumerate(ranked, 1) if np.array_equal(a.grid, want)), 0)
-    exact, cells = False, 0.0
+    exact, cells, shape = False, 0.0, False
     if p.canvas is not None and all(a <= b for a, b in zip(want.shape, p.canvas.shape, strict=True)):
-        label = tokenise(want, p.canvas.shape)
+        label, first = tokenise(want, p.canvas.shape), untokenise(p.canvas)
         right = (p.canvas == label)[label != PAD]
-        exact, cells = bool(right.all()), float(right.mean())
-    first = next((v.grid for v in p.votes if v.view == 0 and v.grid is not None), None)
+        exact, cells, shape = bool(right.all()), float(right.mean()), first is not None and first.shape == want.shape
     grids = [x for pair in task.demos for x in pair] + [task.queries[p.query][0], want]
-    return Judged(
-        place, place > 0, exact, cells, first is not None and first.shape == want.shape,
-        ranked[0].share if ranked else 0.0, max(max(x.shape) for x in grids), len(task.demos),
-    )  # fmt: skip
+    share, q = (ranked[0].share, ranked[0].q) if ranked else (0.0, 0.0)
+    return Judged(place, place > 0, exact, cells, shape, share, q, max(max(x.shape) for x in grids), len(task.demos))
+
+
+def solved(task: Sequence[Judged], k: int) -> list[float]:
+    """1 for each query of a task whose right answer is among the first k, else 0."""
+    return [float(0 < j.place <= k) for j in task]
 
 
 def passed(rows: Sequence[Sequence[Judged]], k: int) -> float:
-    """Mean over tasks of the share of their queries whose right answer is among the first k."""
-    return math.fsum(sum(0 < j.place <= k for j in task) / len(task) for task in rows) / len(rows)
+    """Mean over tasks of the share of their queries that are solved."""
+    return math.fsum(sum(solved(task, k)) / len(task) for task in rows) / len(rows)
 
 
 def groups(rows: Sequence[Sequence[Judged]], of: Callable[[Judged], int], edges: Sequence[int]) -> dict[str, dict[str, float]]:
     """pass@2 and number of tasks up to each edge, each counted once."""
     found, low = {}, 0
     for edge in edges:
-        here = [task for task in rows if low < of(task[0]) <= edge]
+        here = [task for task in rows if low < max(map(of, task)) <= edge]
         if here:
             found[f"<={edge}"] = {"n_tasks": len(here), "pass@2": passed(here, 2)}
         low = edge
     return found
 
 
-def reliability(judged: Sequence[Judged], bins: int = 5) -> list[dict[str, float]]:
-    """In bins of confidence: how many, their mean confidence, the share that is right at the first attempt."""
+def reliability(judged: Sequence[Judged], of: Callable[[Judged], float], bins: int = 5) -> list[dict[str, float]]:
+    """In bins of a confidence: how many, their mean confidence, the share that is right at the first attempt."""
     found: dict[int, list[Judged]] = defaultdict(list)
     for j in judged:
-        found[min(bins - 1, int(j.confidence * bins))].append(j)
+        found[min(bins - 1, int(of(j) * bins))].append(j)
     mean = lambda xs: math.fsum(xs) / len(xs)  # noqa: E731
     return [
-        {"n": len(js), "confidence": mean([j.confidence for j in js]), "right": mean([j.place == 1 for j in js])}
-        for _, js in sorted(found.items())
+        {"n": len(js), "confidence": mean([*map(of, js)]), "right": mean([j.place == 1 for j in js])} for _, js in sorted(found.items())
     ]
 
 
 def score(tasks: Sequence[Task], predictions: Sequence[Prediction], rule: str = "count") -> dict[str, Any]:
     """Scores over the queries with a known output; an unanswered one is wrong. Three definitions of pass@k are in use:
 
-    pass@k (the headline, as published): mean over tasks of the share of their queries solved; all_queries: share of the
-    tasks all of whose queries are solved; per_output: share of queries. interval95: Wilson over tasks for the first two
-    and for what is a share of tasks, a bootstrap over tasks for what is a share of queries or cells.
+    pass@k (the headline, as published): mean over tasks of the share of their queries solved; all_queries/pass@k: share of
+    the tasks all of whose queries are solved; per_output/pass@k: share of queries. interval95: Wilson over tasks for the
+    first two, a bootstrap over tasks for what is a mean over queries.
     """
     asked = {(p.task, p.query): p for p in predictions}
     rows: list[list[Judged]] = []
@@ -305,21 +318,20 @@ def score(tasks: Sequence[Task], predictions: Sequence[Prediction], rule: str = 
     found: dict[str, Any] = {"n_tasks": n, "n_queries": len(flat), "vote": rule}
     sure: dict[str, tuple[float, float]] = {}
     for k in PASS:
-        found[f"pass@{k}"] = passed(rows, k)
-        sure[f"pass@{k}"] = wilson(found[f"pass@{k}"], n)
-    found["all_queries"] = {f"pass@{k}": sum(all(0 < j.place <= k for j in task) for task in rows) / n for k in PASS}
-    found["per_output"] = {f"pass@{k}": sum(0 < j.place <= k for j in flat) / len(flat) for k in PASS}
-    sure["all_queries/pass@2"] = wilson(found["all_queries"]["pass@2"], n)
-    sure["per_output/pass@2"] = bootstrap([[float(0 < j.place <= 2) for j in task] for task in rows])
+        for name, share in ((f"pass@{k}", passed(rows, k)), (f"all_queries/pass@{k}", sum(min(solved(t, k)) for t in rows) / n)):
+            found[name], sure[name] = share, wilson(share, n)
+    means: dict[str, Callable[[Sequence[Judged]], list[float]]] = {f"per_output/pass@{k}": functools.partial(solved, k=k) for k in PASS}
     for name, of in (("oracle", "oracle"), ("exact_match", "exact"), ("cell_accuracy", "cells"), ("shape_accuracy", "shape")):
-        values = [[float(getattr(j, of)) for j in task] for task in rows]
+        means[name] = lambda task, of=of: [float(getattr(j, of)) for j in task]  # type: ignore[misc]
+    for name, values_of in means.items():
+        values = [values_of(task) for task in rows]
         found[name] = math.fsum(x for task in values for x in task) / len(flat)
         sure[name] = bootstrap(values)
     return found | {
         "interval95": sure,
         "by_side": groups(rows, lambda j: j.side, SIDES),
         "by_demos": groups(rows, lambda j: j.demos, DEMOS),
-        "reliability": reliability(flat),
+        "reliability": {"share": reliability(flat, lambda j: j.share), "q": reliability(flat, lambda j: j.q)},
         "unanswered": sum(not asked[p.task, p.query].votes for p in predictions),
     }
 
@@ -379,11 +391,13 @@ def solutions_of(path: Path) -> dict[str, list[np.ndarray]]:
 def score_submission(path: Path, solutions: Path) -> dict[str, Any]:
     """pass@1 and pass@2 of a submission against its solutions: mean over tasks, and over outputs (Kaggle's own score)."""
     made, wanted = check_submission(path, solutions), solutions_of(solutions)
-    found: dict[str, Any] = {"tasks": len(wanted), "queries": sum(map(len, wanted.values()))}
+    found: dict[str, Any] = {"tasks": len(wanted), "queries": sum(map(len, wanted.values())), "interval95": {}}
     for k in (1, 2):
         hits = [
-            [any(both[a] == y.tolist() for a in ATTEMPTS[:k]) for both, y in zip(made[t], ys, strict=True)] for t, ys in wanted.items()
+            [float(any(both[a] == y.tolist() for a in ATTEMPTS[:k])) for both, y in zip(made[t], ys, strict=True)]
+            for t, ys in wanted.items()
         ]
-        found[f"pass@{k}"] = math.fsum(sum(h) / len(h) for h in hits) / len(hits)
+        share = found[f"pass@{k}"] = math.fsum(sum(h) / len(h) for h in hits) / len(hits)
         found[f"per_output/pass@{k}"] = sum(map(sum, hits)) / found["queries"]
-    return found | {"interval95": {f"pass@{k}": wilson(found[f"pass@{k}"], len(wanted)) for k in (1, 2)}}
+        found["interval95"] |= {f"pass@{k}": wilson(share, len(hits)), f"per_output/pass@{k}": bootstrap(hits)}
+    return found

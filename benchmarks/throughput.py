@@ -288,43 +288,6 @@ def worker(n: int, repeats: int) -> None:
         print(Trainer(cfg).rate(repeats))
 
 
-def evaluation(repeats: int, dtype: str, slow: bool) -> dict[str, float]:
-    """Views/s of 64 queries (4 in the published layout) with 16 ACT steps, by what makes the difference.
-
-    The model is untrained: it shows what leaving costs and saves, not how often a trained one leaves."""
-    found: dict[str, list[float]] = {}
-
-    def ways(name: str, t: Trainer, n: int) -> dict[str, Callable[[], Any]]:
-        tasks, cfg = t.s.watched, t.cfg.model
-        asked = data.queries(tasks, "test", t.cfg.data.canvases)
-        known = torch.nonzero(asked.known).flatten()
-        asked = data.chosen(asked, known[:: len(known) // n][:n])
-        batch = data.batch(tasks, data.posed(tasks, t.cfg.data, "test", asked), t.cfg.data)
-        cast = etrm.tree_map(lambda x: x.detach().to(t.s.dtype), etrm.rebuild(t.s.like, t.s.params))
-
-        def again() -> None:
-            with torch.no_grad():
-                carry = etrm.fresh_carry(cfg, batch.cells, t.s.dtype)
-                for _ in range(16):
-                    carry, _ = etrm.act_step(cast, cfg, t.s.encode, carry, batch, None)
-
-        think = functools.partial(etrm.think, cast, cfg, t.s.encode, batch, t.s.dtype, 16)
-        return {f"{name}, encoded in every step": again, name: think, f"{name}, stable answers leave": lambda: think("stable")}
-
-    def measure(some: dict[str, Callable[[], Any]], n: int, times: int) -> None:
-        for _ in range(times):
-            for name, f in some.items():
-                begun = time.perf_counter()
-                f()
-                found.setdefault(name, []).append(n / (time.perf_counter() - begun))
-
-    measure(ways("ours", Trainer(recipe([], train__dtype=dtype)), 64), 64, repeats)
-    if slow:
-        with published_layout():
-            measure(ways("published layout", Trainer(recipe([], train__dtype=dtype, **LAYOUT)), 4), 4, repeats)
-    return {k: statistics.median(v) for k, v in found.items()}
-
-
 # ---------------------------------------------------------------- the run
 
 
@@ -399,6 +362,7 @@ def main() -> None:
     options.add_argument("--quick", action="store_true", help="neither stand-in nor growth")
     options.add_argument("--dtype", choices=DTYPES, action="append", help="only this one (a CPU without bf16 takes hours for it)")
     options.add_argument("--conceptarc", help="folder of ConceptARC, added to the training tasks")
+    options.add_argument("--checkpoint", default="", help="a trained one, for evaluation (benchmarks/evaluation.py)")
     options.add_argument("--repeats", type=int, default=5)
     options.add_argument("--worker", type=int, default=0, help=argparse.SUPPRESS)
     args = options.parse_args()
@@ -426,9 +390,9 @@ def main() -> None:
                 flush=True,
             )
     found["peak_memory_gb"] = max(found[d]["peak_memory_gb"] for d in dtypes)
-    for dtype in dtypes:
-        found[dtype]["evaluation_views_per_s"] = rates = evaluation(3, dtype, not args.quick)
-        print(f"evaluation in {dtype}, views/s: " + ", ".join(f"{k} {v:.2f}" for k, v in rates.items()), flush=True)
+    from benchmarks import evaluation
+
+    found["evaluation"] = evaluation.measured(dtypes, args.checkpoint, slow=0 if args.quick else 4)
     found["growth"] = {} if args.quick else growth(sets, 3)
     for kind, rows in found["growth"].items():
         print(f"{kind}: " + ", ".join(f"{k}: {v['samples_per_s'] if isinstance(v, dict) else v:.1f}" for k, v in rows.items()))

@@ -261,9 +261,9 @@ def test_evaluation_is_the_same_steps_with_the_context_computed_once(encoder, g)
     assert steps.tolist() == [3] * SLOTS
 
 
-@given(generators, st.sampled_from(["q", "stable"]), st.sampled_from(["perceiver", *RECURRENT]))
+@given(generators, st.sampled_from(["q", "stable"]), st.sampled_from(["perceiver", *RECURRENT]), st.integers(1, 4))
 @settings(max_examples=15)
-def test_a_view_leaves_with_the_answer_it_had(g, leave, encoder):
+def test_a_view_leaves_with_the_answer_it_had(g, leave, encoder, stable):
     """Each slot's output is that of the step at which it left, whoever left before."""
     w = World(g, config(encoder, halt_max_steps=6))
     core = w.params.core
@@ -272,19 +272,25 @@ def test_a_view_leaves_with_the_answer_it_had(g, leave, encoder):
     for _ in range(6):
         carry, out = w.step(carry, params)
         every.append(out)
-    got, steps = etrm.think(params, w.cfg, w.encode, w.batch, torch.float32, 6, leave)
+    got, steps = etrm.think(params, w.cfg, w.encode, w.batch, torch.float32, 6, leave, stable=stable)
     answers = [out.logits.argmax(-1).split(w.batch.cells) for out in every]
     for slot in range(SLOTS):
         if leave == "q":
             due = next((i + 1 for i, out in enumerate(every) if out.q_halt[slot] > 0), 6)
         else:
-            calm = lambda i, slot=slot: all(torch.equal(answers[i - k][slot], answers[i][slot]) for k in (1, 2))  # noqa: E731
-            due = next((i + 1 for i in range(2, 6) if calm(i)), 6)
+            calm = lambda i, slot=slot: all(torch.equal(answers[i - k][slot], answers[i][slot]) for k in range(stable))  # noqa: E731
+            due = next((i + 1 for i in range(stable - 1, 6) if calm(i)), 6)
         assert steps[slot] == due
         close(
             [got.logits.split(w.batch.cells)[slot], got.q_halt[slot]],
             [every[due - 1].logits.split(w.batch.cells)[slot], every[due - 1].q_halt[slot]],
         )
+
+
+def test_an_empty_answer_is_no_older_than_the_first_step():
+    w = World(torch.Generator().manual_seed(0), config(halt_max_steps=6))
+    params = w.params._replace(core=w.params.core._replace(embed=torch.zeros_like(w.params.core.embed)))  # says PAD at once
+    assert etrm.think(params, w.cfg, w.encode, w.batch, torch.float32, 6, "stable")[1].tolist() == [3] * SLOTS
 
 
 # ---------------------------------------------------------------- slots do not see each other

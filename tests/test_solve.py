@@ -1,6 +1,7 @@
 """Predictions that depend on nothing they should not see, go on where they stopped, and say what they are worth."""
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -8,12 +9,15 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+import typer
+from typer.testing import CliRunner
 
-from etrm_arc import adapt, checkpoint, config, data, etrm, solve, sources, train, votes
+from etrm_arc import adapt, checkpoint, cli, config, data, etrm, solve, sources, train, votes
 from etrm_arc.data import Symmetry, Task, UserError
 from etrm_arc.etrm import leaves
 
 SET = Path(__file__).parent / "data" / "set"
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +90,7 @@ def test_solutions_replaced_by_noise_change_no_prediction(run, tmp_path, adapted
 def copying(monkeypatch, canvas_of=lambda batch: batch.inputs):
     """A model that answers with its input."""
 
-    def think(params, cfg, encode, batch, dtype, steps, leave, look, before):
+    def think(params, cfg, encode, batch, dtype, steps, leave, look, before, stable):
         q = torch.zeros(len(batch.cells))
         out = etrm.Output(etrm.F.one_hot(canvas_of(batch), 12).float(), q, q)
         for step in range(1, steps + 1):
@@ -130,6 +134,8 @@ def test_the_logp_of_an_answer_is_that_of_its_cells_and_border(run):
     assert votes.written(vote.grid) == "777/777"
     want = -etrm.act_loss(s.cfg.model, etrm.Output(logits, *torch.zeros(2, 1)), torch.where(label > 0, label, -1), [20]).lm * 11
     assert vote.logp == pytest.approx(float(want), abs=1e-4)
+    logits[0, 9] = torch.inf  # as half precision may give: its probability is no number
+    assert solve.vote_of(s.cfg, logits, (4, 5), data.identity()).grid is None
 
 
 # ---------------------------------------------------------------- steps, samples, noise
@@ -213,7 +219,8 @@ def test_shards_and_checkpoints_join(run, tmp_path):
 def test_a_budget_ends_the_views_and_loses_nothing(run, tmp_path, monkeypatch):
     file, sets = str(tmp_path / "p.jsonl"), ["solve.views=64", "eval.tokens=300"]
     with pytest.raises(UserError, match="not enough for a single view"):
-        solve.evaluate([run], [str(SET)], sets, predictions_file=file, budget=0.0)
+        solve.evaluate([run], [str(SET)], sets, predictions_file=file, budget=0.0, submit=str(tmp_path / "sub.json"))
+    assert votes.check_submission(tmp_path / "sub.json").keys() == {t.name for t in tasks_of_all()}  # valid all the same
     think = etrm.think
 
     def slow(*args):
@@ -236,7 +243,73 @@ def test_evaluate_says_what_was_held_out_and_counts_looks(run):
     assert dev["held_out"] is True and dev["n_tasks"] == 1 and "look" not in dev
     assert solve.evaluate([run], [str(SET / "double.json")])["held_out"] is False
     looks = [solve.evaluate([run], [str(SET / "flip.json")])["look"] for _ in range(2)]
-    assert looks == [1, 2]
+    assert looks[1] == looks[0] + 1
+    assert "look" not in solve.evaluate([run], [str(SET)], shard="2/2")  # which is without that task
+    assert solve.evaluate([run], [str(SET)])["look"] == looks[0] + 2
+
+
+def test_looks_are_those_at_the_task_that_was_looked_at_most(tmp_path):
+    tasks, nowhere = sources.load(["arc2:evaluation"], 6), tmp_path / "nowhere"
+    look = lambda ts, *folders: solve.looked(set(folders) or {tmp_path}, ["no/such/source"], {"x": ts}, 0.5)  # noqa: E731
+    assert look(tasks[::2]) == look(tasks[1::2]) == {"look": 1}  # two shards are one look
+    assert look(tasks) == {"look": 2} and look(tasks[:1]) == {"look": 3} and look(tasks[1:2]) == {"look": 3}
+    assert look(tasks, tmp_path, nowhere) == {"look": None} and look(tasks_of_all()) == {}
+    assert {"data", "tasks", "pass@2", "time"} == json.loads((tmp_path / "looks.jsonl").read_text().splitlines()[0]).keys()
+
+
+def test_the_second_evaluation_set_is_scored_beside_the_first_without_what_they_share():
+    found = solve.wanted(["arc1:evaluation", "arc2:evaluation"], 0, True)
+    assert [len(ts) for ts in found.values()] == [400, 114]
+
+
+def test_where_a_checkpoint_cannot_be_written_beside_votes_lie_here(run, tmp_path, monkeypatch):
+    before = sorted(run.iterdir())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(solve.os, "access", lambda path, mode: Path(path) != run)
+    result = solve.evaluate([run], [str(SET)])
+    assert result["predictions"] == "predictions.jsonl" and result["look"] == 1 and sorted(run.iterdir()) == before
+    assert {p.name for p in tmp_path.iterdir()} == {"predictions.jsonl", "looks.jsonl"}
+    with pytest.raises(UserError, match="nowhere/s.json: cannot be written"):  # said before anything is asked
+        monkeypatch.setattr(etrm, "think", None)
+        solve.evaluate([run], [str(SET)], ["solve.leave=stable"], submit="nowhere/s.json")
+
+
+def test_weights_that_are_no_numbers_give_no_answer_and_whole_lines(run, tmp_path):
+    c = checkpoint.load(run)
+    own = {f"{k}.{path}": v * float("nan") for k in ("params", "ema") for path, v in leaves(getattr(c, k)).items()}
+    checkpoint.save(tmp_path / "nan.safetensors", own, c.meta)
+    result = solve.evaluate([tmp_path / "nan.safetensors"], [str(SET)])
+    assert result["oracle"] == 0 and result["votes"] == 18
+    assert all(v.grid is None for p in votes.read(tmp_path / "predictions.jsonl") for v in p.votes)
+
+
+def test_who_votes_depends_on_all_that_decides_the_answers(run, tmp_path):
+    c = checkpoint.load(run)
+    own = {f"{k}.{path}": v for k in ("params", "ema") for path, v in leaves(getattr(c, k)).items()}
+
+    def source(*sets, **change):
+        for key, value in change.items():
+            table, _, name = key.partition("__")
+            c.meta["config"][table][name] = value
+        checkpoint.save(tmp_path / "c.safetensors", own, c.meta)
+        return solve.opened(tmp_path / "c.safetensors", sets).source
+
+    plain, joint = source(), source("solve.adapt=joint")
+    assert plain == source("solve.views=9", "eval.tokens=50", "solve.vote=probability")
+    assert len({plain, joint, source("solve.stable=2"), source("solve.vote=demos"), source(model__halt_max_steps=3)}) == 5
+    assert source() != source(data__colours="all")
+    assert source() == source(optimizer__lr=0.5) and source("solve.adapt=full") != joint
+    assert source("solve.adapt=full") != source("solve.adapt=full", optimizer__kind="adamw")
+
+
+def test_checkpoints_that_vote_together_vote_by_the_rule_of_the_first(run, tmp_path):
+    c = checkpoint.load(run)
+    own = {f"{k}.{path}": 1.1 * v for k in ("params", "ema") for path, v in leaves(getattr(c, k)).items()}
+    c.meta["config"]["solve"] |= {"vote": "demos", "adapt": "context", "adapt_steps": 1}
+    checkpoint.save(tmp_path / "other.safetensors", own, c.meta)
+    both = [tmp_path / "other.safetensors", run]
+    result = solve.evaluate(both, [str(SET)], predictions_file=str(tmp_path / "p.jsonl"))
+    assert result["votes"] == 36 and result["vote"] == "demos" and result["adaptation"] == "context search and no adaptation"
 
 
 def test_ids_of_an_earlier_source_are_left_out_of_later_ones(run, tmp_path):
@@ -350,8 +423,84 @@ def test_full_adaptation_learns_the_demos_and_touches_only_its_copy(run):
     changed = {k for k, v in leaves(part).items() if not torch.equal(v, before[k])}
     assert changed and all(k == "core.embed" or k.startswith("encoder.") for k in changed)
     assert "core.embed" in changed
-    done = adapt.tuned(s.params, cfg, task, 0.0)  # no time: one step
-    assert not torch.equal(done.core.embed, own.core.embed)
+    assert adapt.tuned(s.params, cfg, task, 0.0) is s.params  # no time
+    once = adapt.tuned(s.params, with_solve(cfg, adapt_steps=1), task, time.monotonic() + 1e-3)
+    assert not torch.equal(once.core.embed, own.core.embed)
+
+
+def test_a_task_whose_demos_cannot_be_asked_is_answered_without_adaptation(run, tmp_path):
+    """Each output is beyond the canvas of the other; or beyond every canvas."""
+    small, tall, big = np.ones((3, 3), np.uint8), np.ones((9, 3), np.uint8), np.ones((12, 12), np.uint8)
+    raw = {"cross": [(small, tall), (small, tall.T)], "huge": [(big, big), (big, big)]}
+    for name, demos in raw.items():
+        task = {"train": [{"input": x.tolist(), "output": y.tolist()} for x, y in demos], "test": [{"input": demos[0][0].tolist()}]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(task))
+    sets, file = ["solve.adapt=full", "solve.adapt_steps=2"], str(tmp_path / "predictions.jsonl")  # which is no task
+    result = solve.evaluate([run], [str(tmp_path)], sets, predictions_file=file)
+    assert result["votes"] == 3 and result["too_large"] == 1 and result["unanswered"] == 1
+    s = solve.opened(run)
+    assert lines(Path(file))[0][2] == told(solve.predict(s.params, s.cfg, sources.load([str(tmp_path / "cross.json")])))[0][2]
+
+
+def test_time_spent_on_adaptation_is_time_spent_on_its_task(run, tmp_path, monkeypatch):
+    clock = [0.0]
+    one_step = train.one_step
+
+    def slow(*args):
+        clock[0] += 40
+        return one_step(*args)
+
+    monkeypatch.setattr(train, "one_step", slow)
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    for how, steps in (("full", 2 * 6), ("joint", 2)):
+        sets = [f"solve.adapt={how}", "solve.adapt_steps=2"]
+        result = solve.evaluate([run], [str(SET)], sets, predictions_file=str(tmp_path / f"{how}.jsonl"))
+        assert result["seconds_per_task"] == pytest.approx(40 * steps / 6, rel=0.01)
+    late = ["solve.adapt=full", "solve.adapt_steps=100"]
+    file = str(tmp_path / "late.jsonl")
+    begun = clock[0]
+    part = solve.evaluate([run], [str(SET)], late, predictions_file=file, budget=1200.0)
+    assert part["unanswered"] == 0 and clock[0] - begun <= 1200  # each task had its share of the time
+    joint = solve.evaluate([run], [str(SET)], ["solve.adapt=joint", "solve.adapt_steps=100"], predictions_file=file, budget=600.0)
+    assert joint["unanswered"] == 0 and 480 <= joint["seconds_per_task"] * 6 <= 560  # four fifths, and the steps under way
+
+
+def test_gradients_of_a_search_are_those_of_all_steps_together(run):
+    s, tasks = solve.opened(run), tasks_of_all()
+    asked = questions(s, tasks)
+    context = torch.randn(len(asked.owner), 4, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    got, _ = adapt.likelihood(s.params, s.cfg, asked, context, 6)
+    carry, total = etrm.fresh_carry(s.cfg.model, asked.batch.cells, torch.float32), torch.zeros(())
+    for _ in range(s.cfg.model.halt_max_steps):
+        carry, out = etrm.act_step(s.params, s.cfg.model, adapt.given(context), carry, asked.batch, None)
+        total = (
+            total
+            + -etrm.per_slot(
+                torch.where(
+                    asked.batch.labels >= 0,
+                    etrm.log_prob(s.cfg.model, out.logits).gather(-1, asked.batch.labels.clamp(min=0)[:, None])[:, 0],
+                    0.0,
+                ),
+                asked.batch.cells,
+            )
+            .div(etrm.per_slot(asked.batch.labels >= 0, asked.batch.cells))
+            .sum()
+        )
+    torch.testing.assert_close(got, torch.autograd.grad(total, context)[0], rtol=1e-4, atol=1e-6)
+    assert got.abs().max() > 1e-4
+
+
+def test_adaptation_in_half_precision_moves_and_stays_finite(run):
+    s, task = solve.opened(run, ["train.dtype=fp16"]), tasks_of_all()[1]
+    cfg = with_solve(s.cfg, adapt_steps=3, adapt_lr=1e-2, adapt_batch=4)
+    own = adapt.tuned(s.params, cfg, task, float("inf"))
+    assert all(x.isfinite().all() for x in leaves(own).values()) and not torch.equal(own.core.embed, s.params.core.embed)
+    half, encode = etrm.tree_map(torch.Tensor.half, s.params), solve.encoder_of(cfg.model)
+    context = torch.zeros(1, 4, 32, dtype=torch.float16)
+    found = adapt.search(half, cfg, encode, questions(s, [task]), context, float("inf"))
+    full = adapt.search(s.params, cfg, encode, questions(s, [task]), context.float(), float("inf"))
+    torch.testing.assert_close(found.float(), full, rtol=0.1, atol=5e-3)
+    assert full.abs().max() > 0.01
 
 
 def test_full_adaptation_ends_when_its_demos_are_solved(run, monkeypatch):
@@ -373,15 +522,20 @@ def test_joint_adaptation_is_a_run_that_goes_on_and_is_called_transductive(run, 
     sets, file = ['solve.adapt="joint"', "solve.adapt_steps=3", "solve.adapt_batch=6"], tmp_path / "p.jsonl"
     result = solve.evaluate([run], [str(SET)], sets, predictions_file=str(file))
     assert "TRANSDUCTIVE" in result["adaptation"] and result["votes"] == 18
-    [folder] = tmp_path.glob("p-joint-*")
+    [folder] = tmp_path.glob("joint-*")
     c = checkpoint.load(folder / "last.safetensors")
     assert c.meta["step"] == 3 and not torch.equal(c.params.core.embed, solve.opened(run).params.core.embed)
     file.unlink()
     with monkeypatch.context() as m:
         m.setattr(train, "train_step", None)  # the weights are there: none is trained again
         assert solve.evaluate([run], [str(SET)], sets, predictions_file=str(file))["votes"] == 18
-    with pytest.raises(UserError, match="takes all tasks together"):
-        solve.evaluate([run], [str(SET)], sets, shard="1/2")
+        parts = [tmp_path / f"{i}.jsonl" for i in (1, 2)]  # a shard stands on the demos of all tasks, too
+        for i, part in enumerate(parts, 1):
+            solve.evaluate([run], [str(SET)], sets, predictions_file=str(part), shard=f"{i}/2")
+    close = lambda made: [(t, [v[4] for v in vs]) for t, _, vs in sorted(made)]  # noqa: E731
+    assert close(lines(file)) == close([p for part in parts for p in lines(part)])
+    own = solve.evaluate([run], [str(SET / "double.json")], sets, predictions_file=str(file))  # other tasks: another adaptation
+    assert own["votes"] == 3 and len([*tmp_path.glob("joint-*")]) == 2
 
 
 def test_the_votes_of_each_way_of_answering_are_kept_apart(run, tmp_path):
@@ -409,3 +563,61 @@ def test_symmetries_of_views_are_a_function_of_the_task_alone(run):
     assert isinstance(found[0][0], Symmetry) and int(found[0][0].dihedral) == 0
     spoilt = task._replace(name="x", queries=[(x, 9 - y) for x, y in task.queries])
     assert all(torch.equal(solve.view(spoilt, 0, k, s.cfg.data)[1], lots) for k, (_, lots) in enumerate(found))
+
+
+# ---------------------------------------------------------------- what the documents show
+
+
+def challenges(folder):
+    """The tasks as Kaggle gives them: without outputs."""
+    both = lambda x, y: {"input": x.tolist(), "output": y.tolist()}  # noqa: E731
+    raw = {
+        t.name: {"train": [both(*p) for p in t.demos], "test": [{"input": x.tolist()} for x, _ in t.queries]} for t in tasks_of_all()
+    }
+    (folder / "arc-agi_test_challenges.json").write_text(json.dumps(raw))
+    return raw
+
+
+def test_the_notebook_runs_offline_beside_a_checkpoint_that_is_only_read(run, tmp_path, capsys):
+    made, before = challenges(tmp_path), {p.name: p.stat().st_mtime_ns for p in run.iterdir()}
+    cells = [c for c in json.loads((ROOT / "docs" / "kaggle.ipynb").read_text())["cells"] if c["cell_type"] == "code"]
+    there: dict = {}
+    exec("".join(cells[0]["source"]), there)  # noqa: S102
+    there |= {"CHECKPOINT": run / "best.safetensors", "TASKS": tmp_path / "arc-agi_test_challenges.json", "OUT": tmp_path, "VIEWS": 2}
+    commands = []
+    for cell in cells[1:]:
+        text = "".join(cell["source"])
+        if text.startswith("!"):
+            words = text.lstrip("!").replace("\\\n", " ").format(**there).split()
+            commands.append(words[0])
+            if words[0] == "etrm":
+                result = CliRunner().invoke(cli.app, words[1:])
+                assert result.exit_code == 0, result.output
+            else:
+                assert words[:2] == ["pip", "install"] and "--no-index" in words
+        else:
+            exec(text, there)  # noqa: S102
+    assert commands == ["pip", "etrm", "etrm"] and "Answer(grid" in capsys.readouterr().out
+    assert votes.check_submission(tmp_path / "submission.json").keys() == made.keys()
+    assert {len(votes) for _, _, votes in lines(tmp_path / "predictions.jsonl")} == {2}
+    assert {p.name: p.stat().st_mtime_ns for p in run.iterdir()} == before
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/solving.md"])
+def test_the_python_that_the_documents_show_runs(run, tmp_path, monkeypatch, capsys, page):
+    [text] = [c for c in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S) if "solve.opened" in c]
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "cpu").symlink_to(run)
+    (tmp_path / "best.safetensors").symlink_to(run / "best.safetensors")
+    (tmp_path / "my_task.json").write_text((SET / "mirror.json").read_text())
+    monkeypatch.chdir(tmp_path)
+    exec(text.replace("solve.views=64", "solve.views=4"), {})  # noqa: S102
+    assert "my_task" in capsys.readouterr().out
+
+
+def test_every_option_that_the_page_on_solving_shows_is_one():
+    text = (ROOT / "docs" / "solving.md").read_text()
+    fields = set(config.SolveConfig.__struct_fields__)
+    assert {x for x in re.findall(r"solve\.(\w+)", text) if x not in ("opened", "predict")} <= fields
+    known = {o for c in typer.main.get_command(cli.app).commands.values() for p in c.params for o in (*p.opts, *p.secondary_opts)}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - known <= {"--no-index", "--find-links", "--wheel-dir"}

@@ -233,7 +233,9 @@ def test_a_slot_that_halted_begins_its_next_episode(tmp_path, monkeypatch):
 def test_batches_of_an_evaluation_hold_so_many_tokens(g, tokens):
     canvas = torch.randint(0, 9, (puzzles.integer(g, 1, 12), 2), generator=g)
     cfg, need = ModelConfig(context_tokens=4), 4 + canvas.prod(1)
-    made = train.portions(types.SimpleNamespace(canvas=canvas), cfg, tokens)
+    times = torch.randint(1, 4, (len(canvas),), generator=g) if puzzles.integer(g, 0, 1) else None
+    need = need if times is None else need * times
+    made = train.portions(types.SimpleNamespace(canvas=canvas), cfg, tokens, times)
     assert sorted(torch.cat([torch.zeros(0), *made]).tolist()) == torch.where(canvas.prod(1) > 0)[0].tolist()
     sums = [int(need[rows].sum()) for rows in made]
     assert all(total <= tokens or len(rows) == 1 for total, rows in zip(sums, made, strict=True))

@@ -44,7 +44,7 @@ def test_each_rule_weighs_what_it_says():
     first = {rule: votes.rank(made, rule)[0].grid.tolist() for rule in votes.RULES}
     assert first == {"count": TWO.tolist(), "probability": ONE.tolist(), "demos": TWO.tolist()}
     assert votes.rank([a._replace(demos=-0.01), *made[1:2]], "demos")[0].grid.tolist() == ONE.tolist()
-    with pytest.raises(UserError, match="hold no scores of demos"):
+    with pytest.raises(UserError, match="hold no demos"):
         votes.rank([a._replace(demos=None)], "demos")
     with pytest.raises(UserError, match="did you mean count"):
         votes.rank(made, "cout")
@@ -89,10 +89,8 @@ def test_votes_agree_with_the_published_ones():
 def test_the_right_answer_scores_one_and_a_constant_nothing():
     tasks = sources.load([str(SET)])
     for right in (True, False):
-        made = [
-            of(t.name, y if right else np.zeros((1, 1), np.uint8))._replace(canvas=tokenise(y if right else 9 - y, (10, 10)))
-            for t in tasks for _, y in t.queries
-        ]  # fmt: skip
+        said = lambda y, right=right: y if right else np.zeros((1, 1), np.uint8)  # noqa: E731
+        made = [of(t.name, said(y))._replace(canvas=tokenise(said(y), (10, 10))) for t in tasks for _, y in t.queries]
         scored = votes.score(tasks, made)
         names = [*(f"pass@{k}" for k in votes.PASS), "exact_match", "oracle", "shape_accuracy"]
         assert [scored[k] for k in names] == [float(right)] * len(names)
@@ -103,8 +101,8 @@ def test_the_three_definitions_differ_as_they_should():
     pair, single = Task("pair", [(ONE, ONE)], [(ONE, ONE), (TWO, ONE)]), Task("single", [(ONE, ONE)], [(ONE, ONE)])
     scored = votes.score([pair, single], [of("pair", ONE), of("pair", TWO, query=1), of("single", ONE)])
     assert scored["pass@1"] == 0.75  # (1/2 + 1) / 2
-    assert scored["all_queries"]["pass@1"] == 0.5
-    assert scored["per_output"]["pass@1"] == pytest.approx(2 / 3)
+    assert scored["all_queries/pass@1"] == 0.5
+    assert scored["per_output/pass@1"] == pytest.approx(2 / 3)
     assert scored["n_tasks"] == 2 and scored["n_queries"] == 3
     assert votes.score([single], [of("single", ONE)])["pass@1"] == 1  # a subset's score knows nothing of the rest
 
@@ -113,8 +111,7 @@ def test_attempts_in_order_and_what_is_not_answered_is_wrong():
     task = Task("t", [(ONE, ONE)], [(ONE, ONE), (TWO, ONE), (TWO, None)])
     scored = votes.score([task], [of("t", TWO, TWO, ONE)])
     assert (scored["pass@1"], scored["pass@2"], scored["oracle"]) == (0.0, 0.5, 0.5) and scored["n_queries"] == 2
-    assert [row["right"] for row in scored["reliability"]] == [0.0, 0.0]  # right at the second attempt is not right
-    assert votes.score([task], [of("t", None, ONE)])["shape_accuracy"] == 0  # of the first view
+    assert [row["right"] for row in scored["reliability"]["share"]] == [0.0, 0.0]  # right at the second attempt is not right
     with pytest.raises(UserError, match="nothing to score"):
         votes.score([task._replace(queries=[(ONE, None)])], [])
 
@@ -124,7 +121,8 @@ def test_the_first_view_is_judged_by_its_valid_cells():
     canvas[3, 3] = 7  # beyond the border: not asked for
     assert votes.score([task], [of("t", ONE)._replace(canvas=canvas)])["exact_match"] == 1
     canvas[0, 2] = 0  # its border
-    scored = votes.score([task], [of("t", ONE)._replace(canvas=canvas)])
+    scored = votes.score([task], [of("t", TWO[:1])._replace(canvas=canvas)])
+    assert scored["shape_accuracy"] == 1  # of the canvas, whatever voted
     assert scored["exact_match"] == 0 and scored["cell_accuracy"] == pytest.approx(7 / 8)
     assert votes.score([task], [of("t", ONE)._replace(canvas=canvas[:1])])["cell_accuracy"] == 0  # the output does not fit
 
@@ -136,12 +134,20 @@ def test_groups_and_bins_hold_everyone_once(shape):
     scored = votes.score(tasks, made)
     for by in ("by_side", "by_demos"):
         assert sum(row["n_tasks"] for row in scored[by].values()) == len(tasks)
-    assert sum(row["n"] for row in scored["reliability"]) == scored["n_queries"]
-    right = sum(row["n"] * row["right"] for row in scored["reliability"])
-    assert right / scored["n_queries"] == pytest.approx(scored["per_output"]["pass@1"])
+    for curve in scored["reliability"].values():
+        assert sum(row["n"] for row in curve) == scored["n_queries"]
+        right = sum(row["n"] * row["right"] for row in curve)
+        assert right / scored["n_queries"] == pytest.approx(scored["per_output/pass@1"])
+    named = {f"{d}pass@{k}" for d in ("", "all_queries/", "per_output/") for k in votes.PASS}
+    assert scored["interval95"].keys() == named | {"oracle", "exact_match", "cell_accuracy", "shape_accuracy"}
     for name, (low, high) in scored["interval95"].items():
-        value = scored["per_output"]["pass@2"] if name.startswith("per") else scored.get(name, scored["all_queries"].get(name[12:]))
-        assert 0 <= low <= value + 1e-9 and value - 1e-9 <= high <= 1
+        assert 0 <= low <= scored[name] + 1e-9 and scored[name] - 1e-9 <= high <= 1
+
+
+def test_a_task_is_as_large_as_its_largest_query():
+    wide = np.ones((1, 20), np.uint8)
+    task = Task("t", [(ONE, ONE)], [(ONE, ONE), (wide, ONE)])
+    assert votes.score([task], [])["by_side"] == {"<=20": {"n_tasks": 1, "pass@2": 0.0}}
 
 
 @pytest.mark.parametrize(("k", "n", "low", "high"), [(0, 400, 0.0, 0.00951), (5, 400, 0.00535, 0.02892), (200, 400, 0.4512, 0.5488)])
@@ -185,6 +191,9 @@ def test_what_a_kill_left_of_a_line_is_cut_off(tmp_path):
         "no\n",
         votes.to_line(p).replace("11/11", "1x/11") + "\n",
         votes.to_line(p).replace("11/11", "1/11") + "\n",
+        votes.to_line(p._replace(votes=[Vote(ONE, math.nan)])) + "\n",
+        votes.to_line(p._replace(votes=[Vote(ONE, 0.0, -math.inf)])) + "\n",
+        votes.to_line(p).replace('"q": 0.0, ', "") + "\n",
     ):
         file.write_text(votes.to_line(p) + "\n" + broken)
         with pytest.raises(UserError, match="line 2"):
@@ -207,10 +216,21 @@ def test_joining_counts_a_vote_once_in_whatever_order(a, b, random):
     assert len(p.votes) == len(a) + len(b) + 1 and [v[1:] for v in p.votes] == [v[1:] for v in q.votes]
     again = votes.joined([task], [votes.of_line(votes.to_line(x), "x") for x in votes.by_source([p])])
     assert [v[1:] for v in again[0].votes] == [v[1:] for v in p.votes] and np.array_equal(again[0].canvas, canvas)
-    few = votes.joined([task], [Prediction("t", 0, own, [Vote(ONE, view=0), Vote(TWO, view=1)])], lambda v: v.view < 1)
-    assert [v.view for v in few[0].votes] == [0]
+    few = votes.joined([task], [Prediction("t", 0, own, [Vote(ONE, view=0), Vote(TWO, view=1)], seconds=3.0)], lambda v: v.view < 1)
+    assert [v.view for v in few[0].votes] == [0] and few[0].seconds == 1.5  # of the vote that counts
     other = votes.joined([task._replace(demos=[(TWO, ONE)])], made)  # of the same name: only the solver that gave no hash
     assert [v.source for v in other[0].votes] == [""]
+
+
+def test_what_files_disagree_about_does_not_go_by_their_order():
+    """Two machines that gave the same vote other numbers; two checkpoints with a first view each."""
+    task = Task("t", [(ONE, ONE)], [(ONE, ONE)])
+    own, canvases = votes.task_hash(task), [tokenise(x, (3, 3)) for x in (ONE, TWO)]
+    one, two = Prediction("t", 0, own, [Vote(ONE, 0.1, source="a")], canvases[0], source="a"), Vote(TWO, 0.2, source="a")
+    other = Prediction("t", 0, own, [two, Vote(TWO, 0.3, source="b")], canvases[1], source="b")
+    found = [votes.joined([task], made)[0] for made in ([one, other], [other, one])]
+    assert [[v.q for v in p.votes] for p in found] == [[0.1, 0.3]] * 2
+    assert all(np.array_equal(p.canvas, canvases[0]) for p in found)
 
 
 # ---------------------------------------------------------------- submissions
@@ -240,6 +260,12 @@ def test_a_submission_is_scored_as_kaggle_and_as_published(tmp_path):
     scored = votes.score_submission(file, solutions)
     assert (scored["pass@1"], scored["pass@2"]) == (0.25, 0.5)
     assert (scored["per_output/pass@1"], scored["per_output/pass@2"]) == pytest.approx((1 / 3, 2 / 3))
+    tasks = [Task("a", [(ONE, ONE)], [(ONE, ONE)] * 2), Task("b", [(ONE, ONE)], [(ONE, ONE)])]
+    voted = votes.score(tasks, votes.joined(tasks, votes.read(file)))  # its attempts as votes, the first as the first view
+    assert all(voted[k] == scored[k] and voted["interval95"][k] == scored["interval95"][k] for k in scored["interval95"])
+    assert (voted["exact_match"], voted["shape_accuracy"]) == pytest.approx((1 / 3, 2 / 3))
+    with pytest.raises(UserError, match="hold no logp, as a submission's do"):  # they are not certain of anything
+        votes.score(tasks, votes.read(file), "probability")
 
 
 @pytest.mark.parametrize(
