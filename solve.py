@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -136,18 +137,17 @@ def predictions(
     copies = torch.tensor([samples * (1 + asks * len(tasks[of[r]].demos)) for r, _ in units])
     each_row = data.chosen(asked, torch.tensor([r for r, _ in units]).long())
     work = copies * (cfg.model.context_tokens + each_row.canvas.prod(1))
-    finished, whole = 0, int(work.sum())
-    for part in train.portions(each_row, cfg.model, cfg.eval.tokens, copies):
-        if time.monotonic() > until:
-            return
-        begun, mine, due = time.monotonic(), [units[i] for i in part.tolist()], int(work[part].sum())
+    parts, finished, whole = train.portions(each_row, cfg.model, cfg.eval.tokens, copies), 0, int(work.sum())
+
+    def ask(part: Tensor, share: float) -> tuple[dict[int, list[Vote]], dict[int, np.ndarray]]:
+        """By row, the votes, and the canvas of view 0."""
+        mine = [units[i] for i in part.tolist()]
         rows = [r for r, _ in mine for _ in range(samples)]
         seen = [view(tasks[of[r]], number[r], v, cfg.data) for r, v in mine for _ in range(samples)]
         symmetry = Symmetry(*(torch.stack([s[i] for s, _ in seen]) for i in range(2)))
         turn = symmetry, torch.nn.utils.rnn.pad_sequence([u for _, u in seen], batch_first=True)
         episodes = data.posed(packed, cfg.data, "test", data.chosen(asked, torch.tensor(rows)), view=turn)
         batch = data.batch(packed, episodes, cfg.data, cfg.model.raster)
-        share = begun + (until - begun) * due / (whole - finished)
         answering, explains = from_demos(cast, cfg, encode, batch, tasks, [of[r] for r in rows], turn, share)
         keys = [(int(hashes[of[r]][:13], 16), number[r], v, k) for r, v in mine for k in range(samples)]
         said, spent = thoughts(cast, cfg, answering, batch, dtype, keys)
@@ -161,10 +161,19 @@ def predictions(
                 found[r].append(vote._replace(q=q, demos=explains[b], view=v, step=step, source=source))
             if v == 0:
                 first[r] = said[b, spent[b]][0].argmax(-1).view(*canvas).cpu().numpy()
+        return found, first
+
+    for now in (parts[i : i + train.THREADS] for i in range(0, len(parts), train.THREADS)):
+        if time.monotonic() > until:
+            return
+        begun, due = time.monotonic(), sum(int(work[part].sum()) for part in now)
+        share = begun + (until - begun) * due / (whole - finished)
+        said = train.side_by_side(functools.partial(ask, share=share), now, device)
         finished += due
-        each = (time.monotonic() - begun) / len(mine)
-        made = [(r, vs, each * len({v.view for v in vs})) for r, vs in found.items()]
-        yield [nothing[r]._replace(votes=vs, canvas=first.get(r), seconds=t) for r, vs, t in made], finished / whole
+        each = (time.monotonic() - begun) / sum(map(len, now))
+        for found, first in said:
+            made = [(r, vs, each * len({v.view for v in vs})) for r, vs in found.items()]
+            yield [nothing[r]._replace(votes=vs, canvas=first.get(r), seconds=t) for r, vs, t in made], finished / whole
 
 
 def canvas_for(task: Task, query: int) -> int:
