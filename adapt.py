@@ -8,6 +8,7 @@ Effectiveness of Test-Time Training for Abstract Reasoning" (arXiv 2411.07279).
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -145,7 +146,13 @@ def recipe(cfg: Config, folder: str = "") -> Config:
 
 
 def prepared(params: Params, cfg: Config, tasks: Sequence[Task]) -> train.Setup:
-    """A setup whose weights are a copy of these and whose tasks have nothing but demos."""
+    """A setup whose weights are a copy of these and whose tasks have nothing but demos. Raises UserError on a pattern of no weights."""
+    try:
+        found = any(re.fullmatch(cfg.solve.adapt_weights, path) for path in etrm.leaves(params))
+    except re.error as e:
+        raise UserError(f"solve.adapt_weights: {cfg.solve.adapt_weights!r} is no regular expression: {e}") from None
+    if not found:
+        raise UserError(f"solve.adapt_weights: {cfg.solve.adapt_weights!r} matches no parameter, like {min(etrm.leaves(params))}")
     s = train.setup(cfg, given=tasks)
     own = {k: v.detach().to(s.device, torch.float32).clone() for k, v in etrm.leaves(params).items()}
     return s._replace(params={k: v.requires_grad_(s.params[k].requires_grad) for k, v in own.items()})

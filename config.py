@@ -74,11 +74,13 @@ class SolveConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     leave: Literal["never", "q", "stable"] = "never"  # when a view stops thinking, see etrm.think
     stable: Count = 3  # ACT steps on end with the same answer after which "stable" leaves
     steps: tuple[Count, ...] = ()  # ACT steps whose answers vote; none: the last one
-    noise: float = 0.0  # std of what is added to the states before each ACT step, for all samples of a view but the first
+    noise: Annotated[float, msgspec.Meta(ge=0, le=1e6)] = (
+        0.0  # std of what is added to the states before each ACT step, for all samples of a view but the first
+    )
     samples: Count = 1  # of a view: the one with the highest q votes
     adapt: Literal["none", "context", "full", "joint"] = "none"  # from the demos alone, see adapt.py
     adapt_steps: Count = 60
-    adapt_lr: float = 1e-3
+    adapt_lr: Annotated[float, msgspec.Meta(gt=0, le=1e6)] = 1e-3
     adapt_batch: Count = 16  # slots of a step of full and joint adaptation
     adapt_weights: str = ".*"  # pattern of the parameters that full and joint adaptation train
 

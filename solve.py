@@ -223,6 +223,8 @@ def opened(path: str | Path, sets: Sequence[str] = (), weights: str = "ema") -> 
             raise UserError(f"--set {item}: of a checkpoint's config train.device, train.dtype, eval.tokens and solve.* may change")
         config.set_item(raw, item)
     cfg = config.parse_config(raw, str(c.path))
+    if (cfg.solve.noise > 0) != (cfg.solve.samples > 1):
+        raise UserError("solve.noise, solve.samples: noise is for samples to differ in, one does nothing without the other")
     params = c.ema if weights == "ema" else c.params
     how = {k: v for k, v in msgspec.to_builtins(cfg.solve).items() if k not in ("views", "vote")}
     learns = [cfg.optimizer, cfg.run.seed] if cfg.solve.adapt in ("full", "joint") else []

@@ -274,8 +274,36 @@ def test_a_mistake_is_one_line_and_code_2(args, said):
 def test_only_where_a_checkpoint_runs_can_be_set(run):
     assert "n_tasks" in last_json(call("eval", run, "--set", "eval.tokens=100", "--set", "train.dtype=bf16", "--json"))
     assert "may change" in call("eval", run, "--set", "model.hidden=3", code=2).stderr
-    for args in (["--vote", "cout"], ["--adapt", "all"], ["--budget", "0"], ["--shard", "0/2"]):
-        assert call("eval", run, "--predictions", run / "new.jsonl", *args, code=2).stderr.count("\n") == 1
+    said = lambda *args: call("eval", run, "--predictions", run / "new.jsonl", *args, code=2).stderr  # noqa: E731
+    for args in (["--vote", "cout"], ["--adapt", "all"], ["--budget", "0"], ["--shard", "0/2"], ["--shard", "2/2"]):
+        assert said(*args).count("\n") == 1
+    for item in ("solve.noise=-1", "solve.noise=nan", "solve.noise=0.1", "solve.samples=2", "solve.adapt_lr=nan", "solve.adapt_lr=0"):
+        text = said("--set", item, "--adapt", "context")
+        assert item.partition("=")[0] in text and text.count("\n") == 1
+    for pattern in ("nothing", "["):
+        text = said("--set", f"solve.adapt_weights='{pattern}'", "--adapt", "full")
+        assert text.startswith("etrm: solve.adapt_weights: ") and text.count("\n") == 1
+
+
+def test_an_interrupt_is_one_line_and_says_what_is_kept(run, monkeypatch):
+    from etrm_arc import solve
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(solve, "answer", stop)
+    result = call("eval", run, "--predictions", run / "new.jsonl", code=130)
+    assert result.stderr.count("\n") == 1 and "the same command goes on" in result.stderr
+
+
+def test_without_a_terminal_progress_is_a_line_a_minute(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    say = cli.done_so_far("views")
+    for i in range(1, 10):
+        now[0] += 40
+        say(i / 10)
+    assert capsys.readouterr().err.splitlines()[:2] == ["views 20.0 %, 5 min left", "views 40.0 %, 4 min left"]
 
 
 def test_a_time_limit_exits_with_75_and_resume_ends_the_run(tmp_path):

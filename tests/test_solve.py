@@ -490,10 +490,14 @@ def test_gradients_of_a_search_are_those_of_all_steps_together(run):
     assert got.abs().max() > 1e-4
 
 
-def test_adaptation_in_half_precision_moves_and_stays_finite(run):
+def test_adaptation_in_half_precision_moves_and_stays_finite(run, monkeypatch):
     s, task = solve.opened(run, ["train.dtype=fp16"]), tasks_of_all()[1]
-    cfg = with_solve(s.cfg, adapt_steps=3, adapt_lr=1e-2, adapt_batch=4)
+    cfg, norms, update = with_solve(s.cfg, adapt_steps=3, adapt_lr=1e-2, adapt_batch=4), [], adapt.update
+    monkeypatch.setattr(adapt, "update", lambda *args: norms.append(update(*args)) or norms[-1])
+    plain = with_solve(solve.opened(run).cfg, adapt_steps=1, adapt_lr=1e-2, adapt_batch=4)
+    adapt.tuned(s.params, plain, task, float("inf"))
     own = adapt.tuned(s.params, cfg, task, float("inf"))
+    assert float(norms[1]) == pytest.approx(float(norms[0]), rel=0.05)  # what was scaled is scaled back
     assert all(x.isfinite().all() for x in leaves(own).values()) and not torch.equal(own.core.embed, s.params.core.embed)
     half, encode = etrm.tree_map(torch.Tensor.half, s.params), solve.encoder_of(cfg.model)
     context = torch.zeros(1, 4, 32, dtype=torch.float16)

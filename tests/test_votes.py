@@ -112,6 +112,10 @@ def test_attempts_in_order_and_what_is_not_answered_is_wrong():
     scored = votes.score([task], [of("t", TWO, TWO, ONE)])
     assert (scored["pass@1"], scored["pass@2"], scored["oracle"]) == (0.0, 0.5, 0.5) and scored["n_queries"] == 2
     assert [row["right"] for row in scored["reliability"]["share"]] == [0.0, 0.0]  # right at the second attempt is not right
+    sure = votes.score([task], [Prediction("t", 0, "", [Vote(ONE, 2.0), Vote(TWO, -2.0, view=1)]), of("t", ONE, query=1)])
+    close = lambda key: [pytest.approx(row) for row in sure["reliability"][key]]  # noqa: E731
+    assert close("share") == [{"n": 1, "confidence": 0.5, "right": 1.0}, {"n": 1, "confidence": 1.0, "right": 1.0}]
+    assert close("q") == [{"n": 1, "confidence": 0.5, "right": 1.0}, {"n": 1, "confidence": 1 / (1 + math.exp(-2)), "right": 1.0}]
     with pytest.raises(UserError, match="nothing to score"):
         votes.score([task._replace(queries=[(ONE, None)])], [])
 
