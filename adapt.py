@@ -162,7 +162,7 @@ def tuned(params: Params, cfg: Config, task: Task, until: float) -> Params:
     state, trained, solved = train.fresh_state(cfg, s), [p for p in s.params.values() if p.requires_grad], 0
     for step in range(1, cfg.train.steps + 1):
         scale = state.facts["scale"]
-        state.carries, grads, sums, _ = train.one_step(s, cfg, state.carries, scale)
+        state.carries, grads, sums, *_ = train.one_step(s, cfg, state.carries, scale)
         torch._foreach_mul_(grads, 1 / scale)
         norm = update(state.opts, trained, grads, learning_rate(cfg.optimizer, step, cfg.train.steps), cfg.optimizer.clip)
         state.facts["scale"] = scale if norm.isfinite() else max(1.0, scale / 2)

@@ -403,6 +403,7 @@ class Output(NamedTuple):
     q_halt: Tensor  # (B,) float32
     q_continue: Tensor  # (B,) float32
     kl: Tensor | None = None  # (B,) float32, of a variational encoder
+    context: Tensor | None = None  # (B, T, D), to be watched
 
 
 def fresh_carry(cfg: ModelConfig, cells: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Carry:
@@ -468,7 +469,7 @@ def act_step(
         halted = (halted | (q[:, 0] > 0)) & (steps >= min_steps)
     z_E = carry.z_E if context.z_E is None else context.z_E.detach()
     new = Carry(z_H.detach(), z_L.detach(), steps, halted, carry.n, z_E, carry.tokens)
-    return new, Output(logits, q[:, 0], q[:, 1], context.kl)
+    return new, Output(logits, q[:, 0], q[:, 1], context.kl, context.tokens.detach())
 
 
 # ---------------------------------------------------------------- the ACT loss

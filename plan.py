@@ -64,7 +64,7 @@ def plan(cfg: Config, s: Setup, timed: bool) -> dict[str, Any]:
         seconds, carries = [], [start_carry(s, cfg, slots) for slots in s.shards]
         for _ in range(3):
             begun = time.perf_counter()
-            carries, total, _, _ = one_step(s, cfg, carries)
+            carries, total, *_ = one_step(s, cfg, carries)
             update(opts, trained, total, 0.0, cfg.optimizer.clip)
             seconds.append(time.perf_counter() - begun)
         made["seconds_per_step"] = min(seconds)

@@ -85,7 +85,7 @@ def min_steps(cfg: ModelConfig, seed: int, slots: Tensor, n: Tensor, step: Tenso
     Drawn anew at every ACT step, as published."""
     u = data.uniform(2, seed, data.EXPLORE, slots, n, step)
     least = (2 + (u[:, 1] * (cfg.halt_max_steps - 1)).long()).clamp(max=cfg.halt_max_steps)
-    return torch.where(u[:, 0] < cfg.exploration, least, 0)
+    return torch.where(u[:, 0] < (0.0 if cfg.fixed_steps else cfg.exploration), least, 0)
 
 
 def noise(lanes: int, demos: int, seed: int, slots: Tensor, n: Tensor, step: Tensor) -> Tensor:
@@ -150,14 +150,14 @@ def next_batch(s: Setup, cfg: Config, slots: Tensor, carry: Carry) -> tuple[Carr
 
 # ---------------------------------------------------------------- one step
 
-SUMS = ("lm_loss", "q_loss", "kl", "cell_accuracy", "exact", "q_right", "steps", "count")
+SUMS = ("lm_loss", "q_loss", "kl", "cell_accuracy", "exact", "q_right", "steps", "explored", "count")
 
 
 def train_step(
     params: dict[str, Tensor], like: Params, cfg: ModelConfig, encode: Encode, dtype: torch.dtype, carry: Carry,
     batch: data.Batch, least: Tensor, scale: float,
-) -> tuple[Carry, list[Tensor], Tensor]:  # fmt: skip
-    """One ACT step of a shard: (new carry, gradients of scale * summed loss, sums (2, 8) over all and halted slots).
+) -> tuple[Carry, list[Tensor], Tensor, Tensor | None]:  # fmt: skip
+    """One ACT step of a shard: (new carry, gradients of scale * summed loss, sums (2, 9) over all and halted slots, context).
 
     params: path -> float32 leaf, in the order of the gradients; cast to the compute dtype once, here.
     """
@@ -167,10 +167,20 @@ def train_step(
     trained = [v for v in params.values() if v.requires_grad]
     grads = torch.autograd.grad(loss.total.sum() * scale, trained, allow_unused=True)
     with torch.no_grad():
-        rows = (loss.lm, loss.q, loss.kl, loss.cell_accuracy, loss.exact, loss.q_right, carry.steps, torch.ones_like(loss.lm))
+        rows = (
+            loss.lm,
+            loss.q,
+            loss.kl,
+            loss.cell_accuracy,
+            loss.exact,
+            loss.q_right,
+            carry.steps,
+            least > 0,
+            torch.ones_like(loss.lm),
+        )
         table = torch.stack([r.float() for r in rows]) * loss.labelled
         sums = torch.stack((table.sum(-1), (table * carry.halted).sum(-1)))
-    return carry, [torch.zeros_like(p) if g is None else g for p, g in zip(trained, grads, strict=True)], sums
+    return carry, [torch.zeros_like(p) if g is None else g for p, g in zip(trained, grads, strict=True)], sums, out.context
 
 
 def reduce(per_shard: Sequence[Sequence[Tensor]]) -> list[Tensor]:
@@ -195,6 +205,43 @@ def reduce(per_shard: Sequence[Sequence[Tensor]]) -> list[Tensor]:
 
 
 # ---------------------------------------------------------------- watching a run
+
+
+def gradient_row(names: Sequence[str], grads: Sequence[Tensor]) -> dict[str, float]:
+    """Norms of the gradients of the encoder and of the core, and the one divided by the other."""
+    parts = {k: [g for n, g in zip(names, grads, strict=True) if n.startswith(f"{k}.")] for k in ("encoder", "core")}
+    norms = [torch.stack(torch._foreach_norm(p)).norm() if p else torch.zeros(()) for p in parts.values()]
+    encoder, core = torch.stack([n.float().cpu() for n in norms]).tolist()
+    return {"core/grad_norm": core} | (
+        {"encoder/grad_norm": encoder, "encoder/grad_ratio": encoder / max(core, 1e-30)} if parts["encoder"] else {}
+    )
+
+
+def context_row(contexts: Sequence[Tensor | None]) -> dict[str, float]:
+    """Of the contexts (B, T, D) of all slots of all processes: variance over slots (0: the encoder has collapsed), over the
+    tokens of a slot, mean and standard deviation of all numbers; {} where there are none."""
+    own = [c.float() for c in contexts if c is not None]
+    if not own:
+        return {}
+    count, total = reduce([[c.new_tensor([len(c)]), c.sum(0)] for c in own])
+    mean = total / count
+    centre = mean.mean()
+    parts = [((c - mean).square().mean((1, 2)), c.var(1, unbiased=False).mean(-1), (c - centre).square().mean((1, 2))) for c in own]
+    across, within, square = torch.stack(reduce([[x.sum() for x in p] for p in parts])) / count
+    said = torch.stack((across, within, centre, square.sqrt())).tolist()
+    return dict(zip((f"encoder/context_{k}" for k in ("var_across", "var_within", "mean", "std")), said, strict=True))
+
+
+def gaps(found: dict[str, float], cfg: Config, trained: dict[str, float]) -> dict[str, float]:
+    """What training's last row says less what the dev split does, and what own demos give less what foreign ones do."""
+    first, names = f"{cfg.eval.on}/{cfg.eval.weights[0]}", {"loss": "lm_loss", "cell_accuracy": "cell_accuracy", "exact": "exact"}
+    row: dict[str, float] = {}
+    for k, name in names.items():
+        if cfg.eval.on == "dev" and f"all/{name}" in trained:
+            row[f"gap/train_dev/{k}"] = trained[f"all/{name}"] - found[f"{first}/own/{k}"]
+        if f"{first}/foreign/{k}" in found:
+            row[f"gap/own_foreign/{k}"] = found[f"{first}/own/{k}"] - found[f"{first}/foreign/{k}"]
+    return row
 
 
 def portions(asked: data.Queries, cfg: ModelConfig, tokens: int, times: Tensor | None = None) -> list[Tensor]:
@@ -334,22 +381,28 @@ def start_carry(s: Setup, cfg: Config, slots: Tensor) -> Carry:
     return fresh_carry(cfg.model, [0] * len(slots), s.dtype, s.device)
 
 
-def one_step(
-    s: Setup, cfg: Config, carries: Sequence[Carry], scale: float = 1.0, ask: bool = False
-) -> tuple[list[Carry], list[Tensor], Tensor, bool]:
-    """One ACT step of every slot: (carries, gradients of all processes, sums of this one, did any process ask to stop)."""
+class Step(NamedTuple):
+    carries: list[Carry]
+    grads: list[Tensor]  # of all processes
+    sums: Tensor  # of this one
+    asked: bool  # did any process ask to stop?
+    contexts: list[Tensor | None]  # of the shards of this one
 
-    def work(shard: tuple[Tensor, Carry]) -> tuple[Carry, list[Tensor], Tensor]:
+
+def one_step(s: Setup, cfg: Config, carries: Sequence[Carry], scale: float = 1.0, ask: bool = False) -> Step:
+    """One ACT step of every slot."""
+
+    def work(shard: tuple[Tensor, Carry]) -> tuple[Carry, list[Tensor], Tensor, Tensor | None]:
         carry, batch, least = next_batch(s, cfg, *shard)
         return train_step(s.params, s.like, cfg.model, s.encode, s.dtype, carry, batch, least, scale / cfg.train.batch)
 
-    done = side_by_side(work, zip(s.shards, carries, strict=True), s.device)
-    *total, vote = reduce([[*g, g[0].new_tensor([float(ask)])] for _, g, _ in done])  # the vote travels with the gradients
-    return [carry for carry, _, _ in done], total, torch.stack([sums for _, _, sums in done]).sum(0), float(vote) > 0
+    new, grads, sums, contexts = zip(*side_by_side(work, zip(s.shards, carries, strict=True), s.device), strict=True)
+    *total, vote = reduce([[*g, g[0].new_tensor([float(ask)])] for g in grads])  # the vote travels with the gradients
+    return Step(list(new), total, torch.stack(sums).sum(0), float(vote) > 0, list(contexts))
 
 
 def metrics_row(sums: Tensor) -> dict[str, float]:
-    """Means over slots, all of them and those that halted, from the sums (2, 8) of all processes."""
+    """Means over slots, all of them and those that halted, from the sums (2, 9) of all processes."""
     row: dict[str, float] = {}
     for which, values in zip(("all", "halted"), sums.tolist(), strict=True):
         said = zip(SUMS[:-1], values, strict=False)  # a KL of 0 is that of an encoder without one
@@ -412,7 +465,8 @@ def loop(
     cfg: Config, s: Setup, state: State, run: Run, say: Callable[[dict[str, Any]], None], deadline: float, world: int
 ) -> dict[str, Any]:
     """Steps until the last one, a wish to stop, or the wanted score; after each, what is due: row, evaluation, checkpoint."""
-    facts, trained = state.facts, [p for p in s.params.values() if p.requires_grad]
+    facts, names = state.facts, [k for k, p in s.params.items() if p.requires_grad]
+    trained = [s.params[k] for k in names]
     begun = time.monotonic() - facts["seconds"]
     step, stopped, since, since_step = facts["step"], "", time.monotonic(), facts["step"]
     watched = f"{cfg.eval.on}/{cfg.eval.weights[0]}/own"
@@ -427,10 +481,12 @@ def loop(
         step += 1
         due = []  # names of the weights to be saved after this step
         ask = bool(run.stop) or time.monotonic() > deadline
-        state.carries, grads, part, asked = one_step(s, cfg, state.carries, facts["scale"], ask)
+        state.carries, grads, part, asked, contexts = one_step(s, cfg, state.carries, facts["scale"], ask)
         state.sums += part
+        logged, done = step % cfg.train.log_every == 0 or step == cfg.train.steps, step == cfg.train.steps
         if facts["scale"] != 1:
             torch._foreach_mul_(grads, 1 / facts["scale"])
+        watching = gradient_row(names, grads) | context_row(contexts) if logged else {}
         lr = learning_rate(cfg.optimizer, step, cfg.train.steps)
         norm = float(update(state.opts, trained, grads, lr, cfg.optimizer.clip))
         if math.isfinite(norm):
@@ -444,22 +500,23 @@ def loop(
             raise UserError(f"step {step}: the gradient is not finite ({who}); {run.folder} keeps the state before it")
 
         facts |= {"step": step, "seconds": time.monotonic() - begun}
-        done = step == cfg.train.steps
         if asked and not done:
             stopped = run.stop or ("time limit" if time.monotonic() > deadline else "another process was stopped")
-        if step % cfg.train.log_every == 0 or done:
+        if logged:
             every = state.sums.clone()
             if world > 1:
                 dist.all_reduce(every)
             now = time.monotonic()
             norms = {"grad_norm": norm, "grad_norm_clipped": min(norm, cfg.optimizer.clip or norm)}
             rate = (step - since_step) * cfg.train.batch / (now - since)
-            note({"lr": lr, **norms, "skipped_steps": facts["skipped"], "samples_per_s": rate, **metrics_row(every)})
+            facts["trained"] = metrics_row(every)
+            note({"lr": lr, **norms, "skipped_steps": facts["skipped"], "samples_per_s": rate, **facts["trained"], **watching})
             state.sums.zero_()
             since, since_step = now, step
         if step % cfg.eval.every == 0 or done:
             raw, mean = (rebuild(s.like, {k: v.detach() for k, v in x.items()}) for x in (s.params, state.ema))
             facts["last"] = watch(raw, mean, cfg, s.watched, s.dtype)
+            facts["last"] |= gaps(facts["last"], cfg, facts["trained"])
             note(facts["last"])
             value, best = facts["last"][f"{watched}/{cfg.eval.best}"], facts["best"]
             gain = math.inf if best is None else (best - value if cfg.eval.best == "loss" else value - best)

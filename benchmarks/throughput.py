@@ -68,7 +68,7 @@ class Trainer:
 
     def step(self) -> float:
         begun = time.perf_counter()
-        self.carries, grads, _, _ = train.one_step(self.s, self.cfg, self.carries)
+        self.carries, grads, *_ = train.one_step(self.s, self.cfg, self.carries)
         update(self.opts, self.trained, grads, 1e-4, 1.0)
         torch._foreach_lerp_(list(self.ema.values()), list(self.s.params.values()), 1e-3)
         return time.perf_counter() - begun
@@ -171,7 +171,7 @@ class Products(TorchDispatchMode):
 def attainable(t: Trainer) -> tuple[float, float]:
     """(seconds that the matrix products of one step take by themselves, GFLOP of these)."""
     with Products() as seen:
-        t.carries, _, _, _ = train.one_step(t.s, t.cfg, t.carries)
+        t.carries, *_ = train.one_step(t.s, t.cfg, t.carries)
     seconds = gflop = 0.0
     for (func, *operands), count in seen.found.items():
         made = []

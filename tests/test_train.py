@@ -249,7 +249,7 @@ def test_gradients_of_shards_sum_to_those_of_the_whole(tmp_path):
         cfg = tiny(tmp_path, train__shards=shards)
         s = train.setup(cfg)
         assert sorted(torch.cat(s.shards).tolist()) == list(range(cfg.train.batch))
-        _, grads, _, _ = train.one_step(s, cfg, [train.start_carry(s, cfg, slots) for slots in s.shards])
+        _, grads, *_ = train.one_step(s, cfg, [train.start_carry(s, cfg, slots) for slots in s.shards])
         total[shards] = torch.cat([g.flatten() for g in grads])
     assert total[1].abs().max() > 1e-4
     torch.testing.assert_close(total[1], total[3], rtol=1e-4, atol=1e-6)
@@ -265,7 +265,7 @@ def test_a_step_is_the_mean_of_its_slots_scaled_and_its_sums_are_theirs(tmp_path
     loss = act_loss(cfg.model, out, batch.labels, batch.cells)
     wanted = torch.autograd.grad(loss.total.mean(), s.params["core.embed"])[0]
     for scale in (1.0, 1024.0):
-        _, grads, sums, _ = train.one_step(s, cfg, [train.start_carry(s, cfg, slots)], scale)
+        _, grads, sums, *_ = train.one_step(s, cfg, [train.start_carry(s, cfg, slots)], scale)
         names = [k for k, v in s.params.items() if v.requires_grad]
         torch.testing.assert_close(grads[names.index("core.embed")] / scale, wanted, rtol=1e-4, atol=1e-7)
     assert float(sums[0, train.SUMS.index("lm_loss")]) == pytest.approx(float(loss.lm.sum()), rel=1e-5)
@@ -275,6 +275,38 @@ def test_a_step_is_the_mean_of_its_slots_scaled_and_its_sums_are_theirs(tmp_path
         sums = train.one_step(s, cfg, [train.start_carry(s, cfg, slots)])[2]
     assert float(sums[1, -1]) == int(halted.sum())
     assert float(sums[1, train.SUMS.index("lm_loss")]) == pytest.approx(float(loss.lm[halted].sum()), rel=1e-5)
+
+
+# ---------------------------------------------------------------- what is watched
+
+
+@given(generators, st.integers(1, 9), st.integers(1, 4))
+def test_context_rows_are_variances_over_all_slots_however_they_are_dealt(g, slots, parts):
+    c = torch.randn(slots, 3, 8, generator=g) * 2 + 5
+    row = train.context_row([x for x in c.tensor_split(parts) if len(x)])
+    want = (c.var(0, unbiased=False).mean(), c.var(1, unbiased=False).mean(), c.mean(), c.std(unbiased=False))
+    keys = ("var_across", "var_within", "mean", "std")
+    assert row == pytest.approx({f"encoder/context_{k}": float(v) for k, v in zip(keys, want, strict=True)}, rel=1e-4, abs=1e-5)
+    same = train.context_row([c[:1].expand(slots, -1, -1)])
+    assert same["encoder/context_var_across"] < 1e-9 < same["encoder/context_var_within"]
+    assert train.context_row([None]) == {}
+
+
+def test_every_row_watches_the_encoder_and_every_evaluation_the_gaps(tmp_path):
+    said = []
+    dev = [str(Path(__file__).parent / "data" / "set")]
+    train.fit(tiny(tmp_path, data__dev=dev, data__train=["arc1:training"], data__max_train_tasks=4, eval__on="dev"), said.append)
+    rows, looks = [r for r in said if "lr" in r], [r for r in said if "gap/own_foreign/loss" in r]
+    assert len(rows) == 3 and len(looks) == 2
+    for row in rows:
+        assert row["encoder/grad_norm"] ** 2 + row["core/grad_norm"] ** 2 == pytest.approx(row["grad_norm"] ** 2, rel=1e-4)
+        assert row["encoder/grad_ratio"] == pytest.approx(row["encoder/grad_norm"] / row["core/grad_norm"])
+        assert row["encoder/context_std"] == pytest.approx(1, abs=0.05) and row["encoder/context_var_across"] > 0
+        assert 0 <= row["all/explored"] <= 1
+    for look, row in zip(looks, rows[::2], strict=True):
+        own, foreign = (look[f"dev/ema/{k}/cell_accuracy"] for k in ("own", "foreign"))
+        assert look["gap/own_foreign/cell_accuracy"] == pytest.approx(own - foreign)
+        assert look["gap/train_dev/loss"] == pytest.approx(row["all/lm_loss"] - look["dev/ema/own/loss"])
 
 
 # ---------------------------------------------------------------- the loop
