@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -160,6 +161,18 @@ def load(path: str | Path) -> Checkpoint:
     if tensors:
         raise UserError(f"{file}: unknown tensor {min(tensors)}")
     return Checkpoint(file, trees[0], trees[1], model, meta)
+
+
+def inspect(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint holds and says of itself: shapes and numbers of its parameters by module, config, data, finding."""
+    c = load(path)
+    modules: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, x in leaves(c.params).items():
+        modules.setdefault(name.partition(".")[0], {})[name] = tuple(x.shape)
+    sizes = {m: sum(math.prod(shape) for shape in named.values()) for m, named in modules.items()}
+    said = {k: c.meta.get(k) for k in ("step", "data", "tasks", "dtype", "config", "score")}
+    finding = str(msgspec.convert(c.meta["finding"], Finding))
+    return {"checkpoint": str(c.path), "parameters": sum(sizes.values()), "sizes": sizes, "modules": modules, **said, "finding": finding}
 
 
 # ---------------------------------------------------------------- the full state of a run

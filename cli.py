@@ -339,6 +339,26 @@ def table(result: dict[str, Any]) -> str:
 
 @app.command()
 @friendly
+def inspect(checkpoint: str, as_json: Json = False) -> None:
+    """What a checkpoint holds: parameters by module, config, training data, what the held-out guard found."""
+    from .checkpoint import inspect as look_into
+
+    found = look_into(checkpoint)
+    for module, named in found["modules"].items():
+        typer.echo(f"{module}: {found['sizes'][module]:,}")
+        for name, shape in named.items():
+            typer.echo(f"  {name:40} {' x '.join(map(str, shape))}")
+    for table, fields in found["config"].items():
+        typer.echo(f"[{table}] " + ", ".join(f"{k} = {json.dumps(v)}" for k, v in fields.items()))
+    typer.echo(
+        f"{found['checkpoint']}: {found['parameters']:,} parameters, step {found['step']}, {found['dtype']}\n"
+        f"trained on {found['tasks']} tasks, hash {found['data']}; guard: {found['finding']}"
+    )
+    last_line(as_json, found)
+
+
+@app.command()
+@friendly
 def merge(
     files: Annotated[list[str], typer.Argument(metavar="FILE...", help="predictions.jsonl of shards and runs; submissions of others.")],
     sources: Annotated[Optional[list[str]], typer.Option("--data", help="Tasks to score and to submit.")] = None,  # noqa: UP045

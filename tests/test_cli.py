@@ -56,6 +56,19 @@ def words(folder, *more):
     return [*SETS, *(x for item in sources for x in ("--set", item))]
 
 
+def test_inspect_says_what_a_checkpoint_holds(run):
+    from etrm_arc import checkpoint, etrm
+
+    out = call("inspect", run, "--json")
+    found, c = last_json(out), checkpoint.load(run)
+    shapes = {name: list(x.shape) for name, x in etrm.leaves(c.params).items()}
+    assert {k: v for named in found["modules"].values() for k, v in named.items()} == shapes
+    assert found["parameters"] == sum(x.numel() for x in etrm.leaves(c.params).values()) == sum(found["sizes"].values())
+    assert (found["data"], found["step"], found["config"]) == (c.meta["data"], 3, c.meta["config"])
+    assert "1 dev tasks set aside" in found["finding"] and found["finding"] in out.stdout and "core.embed" in out.stdout
+    assert "no such checkpoint" in call("inspect", "nowhere.safetensors", code=2).output
+
+
 def test_several_seeds_are_resumable_as_a_whole(tmp_path):
     args = ["train", "cpu", *words(tmp_path / "run"), "--seeds", "2"]
     call(*args, "--time-limit", "0", code=75)  # the first seed stops after a step, the second never begins
