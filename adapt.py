@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint, data, etrm, sources, train
-from .config import Config
+from .config import Config, InitConfig
 from .data import Symmetry, Task, UserError
 from .etrm import Context, Encode, Params
 from .optim import learning_rate, update
@@ -137,6 +137,7 @@ def recipe(cfg: Config, folder: str = "") -> Config:
     return replace(
         cfg,
         run=replace(cfg.run, dir=folder, track=""),
+        init_from=InitConfig(),
         data=replace(cfg.data, query="leave_one_out", min_demos=0),
         optimizer=replace(cfg.optimizer, lr=how.adapt_lr, warmup=0, final_lr=0.1, freeze=(*cfg.optimizer.freeze, *rest)),
         train=replace(cfg.train, batch=how.adapt_batch, shards=1, steps=how.adapt_steps, save_every=100, keep_every=0),

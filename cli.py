@@ -282,7 +282,7 @@ def eval_command(
         raise typer.Exit(130) from None
     held = {
         True: "held out",
-        False: "NOT held out: shares pairs with the training set",
+        False: "NOT held out: shares pairs with what was trained on",
         None: "unknown whether held out",
     }
     said = f"{result['views']} views, {result['adaptation']}, {result['seconds_per_task']:.3g} s a task; "
@@ -355,6 +355,24 @@ def inspect(checkpoint: str, as_json: Json = False) -> None:
         f"trained on {found['tasks']} tasks, hash {found['data']}; guard: {found['finding']}"
     )
     last_line(as_json, found)
+
+
+@app.command()
+@friendly
+def convert(
+    source: Annotated[str, typer.Argument(help="A published checkpoint, or one of ours.")],
+    target: Annotated[str, typer.Argument(help="To .safetensors: one of ours; else a published one.")],
+    recipe: Annotated[str, typer.Option("--config", help="Of the published model: its sizes, heads and cycles.")] = "",
+    raw: Annotated[bool, typer.Option("--raw", help="Raw weights instead of their average (EMA).")] = False,
+    sets: Set = None,
+) -> None:
+    """Write a published checkpoint as one of ours, or one of ours as a published one."""
+    from pathlib import Path
+
+    from . import config, transfer
+
+    cfg = config.load_config(recipe, sets or []) if recipe else None
+    typer.echo(transfer.convert(source, Path(target), cfg, "raw" if raw else "ema"))
 
 
 @app.command()

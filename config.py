@@ -36,6 +36,16 @@ class OptimizerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lr_scale: dict[str, float] = {}
     decay_scale: dict[str, float] = {}
     freeze: tuple[str, ...] = (r"core\.[HL]_init",)
+    freeze_until: dict[str, int] = {}  # frozen for so many steps
+
+
+class InitConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Weights that training starts from, instead of drawn ones: see transfer.py."""
+
+    path: str = ""  # a checkpoint of ours, a run folder, or a published one
+    take: tuple[str, ...] = (".*",)  # patterns of our parameter paths
+    weights: Literal["ema", "raw"] = "ema"
+    force: bool = False  # also from other cycles; what has another size is left out
 
 
 class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -88,6 +98,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    init_from: InitConfig = InitConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     solve: SolveConfig = SolveConfig()

@@ -55,6 +55,7 @@ def plan(cfg: Config, s: Setup, timed: bool) -> dict[str, Any]:
         f"{s.meta['tasks']} tasks ({s.left_out} queries left out: no canvas holds them); "
         f"guard: {msgspec.convert(s.meta['finding'], sources.Finding)}\n{params:,} parameters, {made['dtype']} on {s.device}; "
         f"slots by side of their canvas: {', '.join(f'{k}: {v}' for k, v in slots.items())}"
+        + (f"\n{s.meta['init_from']}" if "init_from" in s.meta else "")
     )
     if timed:
         made["gflop_per_step"], kept = flops(s, cfg)

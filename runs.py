@@ -209,7 +209,7 @@ class State:
 
 def fresh_facts(scale: float) -> dict[str, Any]:
     """Beside tensors: best value, evaluations since, last evaluation and row, scale of the loss (fp16), steps skipped, why it ended."""
-    made = {"step": 0, "best": None, "waited": 0, "last": {}, "trained": {}, "seconds": 0.0}
+    made: dict[str, Any] = {"step": 0, "best": None, "waited": 0, "last": {}, "trained": {}, "seconds": 0.0}
     return {**made, "scale": scale, "skipped": 0, "ended": ""}
 
 

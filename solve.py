@@ -382,7 +382,16 @@ def judged(solvers: Sequence[Solver], known: dict[str, list[Task]], here: Sequen
 
 
 def held_out(cfg: Config, meta: dict[str, Any], tasks: Sequence[Task]) -> bool | None:
-    """Whether no evaluated task shares a pair with what was trained on; None where the training data is not here."""
+    """Whether no evaluated task shares a pair with what was trained on, now or in what training started from; None where
+    the training data is not here."""
+    found = [unseen(cfg, meta, tasks)]
+    for a in meta.get("ancestors", ()):
+        found.append(a["held_out"] if "held_out" in a else held_out(config.parse_config(a["config"], ""), a, tasks))
+    return False if False in found else None if None in found else True
+
+
+def unseen(cfg: Config, meta: dict[str, Any], tasks: Sequence[Task]) -> bool | None:
+    """As `held_out`, of the training set alone."""
     try:
         trained, _, _ = sources.prepare(cfg.data)
     except UserError:

@@ -23,12 +23,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import data, etrm, launch, sources
+from . import data, etrm, launch, sources, transfer
 from .config import Config
 from .data import UserError
 from .encoders import encoder_of, init_params, latent_of
 from .etrm import Carry, Encode, ModelConfig, Params, act_loss, act_step, fresh_carry, leaves, rebuild, tree_map
-from .optim import check_patterns, is_frozen, learning_rate, optimizers, update
+from .optim import check_patterns, is_asleep, is_frozen, learning_rate, optimizers, update
 from .runs import Run, State, fresh_facts, save, take_up
 
 # ---------------------------------------------------------------- where and in what numbers
@@ -368,9 +368,14 @@ def setup(cfg: Config, rank: int = 0, world: int = 1, given: Sequence[data.Task]
         raise UserError(f"data.canvases: {largest} is larger than model.raster = {cfg.model.raster}")
     like = init_params(cfg.model, cfg.run.seed)
     check_patterns(cfg.optimizer, leaves(like))
-    params = {k: v.to(device).requires_grad_(not is_frozen(cfg.optimizer, k)) for k, v in leaves(like).items()}
-    meta = {"config": json.loads(msgspec.json.encode(cfg)), "data": sources.set_hash(train), "finding": msgspec.to_builtins(finding)}
-    meta |= {"tasks": len(train), "dtype": str(dtype)}
+    meta = {"config": json.loads(msgspec.json.encode(cfg)), "data": sources.set_hash(train), "tasks": len(train), "dtype": str(dtype)}
+    drawn = leaves(like)
+    if cfg.init_from.path:
+        begun = transfer.start(cfg.init_from, cfg.model, drawn)
+        drawn, finding = drawn | begun.params, msgspec.structs.replace(finding, started=begun.words)
+        meta |= {"ancestors": [begun.ancestor], "init_from": begun.text}
+    meta["finding"] = msgspec.to_builtins(finding)
+    params = {k: v.to(device).requires_grad_(not is_frozen(cfg.optimizer, k)) for k, v in drawn.items()}
     return Setup(
         tasks, tuple(t.name for t in train), deck, watched, meta, shards[rank::world],
         int((~asked.fits).sum()), device, dtype, params, like, encoder_of(cfg.model),
@@ -488,7 +493,8 @@ def loop(
             torch._foreach_mul_(grads, 1 / facts["scale"])
         watching = gradient_row(names, grads) | context_row(contexts) if logged else {}
         lr = learning_rate(cfg.optimizer, step, cfg.train.steps)
-        norm = float(update(state.opts, trained, grads, lr, cfg.optimizer.clip))
+        awake = [i for i, k in enumerate(names) if not is_asleep(cfg.optimizer, k, step)]
+        norm = float(update(state.opts, [trained[i] for i in awake], [grads[i] for i in awake], lr, cfg.optimizer.clip))
         if math.isfinite(norm):
             torch._foreach_lerp_(list(state.ema.values()), list(s.params.values()), 1 - cfg.train.ema)
         elif facts["scale"] > 1:

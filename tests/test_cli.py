@@ -69,6 +69,24 @@ def test_inspect_says_what_a_checkpoint_holds(run):
     assert "no such checkpoint" in call("inspect", "nowhere.safetensors", code=2).output
 
 
+def test_convert_writes_either_format(tmp_path):
+    import torch
+
+    from etrm_arc import checkpoint, etrm
+
+    shape = ["model.tied_head=false", "model.context_scale=published", "model.encoder.kind=standard", "model.positions=rope"]
+    call("train", "cpu", *words(tmp_path / "run", *shape, "eval.foreign=false"))
+    assert "step_3: " in call("convert", tmp_path / "run", tmp_path / "step_3", "--raw").output
+    sets = [x for item in [*SMALL, *shape] for x in ("--set", item)]
+    call("convert", tmp_path / "step_3", tmp_path / "a.safetensors", "--config", "cpu", *sets)
+    ours, back = checkpoint.load(tmp_path / "run"), checkpoint.load(tmp_path / "a.safetensors")
+    for k, v in etrm.leaves(ours.params).items():
+        assert torch.equal(v, etrm.leaves(back.params)[k]), k
+    assert "STARTED FROM step_3: published, unknown" in call("inspect", tmp_path / "a.safetensors").output
+    assert "name the config" in call("convert", tmp_path / "step_3", tmp_path / "b.safetensors", code=2).output
+    assert "has our format already" in call("convert", tmp_path / "run", tmp_path / "b.safetensors", code=2).output
+
+
 def test_several_seeds_are_resumable_as_a_whole(tmp_path):
     args = ["train", "cpu", *words(tmp_path / "run"), "--seeds", "2"]
     call(*args, "--time-limit", "0", code=75)  # the first seed stops after a step, the second never begins
