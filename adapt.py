@@ -47,9 +47,11 @@ class Asked(NamedTuple):
 
 
 def fixed(encode: Encode) -> Encode:
-    """The encoder itself. Raises UserError where its context changes from step to step: there is no one context to search."""
-    if encode.recur:
-        raise UserError("solve: the encoder has states of its own in the carry, so neither --adapt context nor --vote demos")
+    """The encoder itself. Raises UserError where there is no one context that could be searched."""
+    if encode.recur or encode.step:
+        raise UserError(
+            "solve: there is no one context to search (states in the carry, or no encoder): no --adapt context, no --vote demos"
+        )
     return encode
 
 
@@ -132,6 +134,8 @@ def search(params: Params, cfg: Config, encode: Encode, asked: Asked, context: T
 
 def recipe(cfg: Config, folder: str = "") -> Config:
     """The run of a full or joint adaptation: training's own, on leave-one-out episodes of the demos."""
+    if cfg.model.encoder.kind == "table":
+        raise UserError("solve.adapt: a table's rows are its tasks': there is nothing to adapt")
     replace, how = msgspec.structs.replace, cfg.solve
     rest = () if how.adapt_weights == ".*" else (rf"(?!(?:{how.adapt_weights})$).*",)
     return replace(

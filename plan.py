@@ -60,7 +60,8 @@ def plan(cfg: Config, s: Setup, timed: bool) -> dict[str, Any]:
     if timed:
         made["gflop_per_step"], kept = flops(s, cfg)
         # master weights, gradient, EMA and two moments in float32; a copy in the compute dtype; what autograd keeps
-        made["memory_gb"] = params * 22 / 1e9 + kept
+        learned = sum(p.numel() for p in s.params.values() if p.requires_grad)
+        made["memory_gb"] = (learned * 22 + (params - learned) * 4) / 1e9 + kept
         opts, trained = optimizers(cfg.optimizer, s.params), [p for p in s.params.values() if p.requires_grad]
         seconds, carries = [], [start_carry(s, cfg, slots) for slots in s.shards]
         for _ in range(3):

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import data, etrm, launch, sources, transfer
+from . import data, etrm, launch, regimes, sources, transfer
 from .config import Config
 from .data import UserError
 from .encoders import encoder_of, init_params, latent_of
@@ -159,13 +159,24 @@ def train_step(
 ) -> tuple[Carry, list[Tensor], Tensor, Tensor | None]:  # fmt: skip
     """One ACT step of a shard: (new carry, gradients of scale * summed loss, sums (2, 9) over all and halted slots, context).
 
-    params: path -> float32 leaf, in the order of the gradients; cast to the compute dtype once, here.
+    params: path -> float32 leaf, in the order of the gradients, the touched rows of a table after all; cast to the compute
+    dtype once, here.
     """
+    params, batch = regimes.gathered(params, batch)
     cast = rebuild(like, {k: v.to(dtype) for k, v in params.items()})
-    carry, out = act_step(cast, cfg, encode, carry, batch, least)
-    loss = act_loss(cfg, out, batch.labels, batch.cells)
-    trained = [v for v in params.values() if v.requires_grad]
-    grads = torch.autograd.grad(loss.total.sum() * scale, trained, allow_unused=True)
+    total = torch.zeros((), device=batch.inputs.device)
+    for taken in range(1, cfg.unrolled + 1):
+        carry, out = act_step(cast, cfg, encode, carry, batch, least)
+        loss = act_loss(cfg, out, batch.labels, batch.cells)
+        total = total + loss.total.sum()
+        if taken == cfg.unrolled or (not total.is_meta and bool(carry.halted.all())):
+            break
+        carry = carry._replace(halted=torch.zeros_like(carry.halted))
+    if cfg.unrolled > 1:
+        carry = carry._replace(halted=torch.ones_like(carry.halted))
+    trained = [v for k, v in params.items() if v.requires_grad and k != regimes.TABLE]
+    trained += [params[regimes.TABLE]] if regimes.TABLE in params else []
+    grads = torch.autograd.grad(total * (scale / taken), trained, allow_unused=True)
     with torch.no_grad():
         rows = (
             loss.lm,
@@ -287,6 +298,7 @@ def probe(params: Params, cfg: Config, tasks: data.Tasks, rule: str, dtype: torc
 
     def answer(rows: Tensor) -> None:
         e = data.posed(tasks, cfg.data, rule, data.chosen(asked, rows), shown[rows])
+        e = e._replace(row=tasks.task_of[shown[rows]] * cfg.data.symmetries)  # of the task as it is
         batch = data.batch(tasks, e, cfg.data, cfg.model.raster)
         out, _ = etrm.think(cast, cfg.model, encode, batch, dtype, cfg.eval.act_steps)
         loss = act_loss(cfg.model, out, batch.labels, batch.cells)
@@ -366,7 +378,9 @@ def setup(cfg: Config, rank: int = 0, world: int = 1, given: Sequence[data.Task]
         donors(questions.task[questions.known], cfg.run.seed)  # before an hour has gone by
     if (largest := max(cfg.data.canvases or (data.MAX_SIDE,))) > cfg.model.raster:
         raise UserError(f"data.canvases: {largest} is larger than model.raster = {cfg.model.raster}")
-    like = init_params(cfg.model, cfg.run.seed)
+    if cfg.model.mixer and cfg.data.canvases != (cfg.model.raster,):
+        raise UserError(f"model.mixer: has one canvas: data.canvases = [{cfg.model.raster}], the raster")
+    like = regimes.with_rows(init_params(cfg.model, cfg.run.seed), cfg, train)
     check_patterns(cfg.optimizer, leaves(like))
     meta = {"config": json.loads(msgspec.json.encode(cfg)), "data": sources.set_hash(train), "tasks": len(train), "dtype": str(dtype)}
     drawn = leaves(like)
@@ -375,7 +389,8 @@ def setup(cfg: Config, rank: int = 0, world: int = 1, given: Sequence[data.Task]
         drawn, finding = drawn | begun.params, msgspec.structs.replace(finding, started=begun.words)
         meta |= {"ancestors": [begun.ancestor], "init_from": begun.text}
     meta["finding"] = msgspec.to_builtins(finding)
-    params = {k: v.to(device).requires_grad_(not is_frozen(cfg.optimizer, k)) for k, v in drawn.items()}
+    still = (regimes.TABLE, "encoder.keys")  # no optimizer's: rows are trained one by one, or not at all
+    params = {k: v.to(device).requires_grad_(k not in still and not is_frozen(cfg.optimizer, k)) for k, v in drawn.items()}
     return Setup(
         tasks, tuple(t.name for t in train), deck, watched, meta, shards[rank::world],
         int((~asked.fits).sum()), device, dtype, params, like, encoder_of(cfg.model),
@@ -392,6 +407,7 @@ class Step(NamedTuple):
     sums: Tensor  # of this one
     asked: bool  # did any process ask to stop?
     contexts: list[Tensor | None]  # of the shards of this one
+    touched: list[Tensor]  # of all processes: gradients of rows of a table and whose they are, or nothing
 
 
 def one_step(s: Setup, cfg: Config, carries: Sequence[Carry], scale: float = 1.0, ask: bool = False) -> Step:
@@ -399,11 +415,15 @@ def one_step(s: Setup, cfg: Config, carries: Sequence[Carry], scale: float = 1.0
 
     def work(shard: tuple[Tensor, Carry]) -> tuple[Carry, list[Tensor], Tensor, Tensor | None]:
         carry, batch, least = next_batch(s, cfg, *shard)
-        return train_step(s.params, s.like, cfg.model, s.encode, s.dtype, carry, batch, least, scale / cfg.train.batch)
+        share = scale / cfg.train.batch
+        carry, g, sums, context = train_step(s.params, s.like, cfg.model, s.encode, s.dtype, carry, batch, least, share)
+        rows = regimes.spread(shard[0], batch, g.pop(), cfg.train.batch) if regimes.TABLE in s.params else []
+        return carry, [g[0].new_tensor([float(ask)]), *rows, *g], sums, context  # the vote travels with the gradients
 
     new, grads, sums, contexts = zip(*side_by_side(work, zip(s.shards, carries, strict=True), s.device), strict=True)
-    *total, vote = reduce([[*g, g[0].new_tensor([float(ask)])] for g in grads])  # the vote travels with the gradients
-    return Step(list(new), total, torch.stack(sums).sum(0), float(vote) > 0, list(contexts))
+    vote, *total = reduce(grads)
+    rows = 2 if regimes.TABLE in s.params else 0
+    return Step(list(new), total[rows:], torch.stack(sums).sum(0), float(vote) > 0, list(contexts), total[:rows])
 
 
 def metrics_row(sums: Tensor) -> dict[str, float]:
@@ -418,7 +438,7 @@ def metrics_row(sums: Tensor) -> dict[str, float]:
 
 def fresh_state(cfg: Config, s: Setup) -> State:
     return State(
-        ema={k: v.detach().clone() for k, v in s.params.items()},
+        ema={k: v.detach().clone() if v.requires_grad else v.detach() for k, v in s.params.items()},
         opts=optimizers(cfg.optimizer, s.params),
         carries=[start_carry(s, cfg, slots) for slots in s.shards],
         sums=torch.zeros(2, len(SUMS), device=s.device),
@@ -486,17 +506,21 @@ def loop(
         step += 1
         due = []  # names of the weights to be saved after this step
         ask = bool(run.stop) or time.monotonic() > deadline
-        state.carries, grads, part, asked, contexts = one_step(s, cfg, state.carries, facts["scale"], ask)
+        state.carries, grads, part, asked, contexts, touched = one_step(s, cfg, state.carries, facts["scale"], ask)
         state.sums += part
         logged, done = step % cfg.train.log_every == 0 or step == cfg.train.steps, step == cfg.train.steps
         if facts["scale"] != 1:
-            torch._foreach_mul_(grads, 1 / facts["scale"])
-        watching = gradient_row(names, grads) | context_row(contexts) if logged else {}
+            torch._foreach_mul_([*grads, *touched[:1]], 1 / facts["scale"])
+        named = [*names, regimes.TABLE] if touched else names
+        watching = gradient_row(named, [*grads, *touched[:1]]) | context_row(contexts) if logged else {}
         lr = learning_rate(cfg.optimizer, step, cfg.train.steps)
         awake = [i for i, k in enumerate(names) if not is_asleep(cfg.optimizer, k, step)]
         norm = float(update(state.opts, [trained[i] for i in awake], [grads[i] for i in awake], lr, cfg.optimizer.clip))
         if math.isfinite(norm):
-            torch._foreach_lerp_(list(state.ema.values()), list(s.params.values()), 1 - cfg.train.ema)
+            torch._foreach_lerp_([state.ema[k] for k in names], trained, 1 - cfg.train.ema)
+            if touched:
+                (rows, ids), share = touched, lr / cfg.optimizer.lr
+                regimes.sign_step(s.params[regimes.TABLE], rows, ids, share * cfg.optimizer.table_lr, cfg.optimizer.table_decay)
         elif facts["scale"] > 1:
             facts["scale"] /= 2
         elif cfg.train.non_finite == "skip":

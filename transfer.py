@@ -208,10 +208,11 @@ def start(init: InitConfig, cfg: ModelConfig, like: dict[str, Tensor]) -> Start:
         unused = [k for k in found.tensors if k not in used]
     skipped = dict.fromkeys(unused, "no such parameter here")
     taken: dict[str, Tensor] = {}
+    rows = torch.equal(tensors.get("encoder.keys", torch.zeros(0)), like.get("encoder.keys", torch.ones(0, 3)))
     for path, x in tensors.items():
         if path in skipped:
             continue
-        if path in ("encoder.table", "encoder.keys"):
+        if path in ("encoder.table", "encoder.keys") and not rows:
             skipped[path] = "rows of another training set's tasks"
         elif not any(re.fullmatch(p, path) for p in init.take):
             skipped[path] = "init_from.take leaves it out"

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from etrm_arc import blocks, config, data, encoders, etrm, launch, sources, train
+from etrm_arc import blocks, config, data, encoders, etrm, launch, layers, sources, train
 from etrm_arc.optim import optimizers, update
 
 DTYPES = ("bf16", "fp32")
@@ -108,7 +108,7 @@ def ten_demos(d: data.Demos) -> data.Demos:
 
 @contextlib.contextmanager
 def published_layout() -> Iterator[None]:
-    batch, attend = data.batch, etrm.self_attention
+    batch, attend = data.batch, layers.self_attention
 
     def padded(*args: Any) -> data.Batch:
         made = batch(*args)
@@ -135,11 +135,11 @@ def published_layout() -> Iterator[None]:
         return rebuild(like, {k: v.float() if k.endswith(blocks) and ".sets." not in k else v for k, v in leaves.items()})
 
     with contextlib.ExitStack() as stack:
-        for module in (etrm, blocks, encoders):
+        for module in (layers, etrm, blocks, encoders):
             for name, new in (("attention", attention), ("self_attention", self_attention), ("swiglu", swiglu), ("rms", rms)):
                 if hasattr(module, name):
                     stack.enter_context(mock.patch.object(module, name, new))
-        stack.enter_context(mock.patch.object(etrm, "RUN", 1 << 40))
+        stack.enter_context(mock.patch.object(layers, "RUN", 1 << 40))
         stack.enter_context(mock.patch.object(data, "batch", padded))
         stack.enter_context(mock.patch.object(train, "rebuild", cast_late))
         yield

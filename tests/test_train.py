@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from etrm_arc import checkpoint, config, data, optim, plan, runs, sources, train
+from etrm_arc import checkpoint, config, data, optim, plan, regimes, runs, sources, train
 from etrm_arc.data import UserError
 from etrm_arc.encoders import ENCODERS, encoder_of, init_params
-from etrm_arc.etrm import Context, Encode, EncoderConfig, ModelConfig, Params, act_loss, act_step, fresh_carry, leaves, rebuild
+from etrm_arc.etrm import EncoderConfig, ModelConfig, Params, act_loss, act_step, fresh_carry, leaves, rebuild
 from etrm_arc.tests import published, puzzles
 from etrm_arc.tests.puzzles import generators
 from etrm_arc.tests.test_parity import all_demos, batch_of
@@ -48,44 +48,41 @@ def tiny(folder, **changes):
 
 
 def test_training_trace_of_the_published_trainer(golden):
-    """Six steps of Adam-atan2, warm-up and cosine, EMA, with the published puzzle table in the encoder's place."""
+    """Six steps of Adam-atan2, warm-up and cosine, EMA, and sign-SGD on the rows of the published puzzle table."""
     t, meta = golden("trm_train_trace")
     hyper = meta["hyper"]
-    cfg = published.config()
+    cfg = published.config(encoder=EncoderConfig(kind="table", latent=1024))
     sd = published.sub(golden("trm_core")[0], "sd.inner.")
-    like = Params((), published.core({**sd, "q_head.bias": torch.tensor([0.25, 0.1])}))
+    table = regimes.Table(sd["puzzle_emb.weights"].clone(), torch.zeros(64, 3))
+    like = Params(table, published.core({**sd, "q_head.bias": torch.tensor([0.25, 0.1])}))
     opt = config.OptimizerConfig(
         kind="adam_atan2", lr=hyper["lr"], warmup=hyper["lr_warmup_steps"], final_lr=hyper["lr_min_ratio"],
         betas=(hyper["beta1"], hyper["beta2"]), weight_decay=hyper["weight_decay"], clip=0.0,
+        table_lr=hyper["puzzle_emb_lr"], table_decay=hyper["puzzle_emb_weight_decay"],
     )  # fmt: skip
-    params = {k: v.clone().requires_grad_(not optim.is_frozen(opt, k)) for k, v in leaves(like).items()}
-    trained = {k: v for k, v in params.items() if v.requires_grad}
-    opts, ema = optim.optimizers(opt, params), {k: v.detach().clone() for k, v in params.items()}
-    table, carry, now = sd["puzzle_emb.weights"].clone(), None, None
+    frozen = lambda k: k.startswith("encoder.") or optim.is_frozen(opt, k)  # noqa: E731
+    params = {k: v.clone().requires_grad_(not frozen(k)) for k, v in leaves(like).items()}
+    trained = [v for v in params.values() if v.requires_grad]
+    opts, ema, carry, now = optim.optimizers(opt, params), {k: v.detach().clone() for k, v in params.items()}, None, None
     for i in range(6):
         offered = published.sub(t, f"t{i}.batch.")
         carry = carry or fresh_carry(cfg, [36] * len(offered["inputs"]), torch.float32)
         now = now or offered
         now = {k: torch.where(carry.halted.view(-1, *[1] * (v.ndim - 1)), v, now[k]) for k, v in offered.items()}
-        ids = now["puzzle_identifiers"].long()
-        rows = table[ids].clone().requires_grad_()
         least = (t[f"t{i}.rand"] < cfg.exploration) * t[f"t{i}.randint"]
-        batch = batch_of(now["inputs"], now["labels"])
-        carry, out = act_step(rebuild(like, params), cfg, Encode(lambda *_, r=rows: Context(r.view(-1, 16, 64))), carry, batch, least)
-        total = act_loss(cfg, out, batch.labels, batch.cells).total.sum() / 6
-        *grads, row_grads = torch.autograd.grad(total, [*trained.values(), rows])
+        batch = batch_of(now["inputs"], now["labels"])._replace(rows=now["puzzle_identifiers"].long())
+        carry, grads, _, _ = train.train_step(params, like, cfg, encoder_of(cfg), torch.float32, carry, batch, least, 1 / 6)
         lr = optim.learning_rate(opt, i + 1, hyper["total_steps"])
         assert abs(lr - float(t[f"t{i}.reported.lr"])) < 1e-9
-        table_lr = lr * hyper["puzzle_emb_lr"] / hyper["lr"]
-        touched, where = ids.unique(return_inverse=True)
-        summed = torch.zeros(len(touched), 1024).index_add_(0, where, row_grads)
-        decayed = table[touched] * (1 - table_lr * hyper["puzzle_emb_weight_decay"])
-        table[touched] = decayed - table_lr * torch.sign(summed)
-        optim.update(opts, list(trained.values()), grads, lr, 0.0)
+        rows, ids = regimes.spread(torch.arange(6), batch, grads.pop(), 6)
+        regimes.sign_step(params[regimes.TABLE], rows, ids, lr / opt.lr * opt.table_lr, opt.table_decay)
+        optim.update(opts, trained, grads, lr, 0.0)
         torch._foreach_lerp_(list(ema.values()), list(params.values()), 1 - hyper["ema_rate"])
         assert torch.equal(carry.halted, t[f"t{i}.halted"])
+        assert (params[regimes.TABLE][:40, :8] - t[f"t{i}.puzzle_emb_rows"]).abs().max() <= 2e-5
         for k, v in published.sub(t, f"t{i}.param_norm.inner.").items():
             assert abs(float(published_leaf(params, k).detach().norm() - v)) <= 2e-5 * (1 + float(v))
+    assert (params[regimes.TABLE][:40] - t["final.inner.puzzle_emb.weights_first40"]).abs().max() <= 2e-5
     for which, ours in (("final.inner.", params), ("final_ema.inner.", ema)):
         for k, v in published.sub(t, which).items():
             if not k.startswith("puzzle_emb"):
