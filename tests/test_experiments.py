@@ -14,7 +14,7 @@ SET = Path(__file__).parent / "data" / "set"
 SHIPPED = sorted(p.relative_to(config.SHIPPED).with_suffix("").as_posix() for p in config.SHIPPED.rglob("*.toml"))
 SMALL = [
     "model.hidden=16", "model.heads=2", "model.expansion=0.5", "model.L_cycles=1", "train.batch=4", "train.shards=1", "train.steps=3",
-    "train.dtype=fp32", "eval.every=3", "eval.act_steps=1", "model.raster=10", "optimizer.warmup=2", "data.max_train_tasks=0",
+    "train.dtype=fp32", "eval.every=3", "eval.act_steps=1", "optimizer.warmup=2", "data.max_train_tasks=0",
     f'data.train=["{SET}"]', f'data.held_out=["{SET / "flip.json"}"]',
 ]  # fmt: skip
 
@@ -22,7 +22,7 @@ SMALL = [
 def small(name, folder, *sets):
     cfg = config.load_config(name)
     more = [f'data.dev=["{SET / "mirror.json"}"]'] if cfg.data.dev else []
-    more += ["data.canvases=[10]"] if cfg.model.mixer else []
+    more += ["data.canvases=[10]", "model.raster=10"] if cfg.model.mixer else []
     more += ["data.symmetries=3"] if cfg.data.symmetries else []
     return config.load_config(name, [*SMALL, *more, f"run.dir={folder}", *sets])
 
