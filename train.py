@@ -107,7 +107,8 @@ def keep_pages() -> None:
 
 
 THREADS = torch.get_num_threads()  # of this process, before any of them were given to shards
-One, Other = TypeVar("One"), TypeVar("Other")
+One = TypeVar("One")
+Other = TypeVar("Other")
 
 
 @functools.lru_cache
