@@ -445,6 +445,11 @@ def lookup(kind: str) -> Encoder:
     return known[kind]
 
 
+def reads_demos(cfg: ModelConfig) -> bool:
+    """Not so a table of tasks and the argmax-feedback TRM."""
+    return cfg.encoder.kind in ENCODERS and not cfg.feedback
+
+
 # ---------------------------------------------------------------- encoder and core together
 
 

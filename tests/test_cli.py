@@ -105,11 +105,12 @@ def started(*args):
     )  # fmt: skip
 
 
-def test_processes_of_one_command_end_in_the_bits_of_one(tmp_path):
+@pytest.mark.parametrize("more", [(), ("model.encoder.kind=table", "data.symmetries=3")])
+def test_processes_of_one_command_end_in_the_bits_of_one(tmp_path, more):
     from etrm_arc.tests.kill import outcome
 
-    call("train", "cpu", *words(tmp_path / "one"))
-    run = started(*words(tmp_path / "two"))
+    call("train", "cpu", *words(tmp_path / "one", *more))
+    run = started(*words(tmp_path / "two", *more))
     assert run.wait(120) == 0, run.stderr.read()
     (rows, one), (others, two) = outcome(tmp_path / "one"), outcome(tmp_path / "two")
     for part in (one, two):

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from etrm_arc import checkpoint, config, data, etrm, regimes, solve, sources, train
+from etrm_arc import checkpoint, config, data, etrm, regimes, report, solve, sources, train
 from etrm_arc.data import UserError
 from etrm_arc.encoders import encoder_of, init_params
 from etrm_arc.etrm import Encode, ModelConfig, Params, act_loss, fresh_carry, leaves, rebuild
@@ -318,6 +318,7 @@ def test_a_feedback_run_stops_resumes_and_answers(tmp_path):
     same(outcome(tmp_path / "whole"), outcome(tmp_path / "pieces"))
     found = solve.evaluate([tmp_path / "whole"], [str(SET)], ["solve.views=2"], predictions_file=str(tmp_path / "p.jsonl"))
     assert found["votes"] > 0
+    assert report.page(tmp_path / "whole", [str(SET)])["space"]["said"] == "this system reads no demos: no contexts"
     with pytest.raises(UserError, match="no one context to search"):
         solve.evaluate([tmp_path / "whole"], [str(SET)], ['solve.adapt="context"'], predictions_file=str(tmp_path / "q.jsonl"))
 
