@@ -181,7 +181,7 @@ ALWAYS: dict[str, set[str] | None] = {
 FORKED: dict[str, set[str] | None] = {  # in a folder of its own, also how it is trained from here on
     "run": None,
     "train": {*(ALWAYS["train"] or ()), "ema"},
-    "optimizer": {"lr", "warmup", "final_lr", "betas", "weight_decay", "clip", "lr_scale", "decay_scale"},
+    "optimizer": {"lr", "warmup", "final_lr", "betas", "weight_decay", "clip", "lr_scale", "decay_scale", "table_lr", "table_decay"},
 }
 
 
