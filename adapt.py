@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint, data, etrm, sources, train
-from .config import Config
+from .config import Config, InitConfig
 from .data import Symmetry, Task, UserError
 from .etrm import Context, Encode, Params
 from .optim import learning_rate, update
@@ -48,9 +48,11 @@ class Asked(NamedTuple):
 
 
 def fixed(encode: Encode) -> Encode:
-    """The encoder itself. Raises UserError where its context changes from step to step: there is no one context to search."""
-    if encode.recur:
-        raise UserError("solve: the encoder has states of its own in the carry, so neither --adapt context nor --vote demos")
+    """The encoder itself. Raises UserError where there is no one context that could be searched."""
+    if encode.recur or encode.step:
+        raise UserError(
+            "solve: there is no one context to search (states in the carry, or no encoder): no --adapt context, no --vote demos"
+        )
     return encode
 
 
@@ -133,11 +135,14 @@ def search(params: Params, cfg: Config, encode: Encode, asked: Asked, context: T
 
 def recipe(cfg: Config, folder: str = "") -> Config:
     """The run of a full or joint adaptation: training's own, on leave-one-out episodes of the demos."""
+    if cfg.model.encoder.kind == "table":
+        raise UserError("solve.adapt: a table's rows are its tasks': there is nothing to adapt")
     replace, how = msgspec.structs.replace, cfg.solve
     rest = () if how.adapt_weights == ".*" else (rf"(?!(?:{how.adapt_weights})$).*",)
     return replace(
         cfg,
         run=replace(cfg.run, dir=folder, track=""),
+        init_from=InitConfig(),
         data=replace(cfg.data, query="leave_one_out", min_demos=0),
         optimizer=replace(cfg.optimizer, lr=how.adapt_lr, warmup=0, final_lr=0.1, freeze=(*cfg.optimizer.freeze, *rest)),
         train=replace(cfg.train, batch=how.adapt_batch, shards=1, steps=how.adapt_steps, save_every=100, keep_every=0),
@@ -169,7 +174,7 @@ def tuned(params: Params, cfg: Config, task: Task, until: float) -> Params:
     state, trained, solved = train.fresh_state(cfg, s), [p for p in s.params.values() if p.requires_grad], 0
     for step in range(1, cfg.train.steps + 1):
         scale = state.facts["scale"]
-        state.carries, grads, sums, _ = train.one_step(s, cfg, state.carries, scale)
+        state.carries, grads, sums, *_ = train.one_step(s, cfg, state.carries, scale)
         torch._foreach_mul_(grads, 1 / scale)
         norm = update(state.opts, trained, grads, learning_rate(cfg.optimizer, step, cfg.train.steps), cfg.optimizer.clip)
         state.facts["scale"] = scale if norm.isfinite() else max(1.0, scale / 2)

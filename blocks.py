@@ -14,21 +14,8 @@ from einops import rearrange
 from torch import Tensor
 
 from .data import Batch, Demos
-from .etrm import (
-    ModelConfig,
-    Runs,
-    Turn,
-    attention,
-    init_block,
-    inner_width,
-    normal,
-    position_of,
-    ragged,
-    rms,
-    self_attention,
-    swiglu,
-    turn_of,
-)
+from .etrm import ModelConfig, init_block, inner_width, normal, ragged
+from .layers import Runs, Turn, attention, position_of, rms, self_attention, swiglu, turn_of
 
 # ---------------------------------------------------------------- blocks
 

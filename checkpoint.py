@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -130,6 +131,11 @@ def find(path: str | Path) -> Path:
     return found[0]
 
 
+def same_shape(x: Tensor, like: Tensor) -> bool:
+    """Also where `like` has no row: of a table, whose rows a config does not know."""
+    return x.shape == like.shape or (like.ndim > 0 and len(like) == 0 and x.shape[1:] == like.shape[1:])
+
+
 def load(path: str | Path) -> Checkpoint:
     """Read a checkpoint, or the best one of a run folder. Raises UserError on anything that is not ours and whole."""
     file = find(path)
@@ -152,7 +158,7 @@ def load(path: str | Path) -> Checkpoint:
         found: dict[str, Tensor] = {}
         for key, want in leaves(like).items():
             got = tensors.pop(f"{name}.{key}", None)
-            if got is None or got.shape != want.shape:
+            if got is None or not same_shape(got, want):
                 is_ = "missing" if got is None else f"of shape {tuple(got.shape)}, must be {tuple(want.shape)}"
                 raise UserError(f"{file}: {name}.{key} is {is_}")
             found[key] = got.float()
@@ -160,6 +166,19 @@ def load(path: str | Path) -> Checkpoint:
     if tensors:
         raise UserError(f"{file}: unknown tensor {min(tensors)}")
     return Checkpoint(file, trees[0], trees[1], model, meta)
+
+
+def inspect(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint holds and says of itself: shapes and numbers of its parameters by module, config, data, finding."""
+    c = load(path)
+    modules: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, x in leaves(c.params).items():
+        modules.setdefault(name.partition(".")[0], {})[name] = tuple(x.shape)
+    sizes = {m: sum(math.prod(shape) for shape in named.values()) for m, named in modules.items()}
+    said = {k: c.meta.get(k) for k in ("step", "data", "tasks", "dtype", "config", "score")}
+    finding = str(msgspec.convert(c.meta["finding"], Finding))
+    made = {"checkpoint": str(c.path), "parameters": sum(sizes.values()), "sizes": sizes, "modules": modules}
+    return {**made, **said, "finding": finding}
 
 
 # ---------------------------------------------------------------- the full state of a run

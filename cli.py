@@ -282,7 +282,7 @@ def eval_command(
         raise typer.Exit(130) from None
     held = {
         True: "held out",
-        False: "NOT held out: shares pairs with the training set",
+        False: "NOT held out: shares pairs with what was trained on",
         None: "unknown whether held out",
     }
     said = f"{result['views']} views, {result['adaptation']}, {result['seconds_per_task']:.3g} s a task; "
@@ -335,6 +335,44 @@ def table(result: dict[str, Any]) -> str:
         count = "could not be counted (folder not writable)" if result["look"] is None else f"number {result['look']}"
         rows.append(f"look at these held-out tasks: {count}")
     return "\n".join(rows)
+
+
+@app.command()
+@friendly
+def inspect(checkpoint: str, as_json: Json = False) -> None:
+    """What a checkpoint holds: parameters by module, config, training data, what the held-out guard found."""
+    from .checkpoint import inspect as look_into
+
+    found = look_into(checkpoint)
+    for module, named in found["modules"].items():
+        typer.echo(f"{module}: {found['sizes'][module]:,}")
+        for name, shape in named.items():
+            typer.echo(f"  {name:40} {' x '.join(map(str, shape))}")
+    for table, fields in found["config"].items():
+        typer.echo(f"[{table}] " + ", ".join(f"{k} = {json.dumps(v)}" for k, v in fields.items()))
+    typer.echo(
+        f"{found['checkpoint']}: {found['parameters']:,} parameters, step {found['step']}, {found['dtype']}\n"
+        f"trained on {found['tasks']} tasks, hash {found['data']}; guard: {found['finding']}"
+    )
+    last_line(as_json, found)
+
+
+@app.command()
+@friendly
+def convert(
+    source: Annotated[str, typer.Argument(help="A published checkpoint, or one of ours.")],
+    target: Annotated[str, typer.Argument(help="To .safetensors: one of ours; else a published one.")],
+    recipe: Annotated[str, typer.Option("--config", help="Of the published model: its sizes, heads and cycles.")] = "",
+    raw: Annotated[bool, typer.Option("--raw", help="Raw weights instead of their average (EMA).")] = False,
+    sets: Set = None,
+) -> None:
+    """Write a published checkpoint as one of ours, or one of ours as a published one."""
+    from pathlib import Path
+
+    from . import config, transfer
+
+    cfg = config.load_config(recipe, sets or []) if recipe else None
+    typer.echo(transfer.convert(source, Path(target), cfg, "raw" if raw else "ema"))
 
 
 @app.command()

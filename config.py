@@ -36,6 +36,18 @@ class OptimizerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lr_scale: dict[str, float] = {}
     decay_scale: dict[str, float] = {}
     freeze: tuple[str, ...] = (r"core\.[HL]_init",)
+    table_lr: float = 1e-2  # of the rows of a table of tasks, with lr's schedule
+    table_decay: float = 0.1
+    freeze_until: dict[str, int] = {}  # frozen for so many steps
+
+
+class InitConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Weights that training starts from, instead of drawn ones: see transfer.py."""
+
+    path: str = ""  # a checkpoint of ours, a run folder, or a published one
+    take: tuple[str, ...] = (".*",)  # patterns of our parameter paths
+    weights: Literal["ema", "raw"] = "ema"
+    force: bool = False  # also from other cycles; what has another size is left out
 
 
 class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -90,6 +102,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    init_from: InitConfig = InitConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     solve: SolveConfig = SolveConfig()
@@ -134,23 +147,43 @@ def set_item(raw: dict[str, Any], item: str) -> None:
     override(raw, key.strip(), value)
 
 
-def load_config(path: str | Path, sets: Sequence[str] = (), fast: bool = False) -> Config:
-    """Read a TOML recipe; --fast applies its [fast] table, then each 'a.b=value' (TOML, else a plain string)."""
-    shipped = {p.stem: p for p in sorted((Path(__file__).parent / "configs").glob("*.toml"))}
-    path = Path(path)
-    if not path.exists() and path.name.removesuffix(".toml") in shipped:
-        path = shipped[path.name.removesuffix(".toml")]
+SHIPPED = Path(__file__).parent / "configs"
+
+
+def joined(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Tables key by key, all else from `over`."""
+    both = {k: joined(base[k], v) for k, v in over.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
+    return {**base, **over, **both}
+
+
+def read_recipe(path: Path, names: Sequence[str], above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The tables of a TOML file on top of those of the one that it extends, whose path is seen from it."""
     try:
         raw = tomli.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
-        raise UserError(f"{path}: {e.strerror}; shipped configs: {', '.join(shipped)}") from None
+        raise UserError(f"{path}: {e.strerror}; shipped configs: {', '.join(names)}") from None
     except (tomli.TOMLDecodeError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: broken TOML: {e}") from None
+    base = raw.pop("extends", None)
+    if base is None:
+        return raw
+    if not isinstance(base, str) or path.resolve() in above:
+        raise UserError(f"{path}: extends must name one TOML file" + ", none that extends this one" * (path.resolve() in above))
+    return joined(read_recipe(path.parent / base, names, (*above, path.resolve())), raw)
+
+
+def load_config(path: str | Path, sets: Sequence[str] = (), fast: bool = False) -> Config:
+    """Read a TOML recipe, ours by name; --fast applies its [fast] table, then each 'a.b=value' (TOML, else a plain string)."""
+    shipped = {p.relative_to(SHIPPED).with_suffix("").as_posix(): p for p in sorted(SHIPPED.rglob("*.toml"))}
+    path = Path(path)
+    if not path.exists():
+        path = shipped.get(path.as_posix().removesuffix(".toml").removeprefix("configs/"), path)
+    raw = read_recipe(path, [k for k in shipped if "/" not in k])
     if fast:
         quick = raw.get("fast")
         if not isinstance(quick, dict):
             raise UserError(f"{path}: has no [fast] table, so --fast means nothing")
-        for key, value in quick.items():
+        for key, value in {"run.dir": f"{raw.get('run', {}).get('dir', 'runs/etrm')}-fast", **quick}.items():
             override(raw, key, value)
     for item in sets:
         set_item(raw, item)

@@ -40,6 +40,7 @@ class DataConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dihedral: bool = True
     colours: Literal["fixed", "keep_black", "all"] = "keep_black"
     translate: bool = True
+    symmetries: Annotated[int, msgspec.Meta(ge=0)] = 0  # of a task, fixed by the seed, the first: none; 0: every episode draws anew
     max_train_tasks: int = 0  # 0: all
     max_eval_tasks: int = 0
 
@@ -257,7 +258,7 @@ def uniform(lanes: int, *counters: Tensor | int) -> Tensor:
     return ((x >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
 
 
-EPISODE, EXPLORE, VIEW, DONOR, NOISE = range(5)  # what a counter is for
+EPISODE, EXPLORE, VIEW, DONOR, NOISE, ROW = range(6)  # what a counter is for
 
 
 # ---------------------------------------------------------------- episodes
@@ -271,6 +272,7 @@ class Episodes(NamedTuple):
     symmetry: Symmetry  # (B,)
     shift: Tensor  # (B, 1 + K, 2) where the query and each demo lie, as a share of the room left
     canvas: Tensor  # (B, 2) of the query, under the symmetry
+    row: Tensor | None = None  # (B,) task * symmetries + k, where each task has so many
 
 
 def candidates(tasks: Tasks, query: Tensor, rule: str) -> Tensor:
@@ -294,6 +296,12 @@ def draw_symmetry(u: Tensor, dihedral: bool, colours: str) -> Symmetry:
     else:
         palette = base.colours
     return Symmetry((u[:, 0] * 8).long() if dihedral else base.dihedral, palette)
+
+
+def row_symmetry(cfg: DataConfig, seed: int, task: Tensor, k: Tensor) -> Symmetry:
+    """The k-th symmetry of each task (B,), whoever asks; the first changes nothing."""
+    s, none = draw_symmetry(uniform(11, seed, ROW, task, k), cfg.dihedral, cfg.colours), identity(len(task))
+    return Symmetry(torch.where(k == 0, none.dihedral, s.dihedral), torch.where((k == 0)[:, None], none.colours, s.colours))
 
 
 def choose_demos(possible: Tensor, u: Tensor, k: int, least: int = 0) -> Tensor:
@@ -323,8 +331,12 @@ def draw(tasks: Tasks, d: Deck, cfg: DataConfig, seed: int, slot: Tensor, n: Ten
     lots = uniform(1 + possible.shape[1], seed, EPISODE, slot, n, 1)
     demos = choose_demos(possible, lots, cfg.max_demos, cfg.min_demos)
     shift = uniform(2 * (1 + demos.shape[1]), seed, EPISODE, slot, n, 2).view(len(query), -1, 2)
-    symmetry = draw_symmetry(u[:, 1:12], cfg.dihedral, cfg.colours)
-    return Episodes(query, demos, symmetry, shift if cfg.translate else shift * 0, turned(symmetry.dihedral, d.canvas[row]))
+    symmetry, drawn = draw_symmetry(u[:, 1:12], cfg.dihedral, cfg.colours), None
+    if cfg.symmetries:
+        task, k = tasks.task_of[query], (u[:, 12] * cfg.symmetries).long()
+        symmetry, drawn = row_symmetry(cfg, seed, task, k), task * cfg.symmetries + k
+    shift = shift if cfg.translate else shift * 0
+    return Episodes(query, demos, symmetry, shift, turned(symmetry.dihedral, d.canvas[row]), drawn)
 
 
 def posed(
@@ -366,6 +378,7 @@ class Batch(NamedTuple):
     cells: tuple[int, ...]  # of each slot
     demos: Demos
     noise: Tensor | None = None  # (B, demos, latent) standard normal, for a variational encoder; None: the mean
+    rows: Tensor | None = None  # (B,) each slot's row of a table of tasks
 
 
 def paint(
@@ -428,6 +441,7 @@ def batch(tasks: Tasks, e: Episodes, cfg: DataConfig, raster: int = MAX_SIDE) ->
             *demos, tuple(area.tolist()), tuple(gaps.int().tolist()), owner.to(device), place.to(device), e.demos.shape[1],
             by_slot.to(device), tuple(cells_of.tolist()),
         ),
+        rows=None if e.row is None else e.row.to(device),
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from . import regimes
 from .blocks import (
     CellBlock,
     SetBlock,
@@ -42,19 +43,8 @@ from .blocks import (
     with_query,
 )
 from .data import Batch, Demos, UserError, nearest
-from .etrm import (
-    Context,
-    Encode,
-    ModelConfig,
-    Params,
-    Runs,
-    attention,
-    init_core,
-    normal,
-    ragged,
-    rms,
-    runs_of,
-)
+from .etrm import Context, Encode, ModelConfig, Params, init_core, normal, ragged
+from .layers import Runs, attention, rms, runs_of
 
 # ---------------------------------------------------------------- demo by demo, as published
 
@@ -444,11 +434,20 @@ ENCODERS: dict[str, Encoder] = {
 }
 
 
+TABLE = Encoder(regimes.init_table, regimes.apply_table)  # TRM's, in the place of one; it looks at no demo
+
+
 def lookup(kind: str) -> Encoder:
     """Raises UserError on an unknown kind."""
-    if kind not in ENCODERS:
-        raise UserError(f"model.encoder.kind: unknown {kind!r}{nearest(kind, ENCODERS)}; known: {', '.join(ENCODERS)}")
-    return ENCODERS[kind]
+    known = {**ENCODERS, "table": TABLE}
+    if kind not in known:
+        raise UserError(f"model.encoder.kind: unknown {kind!r}{nearest(kind, known)}; known: {', '.join(known)}")
+    return known[kind]
+
+
+def reads_demos(cfg: ModelConfig) -> bool:
+    """Not so a table of tasks and the argmax-feedback TRM."""
+    return cfg.encoder.kind in ENCODERS and not cfg.feedback
 
 
 # ---------------------------------------------------------------- encoder and core together
@@ -482,7 +481,13 @@ def init_params(cfg: ModelConfig, seed: int) -> Params:
         raise UserError(f"model.encoder.kl_weight: {cfg.encoder.kl_weight} must be above 0, {cfg.encoder.kind} is variational")
     if encoder.recur and cfg.encoder.cached:
         raise UserError(f"model.encoder.cached: {cfg.encoder.kind} goes on in every step, it cannot be read once")
+    if cfg.context_tokens == 0 and not cfg.feedback:
+        raise UserError("model.context_tokens: must be at least 1")
+    if cfg.feedback and (cfg.context_tokens or cfg.loss != "softmax"):
+        raise UserError('model.feedback: has no context: context_tokens = 0, loss = "softmax"')
     g = torch.Generator().manual_seed(seed)
+    if cfg.feedback:
+        return Params((), regimes.init_feedback(cfg, g))
     p = encoder.init(own, g)
     if own.hidden != cfg.hidden:
         p = Widened(p, normal(g, cfg.hidden, own.hidden))
@@ -492,6 +497,8 @@ def init_params(cfg: ModelConfig, seed: int) -> Params:
 def encoder_of(cfg: ModelConfig) -> Encode:
     """The config's encoder as `act_step` takes it."""
     encoder, own = lookup(cfg.encoder.kind), own_config(cfg)
+    if cfg.feedback:
+        return Encode(lambda p, batch: (), step=regimes.feedback_step)
 
     def said(p: Any, found: Tensor | Context) -> Context:
         context = found if isinstance(found, Context) else Context(found)

@@ -1,15 +1,12 @@
 """The model: parameters, block, recursive core, one ACT step, its loss. Pure functions; the last ones are the model.
 
 Axes: B slots, M cells of all slots, N = B * T + M tokens of all slots (packed: slot after slot, the T context tokens of
-a slot, then the cells of its canvas), D hidden, F inner width, h heads, V vocabulary. A run is some consecutive slots
-(b) with equally many tokens (s): only attention goes run by run.
+a slot, then the cells of its canvas), D hidden, F inner width, h heads, V vocabulary; runs as in layers.py.
 After Jolicoeur-Martineau, "Less is More: Recursive Reasoning with Tiny Networks" (arXiv 2510.04871).
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -18,6 +15,8 @@ import msgspec
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .layers import Runs, Turn, position_of, rms, runs_of, self_attention, swiglu, turn_of
 
 if TYPE_CHECKING:
     from .data import Batch
@@ -59,7 +58,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     layers: Count = 2
     H_cycles: Count = 3
     L_cycles: Count = 4
-    context_tokens: Count = 16
+    context_tokens: Optional = 16
     positions: Literal["rope", "rope2d", "learned", "none"] = "rope2d"
     raster: Count = 30  # position codes are those of a raster x raster canvas, whatever the pool
     tied_head: bool = True  # logits from the query's own token embedding
@@ -70,6 +69,9 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     loss: Literal["stablemax", "softmax"] = "stablemax"
     q_weight: float = 0.5
     published_halting: bool = False  # a row without a valid label counts as correct and trains the halting head
+    mixer: bool = False  # tokens meet by an MLP over their places instead of attention: one canvas, the raster
+    feedback: Literal["", "reset", "kept"] = ""  # argmax-feedback TRM, whose z begins anew in each cycle or is kept
+    unrolled: Count = 1  # ACT steps of one optimizer step, ended when all slots halt: loss is their mean, slots begin together
     encoder: EncoderConfig = EncoderConfig()
 
 
@@ -83,9 +85,18 @@ class Block(NamedTuple):
     down: Tensor  # (D, F)
 
 
+class Mixer(NamedTuple):
+    """A block whose tokens meet by an MLP over their S = T + cells places, the same in every slot."""
+
+    mix_gate_up: Tensor  # (2 F', S)
+    mix_down: Tensor  # (S, F')
+    gate_up: Tensor  # (2 F, D)
+    down: Tensor  # (D, F)
+
+
 class Core(NamedTuple):
     embed: Tensor  # (V, D)
-    blocks: tuple[Block, ...]  # shared by the L and the H update
+    blocks: tuple[Block | Mixer, ...]  # shared by the L and the H update
     head: Tensor | None  # (V, D), None when tied to embed
     q_weight: Tensor  # (2, D) halt, continue
     q_bias: Tensor  # (2,)
@@ -97,7 +108,7 @@ class Core(NamedTuple):
 
 class Params(NamedTuple):
     encoder: Any
-    core: Core
+    core: Any  # Core, or what a regime has in its place
 
 
 def normal(g: torch.Generator, *shape: int, std: float | None = None) -> Tensor:
@@ -119,11 +130,17 @@ def init_block(cfg: ModelConfig, g: torch.Generator) -> Block:
     return Block(normal(g, 3 * d, d), normal(g, d, d), normal(g, 2 * f, d), normal(g, d, f))
 
 
+def init_mixer(cfg: ModelConfig, g: torch.Generator) -> Mixer:
+    d, f, s = cfg.hidden, inner_width(cfg.hidden, cfg.expansion), cfg.context_tokens + cfg.raster**2
+    wide = inner_width(s, cfg.expansion)
+    return Mixer(normal(g, 2 * wide, s), normal(g, s, wide), normal(g, 2 * f, d), normal(g, d, f))
+
+
 def init_core(cfg: ModelConfig, g: torch.Generator, vocab: int = 12) -> Core:
     d = cfg.hidden
     return Core(
         embed=normal(g, vocab, d),
-        blocks=tuple(init_block(cfg, g) for _ in range(cfg.layers)),
+        blocks=tuple((init_mixer if cfg.mixer else init_block)(cfg, g) for _ in range(cfg.layers)),
         head=None if cfg.tied_head else normal(g, vocab, d),
         q_weight=torch.zeros(2, d),
         q_bias=torch.full((2,), -5.0),
@@ -159,162 +176,19 @@ def tree_map(f: Callable[[Tensor], Any], tree: Any) -> Any:
     return rebuild(tree, {k: f(v) for k, v in leaves(tree).items()})
 
 
-# ---------------------------------------------------------------- layers
+# ---------------------------------------------------------------- the block
 
 
-class _Rms(torch.autograd.Function):
-    """A third of the passes over memory that F.rms_norm and its backward take on CPU in bf16 (5.6 -> 2.4 ms together)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-        scale = (norm.square() / x.shape[-1] + 1e-5).rsqrt().to(x.dtype)
-        y = x * scale
-        ctx.save_for_backward(y, scale)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (g,), (y, scale) = grads, ctx.saved_tensors
-        along = (g * y).sum(-1, keepdim=True, dtype=torch.promote_types(y.dtype, torch.float32)) / y.shape[-1]
-        return torch.addcmul(g, y, -along.to(g.dtype)).mul_(scale)
-
-
-def rms(x: Tensor) -> Tensor:
-    """Root-mean-square norm without gain; the mean is taken in float32."""
-    return _Rms.apply(x)
-
-
-class _Gate(torch.autograd.Function):
-    """silu(a) * b without a second copy of either (forward and backward of a SwiGLU layer: 43 -> 40 ms)."""
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        ctx.save_for_backward(a, b)
-        return F.silu(a).mul_(b)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        (g,), (a, b) = grads, ctx.saved_tensors
-        return torch.ops.aten.silu_backward(g * b, a), F.silu(a).mul_(g)
-
-
-@functools.lru_cache(maxsize=16)
-@torch.inference_mode(False)  # tables made while evaluating must serve training too
-def waves(size: int, planes: int, device: str) -> tuple[Tensor, Tensor]:
-    """cos, sin (size, planes) of positions 0..size - 1."""
-    rate = 1e4 ** -(torch.arange(planes, dtype=torch.float32) / planes)
-    angle = torch.arange(size)[:, None] * rate
-    return angle.cos().to(device), angle.sin().to(device)
-
-
-Turn = tuple[Tensor, Tensor] | None  # cos, sin (N, 2, h, head) of queries and keys; None: positions are not rotary
-
-
-def turn_of(position: Tensor | None, heads: int, head: int, dtype: torch.dtype) -> Turn:
-    """Rotary tables of positions (N,), or (N, 2): rows turn one half of a head's planes, columns the other.
-
-    Attention's 1 / sqrt(head) is part of the queries' tables."""
-    if position is None:
-        return None
-    axes = position.T if position.ndim == 2 else position[None]
-    tables = waves(4096 if len(axes) == 1 else 128, head // 2 // len(axes), str(position.device))
-    cos, sin = (torch.cat([t[x] for x in axes], -1) for t in tables)
-    cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-    scale = torch.tensor([head**-0.5, 1.0], device=position.device)[:, None, None]
-    wide = [(x[:, None, None] * scale).to(dtype).expand(-1, -1, heads, -1).contiguous() for x in (cos, sin)]
-    return wide[0], wide[1]
-
-
-def position_of(kind: str, at: Tensor, raster: int) -> Tensor | None:
-    """Cells on the raster, at (M, 2), to rotary positions: their number in reading order (published), or row and column
-    counted from 1, for context tokens stand at the origin. None: positions are not rotary."""
-    if kind == "rope":
-        return at[:, 0] * raster + at[:, 1]
-    return at + 1 if kind == "rope2d" else None
-
-
-def rotate(qk: Tensor, turn: Turn) -> Tensor:
-    """(N, 2, h, head) queries and keys turned by their positions, queries scaled by 1 / sqrt(head)."""
-    if turn is None:
-        return qk * qk.new_tensor([qk.shape[-1] ** -0.5, 1.0])[:, None, None]
-    return torch.addcmul(qk * turn[0], qk.roll(qk.shape[-1] // 2, -1), turn[1])
-
-
-RUN = 512  # tokens of a run, about
-SCORES = 4_000_000  # numbers in the score matrices that attention makes at once
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Softmax attention of scaled queries, (b, h, s, head) each; mask (b, 1, 1, s) true where a key may be seen; no key
-    seen gives 0.
-
-    On CPU plain products, a few slots at a time so that their scores stay in cache: torch's fused kernel is slower
-    there in bf16, 2.5 times at 10 x 2 x 416 x 64 and 2 times at 10 x 2 x 916 x 64, forward and backward, and its
-    backward 5 times at 48 x 2 x 116 x 64; in float32 it is no better.
-    """
-    if q.device.type == "cuda":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
-    at_once = max(1, SCORES // (q.shape[1] * q.shape[2] * max(1, k.shape[2])))
-    out = []
-    for i in range(0, max(1, len(q)), at_once):
-        part = slice(i, i + at_once)
-        score = q[part] @ k[part].transpose(-1, -2)
-        if mask is None:
-            out.append(torch.softmax(score, -1) @ v[part])
-        else:
-            seen = mask[part]
-            score = score.masked_fill(~seen, torch.finfo(score.dtype).min)
-            out.append(torch.softmax(score, -1) @ (v[part] * seen.transpose(-1, -2).to(v.dtype)))
-    return out[0] if len(out) == 1 else torch.cat(out)
-
-
-Runs = Sequence[tuple[int, int, bool]]  # (slots, tokens of a slot, whether some may not be seen), in packed order
-
-
-def runs_of(tokens: Sequence[int], masked: Sequence[int] | None = None) -> Runs:
-    """Neighbours of equal size and kind together, in powers of two and few if they are large: a shape that was not seen
-    before costs a kernel's compilation on CPU (bf16, every canvas new: 3.0 instead of 2.5 s a step)."""
-    found: list[tuple[int, int, bool]] = []
-    for (s, m), same in itertools.groupby(zip(tokens, masked or [0] * len(tokens), strict=True)):
-        left, most = len(list(same)), 1 << (RUN // max(1, s)).bit_length() >> 1
-        while left:
-            b = min(max(1, most), 1 << left.bit_length() >> 1)
-            found.append((b, s, bool(m)))
-            left -= b
-    return found
-
-
-def self_attention(
-    qkv: Tensor, o: Tensor, heads: int, x: Tensor, runs: Runs, turn: Turn, seen: Tensor | None = None, norm: bool = False
-) -> Tensor:  # fmt: skip
-    """(N, D): products and positions for all tokens at once, attention within each slot, run by run; seen (N,) bool; norm:
-    queries and keys have rms 1 before they turn."""
-    if not runs:
-        return x
-    d, sizes = x.shape[1], [b * s for b, s, _ in runs]
-    queries_keys = (x @ qkv[: 2 * d].T).unflatten(-1, (2, heads, -1))
-    queries_keys = rotate(rms(queries_keys) if norm else queries_keys, turn)
-    values = (x @ qkv[2 * d :].T).unflatten(-1, (heads, -1))
-    masks = None if seen is None else seen.split(sizes)
-    out = []
-    for i, ((b, s, masked), qk, v) in enumerate(zip(runs, queries_keys.split(sizes), values.split(sizes), strict=True)):
-        q, k = qk.unflatten(0, (b, s)).permute(2, 0, 3, 1, 4)
-        mask = masks[i].view(b, 1, 1, s) if masked and masks else None
-        y = attention(q, k, v.unflatten(0, (b, s)).transpose(1, 2), mask)
-        out.append(y.transpose(1, 2).reshape(b * s, d))
-    return torch.cat(out) @ o.T
-
-
-def swiglu(gate_up: Tensor, down: Tensor, x: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2)
-    return _Gate.apply(x @ gate.T, x @ up.T) @ down.T
-
-
-def block(p: Block, heads: int, x: Tensor, runs: Runs, turn: Turn) -> Tensor:
-    """Post-norm transformer block on packed tokens (N, D)."""
+def block(p: Block | Mixer, heads: int, x: Tensor, runs: Runs, turn: Turn, gains: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Post-norm transformer block on packed tokens (N, D); gains (D,) of its two norms. A mixer's first norm is over places."""
+    if isinstance(p, Mixer):
+        places = x.unflatten(0, (-1, len(p.mix_down))).transpose(1, 2).contiguous()  # (B, D, S)
+        x = rms(places + swiglu(p.mix_gate_up, p.mix_down, places)).transpose(1, 2).flatten(0, 1)
+        return rms(x + swiglu(p.gate_up, p.down, x))
     x = rms(x + self_attention(p.qkv, p.o, heads, x, runs, turn))
-    return rms(x + swiglu(p.gate_up, p.down, x))
+    x = x if gains is None else x * gains[0]
+    x = rms(x + swiglu(p.gate_up, p.down, x))
+    return x if gains is None else x * gains[1]
 
 
 # ---------------------------------------------------------------- the recursive core
@@ -403,13 +277,14 @@ class Output(NamedTuple):
     q_halt: Tensor  # (B,) float32
     q_continue: Tensor  # (B,) float32
     kl: Tensor | None = None  # (B,) float32, of a variational encoder
+    context: Tensor | None = None  # (B, T, D), to be watched
 
 
 def fresh_carry(cfg: ModelConfig, cells: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Carry:
     """The carry before the first step on canvases of so many cells: all halted, so that nothing in it is ever read."""
     tokens = tuple(cfg.context_tokens + c for c in cells)
     zeros = torch.zeros(len(cells), dtype=torch.int64, device=device)
-    z = torch.zeros(sum(tokens), cfg.hidden, dtype=dtype, device=device)
+    z = torch.zeros(sum(tokens), 10 if cfg.feedback else cfg.hidden, dtype=dtype, device=device)
     halted = torch.ones(len(cells), dtype=torch.bool, device=device)
     return Carry(z, z.clone(), zeros, halted, zeros - 1, z.new_zeros(len(cells), 1, 1, 1), tokens)
 
@@ -422,7 +297,7 @@ def relaid(cfg: ModelConfig, carry: Carry, halted: Sequence[bool], cells: Sequen
     states = []
     for z in (carry.z_H, carry.z_L):
         rows = zip(halted, z.split(carry.tokens), tokens, strict=True)
-        states.append(torch.cat([z.new_zeros(n, cfg.hidden) if h else old for h, old, n in rows]))
+        states.append(torch.cat([z.new_zeros(n, z.shape[1]) if h else old for h, old, n in rows]))
     return carry._replace(z_H=states[0], z_L=states[1], tokens=tokens)
 
 
@@ -440,6 +315,7 @@ class Encode(NamedTuple):
 
     read: Callable[[Any, Batch], Any]  # encoder parameters, batch -> Context, or what `recur` is given; slot by slot
     recur: Callable[[Any, Any, Tensor, Tensor], Context] | None = None  # its parameters, what was read, z_E, slots that begin
+    step: Callable[..., tuple[Carry, Output]] | None = None  # another core, as `act_step` without encoder
 
 
 def act_step(
@@ -450,6 +326,8 @@ def act_step(
     min_steps (B,): exploration, no slot halts before it (0: free); None at evaluation: halts at halt_max_steps only.
     No gradient reaches the carry that came in; the one returned is detached.
     """
+    if encode.step:
+        return encode.step(params, cfg, carry, batch, min_steps)
     p, layout = params.core, layout_of(cfg, batch.cells, carry.z_H.device)
     context = encode.read(params.encoder, batch)
     if encode.recur:
@@ -468,7 +346,7 @@ def act_step(
         halted = (halted | (q[:, 0] > 0)) & (steps >= min_steps)
     z_E = carry.z_E if context.z_E is None else context.z_E.detach()
     new = Carry(z_H.detach(), z_L.detach(), steps, halted, carry.n, z_E, carry.tokens)
-    return new, Output(logits, q[:, 0], q[:, 1], context.kl)
+    return new, Output(logits, q[:, 0], q[:, 1], context.kl, context.tokens.detach())
 
 
 # ---------------------------------------------------------------- the ACT loss
@@ -505,8 +383,8 @@ def per_slot(x: Tensor, cells: Sequence[int]) -> Tensor:
 
 def act_loss(cfg: ModelConfig, out: Output, labels: Tensor, cells: Sequence[int]) -> Loss:
     """Loss and scores of one ACT step, per slot, in float32; labels (M,), cells of each slot. A negative label is not
-    asked for."""
-    valid, x, log_p = labels >= 0, out.logits.float(), log_prob(cfg, out.logits)
+    asked for, nor is the mark of a grid's end where no logit stands for it."""
+    valid, x, log_p = labels >= (2 if cfg.feedback else 0), out.logits.float(), log_prob(cfg, out.logits)
     ce = -log_p.gather(-1, labels.clamp(min=0)[:, None]).squeeze(-1)
     asked = per_slot(valid, cells)
     hits = per_slot((x.argmax(-1) == labels) & valid, cells)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,25 +46,30 @@ class AdamAtan2(torch.optim.Optimizer):
                 p.sub_(torch.atan2(s["m"], (s["v"] / (1 - b2**t)).sqrt()), alpha=lr / (1 - b1**t))
 
 
-def first_match(rules: dict[str, float], path: str) -> float:
-    return next((v for pattern, v in rules.items() if re.fullmatch(pattern, path)), 1.0)
+def first_match(rules: Mapping[str, float], path: str, default: float = 1.0) -> float:
+    return next((v for pattern, v in rules.items() if re.fullmatch(pattern, path)), default)
 
 
 def is_frozen(cfg: OptimizerConfig, path: str) -> bool:
     return any(re.fullmatch(pattern, path) for pattern in cfg.freeze)
 
 
+def is_asleep(cfg: OptimizerConfig, path: str, step: int) -> bool:
+    """Whether a parameter is not trained yet in this step."""
+    return step <= first_match(cfg.freeze_until, path, 0)
+
+
 def check_patterns(cfg: OptimizerConfig, params: Iterable[str]) -> None:
     """Raises UserError when a pattern is malformed or matches no parameter, or when everything is frozen."""
     params = list(params)
-    for pattern in (*cfg.freeze, *cfg.lr_scale, *cfg.decay_scale):
+    for pattern in (*cfg.freeze, *cfg.freeze_until, *cfg.lr_scale, *cfg.decay_scale):
         try:
             if not any(re.fullmatch(pattern, path) for path in params):
                 raise UserError(f"optimizer: pattern {pattern!r} matches no parameter; paths look like {min(params)}")
         except re.error as e:
             raise UserError(f"optimizer: pattern {pattern!r} is no regular expression: {e}") from None
-    if all(is_frozen(cfg, path) for path in params):
-        raise UserError("optimizer.freeze: nothing is left to train")
+    if all(is_frozen(cfg, path) or is_asleep(cfg, path, 1) for path in params):
+        raise UserError("optimizer.freeze, freeze_until: nothing is left to train")
 
 
 def is_matrix(path: str, p: Tensor) -> bool:

@@ -55,16 +55,18 @@ def plan(cfg: Config, s: Setup, timed: bool) -> dict[str, Any]:
         f"{s.meta['tasks']} tasks ({s.left_out} queries left out: no canvas holds them); "
         f"guard: {msgspec.convert(s.meta['finding'], sources.Finding)}\n{params:,} parameters, {made['dtype']} on {s.device}; "
         f"slots by side of their canvas: {', '.join(f'{k}: {v}' for k, v in slots.items())}"
+        + (f"\n{s.meta['init_from']}" if "init_from" in s.meta else "")
     )
     if timed:
         made["gflop_per_step"], kept = flops(s, cfg)
         # master weights, gradient, EMA and two moments in float32; a copy in the compute dtype; what autograd keeps
-        made["memory_gb"] = params * 22 / 1e9 + kept
+        learned = sum(p.numel() for p in s.params.values() if p.requires_grad)
+        made["memory_gb"] = (learned * 22 + (params - learned) * 4) / 1e9 + kept
         opts, trained = optimizers(cfg.optimizer, s.params), [p for p in s.params.values() if p.requires_grad]
         seconds, carries = [], [start_carry(s, cfg, slots) for slots in s.shards]
         for _ in range(3):
             begun = time.perf_counter()
-            carries, total, _, _ = one_step(s, cfg, carries)
+            carries, total, *_ = one_step(s, cfg, carries)
             update(opts, trained, total, 0.0, cfg.optimizer.clip)
             seconds.append(time.perf_counter() - begun)
         made["seconds_per_step"] = min(seconds)

@@ -19,7 +19,7 @@ import torch
 from . import checkpoint, data, show, solve, sources, train, votes
 from .config import Config
 from .data import PALETTE, Task, UserError
-from .encoders import encoder_of
+from .encoders import encoder_of, reads_demos
 from .etrm import Params, fresh_carry, tree_map
 
 Row = dict[str, Any]  # a line of metrics.jsonl
@@ -288,6 +288,8 @@ MOST = 300  # tasks in the space of contexts beside those of the gallery
 
 def space(solver: solve.Solver, tasks: Sequence[Task], trained: Sequence[Task]) -> dict[str, Any]:
     """The contexts of tasks, and of the first training tasks beside them, on their principal plane."""
+    if not reads_demos(solver.cfg.model):
+        return {"points": [], "said": "this system reads no demos: no contexts"}
     every = [*tasks, *trained[:MOST]]
     rows, x = contexts(solver.params, solver.cfg, every)
     if len(rows) < 3:

@@ -181,7 +181,7 @@ ALWAYS: dict[str, set[str] | None] = {
 FORKED: dict[str, set[str] | None] = {  # in a folder of its own, also how it is trained from here on
     "run": None,
     "train": {*(ALWAYS["train"] or ()), "ema"},
-    "optimizer": {"lr", "warmup", "final_lr", "betas", "weight_decay", "clip", "lr_scale", "decay_scale"},
+    "optimizer": {"lr", "warmup", "final_lr", "betas", "weight_decay", "clip", "lr_scale", "decay_scale", "table_lr", "table_decay"},
 }
 
 
@@ -203,13 +203,14 @@ class State:
     ema: dict[str, Tensor]
     opts: list[torch.optim.Optimizer]
     carries: list[Carry]  # of this process's shards
-    sums: Tensor  # (2, 8) metric sums since the last row, of this process
+    sums: Tensor  # (2, 9) metric sums since the last row, of this process
     facts: dict[str, Any]  # see `fresh_facts`
 
 
 def fresh_facts(scale: float) -> dict[str, Any]:
-    """Beside tensors: best value, evaluations since, last evaluation, scale of the loss (fp16), steps skipped, why it ended."""
-    return {"step": 0, "best": None, "waited": 0, "last": {}, "seconds": 0.0, "scale": scale, "skipped": 0, "ended": ""}
+    """Beside tensors: best value, evaluations since, last evaluation and row, scale of the loss (fp16), steps skipped, why it ended."""
+    made: dict[str, Any] = {"step": 0, "best": None, "waited": 0, "last": {}, "trained": {}, "seconds": 0.0}
+    return {**made, "scale": scale, "skipped": 0, "ended": ""}
 
 
 def weights(s: Setup, state: State) -> dict[str, Tensor]:

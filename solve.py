@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import adapt, checkpoint, config, data, etrm, sources, train, votes
+from . import adapt, checkpoint, config, data, etrm, regimes, sources, train, votes
 from .config import Config
 from .data import Symmetry, Task, UserError
 from .encoders import encoder_of
@@ -122,6 +122,7 @@ def predictions(
     tasks = [t._replace(queries=[(x, None) for x, _ in t.queries]) for t in tasks]
     device = train.device_of(cfg.train.device)
     dtype = train.dtype_of(cfg.train.dtype, device)
+    own = regimes.numbers(params, cfg, tasks, max(views, default=-1) + 1)
     cast, encode = tree_map(lambda x: x.to(device, dtype), params), encoder_of(cfg.model)
     packed, hashes = data.pack(tasks, device), [votes.task_hash(t) for t in tasks]
     asked = data.queries(packed, "test", cfg.data.canvases)
@@ -145,8 +146,12 @@ def predictions(
         rows = [r for r, _ in mine for _ in range(samples)]
         seen = [view(tasks[of[r]], number[r], v, cfg.data) for r, v in mine for _ in range(samples)]
         symmetry = Symmetry(*(torch.stack([s[i] for s, _ in seen]) for i in range(2)))
+        if own is not None:
+            owner, k = own[[of[r] for r in rows]], torch.tensor([v for _, v in mine for _ in range(samples)])
+            symmetry = data.row_symmetry(cfg.data, cfg.run.seed, owner, k)
         turn = symmetry, torch.nn.utils.rnn.pad_sequence([u for _, u in seen], batch_first=True)
         episodes = data.posed(packed, cfg.data, "test", data.chosen(asked, torch.tensor(rows)), view=turn)
+        episodes = episodes if own is None else episodes._replace(row=owner * cfg.data.symmetries + k)
         batch = data.batch(packed, episodes, cfg.data, cfg.model.raster)
         answering, explains = from_demos(cast, cfg, encode, batch, tasks, [of[r] for r in rows], turn, share)
         keys = [(int(hashes[of[r]][:13], 16), number[r], v, k) for r, v in mine for k in range(samples)]
@@ -393,7 +398,16 @@ def judged(solvers: Sequence[Solver], known: dict[str, list[Task]], here: Sequen
 
 
 def held_out(cfg: Config, meta: dict[str, Any], tasks: Sequence[Task]) -> bool | None:
-    """Whether no evaluated task shares a pair with what was trained on; None where the training data is not here."""
+    """Whether no evaluated task shares a pair with what was trained on, now or in what training started from; None where
+    the training data is not here."""
+    found = [unseen(cfg, meta, tasks)]
+    for a in meta.get("ancestors", ()):
+        found.append(a["held_out"] if "held_out" in a else held_out(config.parse_config(a["config"], ""), a, tasks))
+    return False if False in found else None if None in found else True
+
+
+def unseen(cfg: Config, meta: dict[str, Any], tasks: Sequence[Task]) -> bool | None:
+    """As `held_out`, of the training set alone."""
     try:
         trained, _, _ = sources.prepare(cfg.data)
     except UserError:

@@ -181,12 +181,14 @@ class Finding(msgspec.Struct, frozen=True):
     set_aside: int = 0  # training tasks that are dev tasks
     tiny: int = 0  # equal pairs below the size threshold, taken for chance
     admitted: int = 0  # held-out tasks whose demos were trained on (policy "demos")
+    started: str = ""  # what is known of the weights that training started from, where they may have seen held-out tasks
 
     def __str__(self) -> str:
         said = f"{self.set_aside} dev tasks set aside, {len(self.dropped)} dropped for a shared pair"
         said += "".join(f"; {a} = {b}" for a, b in self.dropped)
         said += f"; {self.tiny} equal tiny pairs ignored" if self.tiny else ""
-        return said + (f"; DEMOS of {self.admitted} held-out tasks TRAINED ON" if self.admitted else "")
+        said += f"; DEMOS of {self.admitted} held-out tasks TRAINED ON" if self.admitted else ""
+        return said + (f"; STARTED FROM {self.started}" if self.started else "")
 
 
 def pair_digest(pair: tuple[np.ndarray, np.ndarray]) -> bytes:

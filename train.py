@@ -23,12 +23,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import data, etrm, launch, sources
+from . import data, etrm, launch, regimes, sources, transfer
 from .config import Config
 from .data import UserError
 from .encoders import encoder_of, init_params, latent_of
 from .etrm import Carry, Encode, ModelConfig, Params, act_loss, act_step, fresh_carry, leaves, rebuild, tree_map
-from .optim import check_patterns, is_frozen, learning_rate, optimizers, update
+from .optim import check_patterns, is_asleep, is_frozen, learning_rate, optimizers, update
 from .runs import Run, State, fresh_facts, save, take_up
 
 # ---------------------------------------------------------------- where and in what numbers
@@ -85,7 +85,7 @@ def min_steps(cfg: ModelConfig, seed: int, slots: Tensor, n: Tensor, step: Tenso
     Drawn anew at every ACT step, as published."""
     u = data.uniform(2, seed, data.EXPLORE, slots, n, step)
     least = (2 + (u[:, 1] * (cfg.halt_max_steps - 1)).long()).clamp(max=cfg.halt_max_steps)
-    return torch.where(u[:, 0] < cfg.exploration, least, 0)
+    return torch.where(u[:, 0] < (0.0 if cfg.fixed_steps else cfg.exploration), least, 0)
 
 
 def noise(lanes: int, demos: int, seed: int, slots: Tensor, n: Tensor, step: Tensor) -> Tensor:
@@ -107,7 +107,8 @@ def keep_pages() -> None:
 
 
 THREADS = torch.get_num_threads()  # of this process, before any of them were given to shards
-One, Other = TypeVar("One"), TypeVar("Other")
+One = TypeVar("One")
+Other = TypeVar("Other")
 
 
 @functools.lru_cache
@@ -150,27 +151,48 @@ def next_batch(s: Setup, cfg: Config, slots: Tensor, carry: Carry) -> tuple[Carr
 
 # ---------------------------------------------------------------- one step
 
-SUMS = ("lm_loss", "q_loss", "kl", "cell_accuracy", "exact", "q_right", "steps", "count")
+SUMS = ("lm_loss", "q_loss", "kl", "cell_accuracy", "exact", "q_right", "steps", "explored", "count")
 
 
 def train_step(
     params: dict[str, Tensor], like: Params, cfg: ModelConfig, encode: Encode, dtype: torch.dtype, carry: Carry,
     batch: data.Batch, least: Tensor, scale: float,
-) -> tuple[Carry, list[Tensor], Tensor]:  # fmt: skip
-    """One ACT step of a shard: (new carry, gradients of scale * summed loss, sums (2, 8) over all and halted slots).
+) -> tuple[Carry, list[Tensor], Tensor, Tensor | None]:  # fmt: skip
+    """One ACT step of a shard: (new carry, gradients of scale * summed loss, sums (2, 9) over all and halted slots, context).
 
-    params: path -> float32 leaf, in the order of the gradients; cast to the compute dtype once, here.
+    params: path -> float32 leaf, in the order of the gradients, the touched rows of a table after all; cast to the compute
+    dtype once, here.
     """
+    params, batch = regimes.gathered(params, batch)
     cast = rebuild(like, {k: v.to(dtype) for k, v in params.items()})
-    carry, out = act_step(cast, cfg, encode, carry, batch, least)
-    loss = act_loss(cfg, out, batch.labels, batch.cells)
-    trained = [v for v in params.values() if v.requires_grad]
-    grads = torch.autograd.grad(loss.total.sum() * scale, trained, allow_unused=True)
+    total = torch.zeros((), device=batch.inputs.device)
+    for taken in range(1, cfg.unrolled + 1):
+        carry, out = act_step(cast, cfg, encode, carry, batch, least)
+        loss = act_loss(cfg, out, batch.labels, batch.cells)
+        total = total + loss.total.sum()
+        if taken == cfg.unrolled or (not total.is_meta and bool(carry.halted.all())):
+            break
+        carry = carry._replace(halted=torch.zeros_like(carry.halted))
+    if cfg.unrolled > 1:
+        carry = carry._replace(halted=torch.ones_like(carry.halted))
+    trained = [v for k, v in params.items() if v.requires_grad and k != regimes.TABLE]
+    trained += [params[regimes.TABLE]] if regimes.TABLE in params else []
+    grads = torch.autograd.grad(total * (scale / taken), trained, allow_unused=True)
     with torch.no_grad():
-        rows = (loss.lm, loss.q, loss.kl, loss.cell_accuracy, loss.exact, loss.q_right, carry.steps, torch.ones_like(loss.lm))
+        rows = (
+            loss.lm,
+            loss.q,
+            loss.kl,
+            loss.cell_accuracy,
+            loss.exact,
+            loss.q_right,
+            carry.steps,
+            least > 0,
+            torch.ones_like(loss.lm),
+        )
         table = torch.stack([r.float() for r in rows]) * loss.labelled
         sums = torch.stack((table.sum(-1), (table * carry.halted).sum(-1)))
-    return carry, [torch.zeros_like(p) if g is None else g for p, g in zip(trained, grads, strict=True)], sums
+    return carry, [torch.zeros_like(p) if g is None else g for p, g in zip(trained, grads, strict=True)], sums, out.context
 
 
 def reduce(per_shard: Sequence[Sequence[Tensor]]) -> list[Tensor]:
@@ -195,6 +217,43 @@ def reduce(per_shard: Sequence[Sequence[Tensor]]) -> list[Tensor]:
 
 
 # ---------------------------------------------------------------- watching a run
+
+
+def gradient_row(names: Sequence[str], grads: Sequence[Tensor]) -> dict[str, float]:
+    """Norms of the gradients of the encoder and of the core, and the one divided by the other."""
+    parts = {k: [g for n, g in zip(names, grads, strict=True) if n.startswith(f"{k}.")] for k in ("encoder", "core")}
+    norms = [torch.stack(torch._foreach_norm(p)).norm() if p else torch.zeros(()) for p in parts.values()]
+    encoder, core = torch.stack([n.float().cpu() for n in norms]).tolist()
+    return {"core/grad_norm": core} | (
+        {"encoder/grad_norm": encoder, "encoder/grad_ratio": encoder / max(core, 1e-30)} if parts["encoder"] else {}
+    )
+
+
+def context_row(contexts: Sequence[Tensor | None]) -> dict[str, float]:
+    """Of the contexts (B, T, D) of all slots of all processes: variance over slots (0: the encoder has collapsed), over the
+    tokens of a slot, mean and standard deviation of all numbers; {} where there are none."""
+    own = [c.float() for c in contexts if c is not None]
+    if not own:
+        return {}
+    count, total = reduce([[c.new_tensor([len(c)]), c.sum(0)] for c in own])
+    mean = total / count
+    centre = mean.mean()
+    parts = [((c - mean).square().mean((1, 2)), c.var(1, unbiased=False).mean(-1), (c - centre).square().mean((1, 2))) for c in own]
+    across, within, square = torch.stack(reduce([[x.sum() for x in p] for p in parts])) / count
+    said = torch.stack((across, within, centre, square.sqrt())).tolist()
+    return dict(zip((f"encoder/context_{k}" for k in ("var_across", "var_within", "mean", "std")), said, strict=True))
+
+
+def gaps(found: dict[str, float], cfg: Config, trained: dict[str, float]) -> dict[str, float]:
+    """What training's last row says less what the dev split does, and what own demos give less what foreign ones do."""
+    first, names = f"{cfg.eval.on}/{cfg.eval.weights[0]}", {"loss": "lm_loss", "cell_accuracy": "cell_accuracy", "exact": "exact"}
+    row: dict[str, float] = {}
+    for k, name in names.items():
+        if cfg.eval.on == "dev" and f"all/{name}" in trained:
+            row[f"gap/train_dev/{k}"] = trained[f"all/{name}"] - found[f"{first}/own/{k}"]
+        if f"{first}/foreign/{k}" in found:
+            row[f"gap/own_foreign/{k}"] = found[f"{first}/own/{k}"] - found[f"{first}/foreign/{k}"]
+    return row
 
 
 def portions(asked: data.Queries, cfg: ModelConfig, tokens: int, times: Tensor | None = None) -> list[Tensor]:
@@ -240,6 +299,7 @@ def probe(params: Params, cfg: Config, tasks: data.Tasks, rule: str, dtype: torc
 
     def answer(rows: Tensor) -> None:
         e = data.posed(tasks, cfg.data, rule, data.chosen(asked, rows), shown[rows])
+        e = e._replace(row=tasks.task_of[shown[rows]] * cfg.data.symmetries)  # of the task as it is
         batch = data.batch(tasks, e, cfg.data, cfg.model.raster)
         out, _ = etrm.think(cast, cfg.model, encode, batch, dtype, cfg.eval.act_steps)
         loss = act_loss(cfg.model, out, batch.labels, batch.cells)
@@ -319,11 +379,19 @@ def setup(cfg: Config, rank: int = 0, world: int = 1, given: Sequence[data.Task]
         donors(questions.task[questions.known], cfg.run.seed)  # before an hour has gone by
     if (largest := max(cfg.data.canvases or (data.MAX_SIDE,))) > cfg.model.raster:
         raise UserError(f"data.canvases: {largest} is larger than model.raster = {cfg.model.raster}")
-    like = init_params(cfg.model, cfg.run.seed)
+    if cfg.model.mixer and cfg.data.canvases != (cfg.model.raster,):
+        raise UserError(f"model.mixer: has one canvas: data.canvases = [{cfg.model.raster}], the raster")
+    like = regimes.with_rows(init_params(cfg.model, cfg.run.seed), cfg, train)
     check_patterns(cfg.optimizer, leaves(like))
-    params = {k: v.to(device).requires_grad_(not is_frozen(cfg.optimizer, k)) for k, v in leaves(like).items()}
-    meta = {"config": json.loads(msgspec.json.encode(cfg)), "data": sources.set_hash(train), "finding": msgspec.to_builtins(finding)}
-    meta |= {"tasks": len(train), "dtype": str(dtype)}
+    meta = {"config": json.loads(msgspec.json.encode(cfg)), "data": sources.set_hash(train), "tasks": len(train), "dtype": str(dtype)}
+    drawn = leaves(like)
+    if cfg.init_from.path:
+        begun = transfer.start(cfg.init_from, cfg.model, drawn)
+        drawn, finding = drawn | begun.params, msgspec.structs.replace(finding, started=begun.words)
+        meta |= {"ancestors": [begun.ancestor], "init_from": begun.text}
+    meta["finding"] = msgspec.to_builtins(finding)
+    still = (regimes.TABLE, "encoder.keys")  # no optimizer's: rows are trained one by one, or not at all
+    params = {k: v.to(device).requires_grad_(k not in still and not is_frozen(cfg.optimizer, k)) for k, v in drawn.items()}
     return Setup(
         tasks, tuple(t.name for t in train), deck, watched, meta, shards[rank::world],
         int((~asked.fits).sum()), device, dtype, params, like, encoder_of(cfg.model),
@@ -334,22 +402,33 @@ def start_carry(s: Setup, cfg: Config, slots: Tensor) -> Carry:
     return fresh_carry(cfg.model, [0] * len(slots), s.dtype, s.device)
 
 
-def one_step(
-    s: Setup, cfg: Config, carries: Sequence[Carry], scale: float = 1.0, ask: bool = False
-) -> tuple[list[Carry], list[Tensor], Tensor, bool]:
-    """One ACT step of every slot: (carries, gradients of all processes, sums of this one, did any process ask to stop)."""
+class Step(NamedTuple):
+    carries: list[Carry]
+    grads: list[Tensor]  # of all processes
+    sums: Tensor  # of this one
+    asked: bool  # did any process ask to stop?
+    contexts: list[Tensor | None]  # of the shards of this one
+    touched: list[Tensor]  # of all processes: gradients of rows of a table and whose they are, or nothing
 
-    def work(shard: tuple[Tensor, Carry]) -> tuple[Carry, list[Tensor], Tensor]:
+
+def one_step(s: Setup, cfg: Config, carries: Sequence[Carry], scale: float = 1.0, ask: bool = False) -> Step:
+    """One ACT step of every slot."""
+
+    def work(shard: tuple[Tensor, Carry]) -> tuple[Carry, list[Tensor], Tensor, Tensor | None]:
         carry, batch, least = next_batch(s, cfg, *shard)
-        return train_step(s.params, s.like, cfg.model, s.encode, s.dtype, carry, batch, least, scale / cfg.train.batch)
+        share = scale / cfg.train.batch
+        carry, g, sums, context = train_step(s.params, s.like, cfg.model, s.encode, s.dtype, carry, batch, least, share)
+        rows = regimes.spread(shard[0], batch, g.pop(), cfg.train.batch) if regimes.TABLE in s.params else []
+        return carry, [g[0].new_tensor([float(ask)]), *rows, *g], sums, context  # the vote travels with the gradients
 
-    done = side_by_side(work, zip(s.shards, carries, strict=True), s.device)
-    *total, vote = reduce([[*g, g[0].new_tensor([float(ask)])] for _, g, _ in done])  # the vote travels with the gradients
-    return [carry for carry, _, _ in done], total, torch.stack([sums for _, _, sums in done]).sum(0), float(vote) > 0
+    new, grads, sums, contexts = zip(*side_by_side(work, zip(s.shards, carries, strict=True), s.device), strict=True)
+    vote, *total = reduce(grads)
+    rows = 2 if regimes.TABLE in s.params else 0
+    return Step(list(new), total[rows:], torch.stack(sums).sum(0), float(vote) > 0, list(contexts), total[:rows])
 
 
 def metrics_row(sums: Tensor) -> dict[str, float]:
-    """Means over slots, all of them and those that halted, from the sums (2, 8) of all processes."""
+    """Means over slots, all of them and those that halted, from the sums (2, 9) of all processes."""
     row: dict[str, float] = {}
     for which, values in zip(("all", "halted"), sums.tolist(), strict=True):
         said = zip(SUMS[:-1], values, strict=False)  # a KL of 0 is that of an encoder without one
@@ -360,7 +439,7 @@ def metrics_row(sums: Tensor) -> dict[str, float]:
 
 def fresh_state(cfg: Config, s: Setup) -> State:
     return State(
-        ema={k: v.detach().clone() for k, v in s.params.items()},
+        ema={k: v.detach().clone() if v.requires_grad else v.detach() for k, v in s.params.items()},
         opts=optimizers(cfg.optimizer, s.params),
         carries=[start_carry(s, cfg, slots) for slots in s.shards],
         sums=torch.zeros(2, len(SUMS), device=s.device),
@@ -412,7 +491,8 @@ def loop(
     cfg: Config, s: Setup, state: State, run: Run, say: Callable[[dict[str, Any]], None], deadline: float, world: int
 ) -> dict[str, Any]:
     """Steps until the last one, a wish to stop, or the wanted score; after each, what is due: row, evaluation, checkpoint."""
-    facts, trained = state.facts, [p for p in s.params.values() if p.requires_grad]
+    facts, names = state.facts, [k for k, p in s.params.items() if p.requires_grad]
+    trained = [s.params[k] for k in names]
     begun = time.monotonic() - facts["seconds"]
     step, stopped, since, since_step = facts["step"], "", time.monotonic(), facts["step"]
     watched = f"{cfg.eval.on}/{cfg.eval.weights[0]}/own"
@@ -427,14 +507,21 @@ def loop(
         step += 1
         due = []  # names of the weights to be saved after this step
         ask = bool(run.stop) or time.monotonic() > deadline
-        state.carries, grads, part, asked = one_step(s, cfg, state.carries, facts["scale"], ask)
+        state.carries, grads, part, asked, contexts, touched = one_step(s, cfg, state.carries, facts["scale"], ask)
         state.sums += part
+        logged, done = step % cfg.train.log_every == 0 or step == cfg.train.steps, step == cfg.train.steps
         if facts["scale"] != 1:
-            torch._foreach_mul_(grads, 1 / facts["scale"])
+            torch._foreach_mul_([*grads, *touched[:1]], 1 / facts["scale"])
+        named = [*names, regimes.TABLE] if touched else names
+        watching = gradient_row(named, [*grads, *touched[:1]]) | context_row(contexts) if logged else {}
         lr = learning_rate(cfg.optimizer, step, cfg.train.steps)
-        norm = float(update(state.opts, trained, grads, lr, cfg.optimizer.clip))
+        awake = [i for i, k in enumerate(names) if not is_asleep(cfg.optimizer, k, step)]
+        norm = float(update(state.opts, [trained[i] for i in awake], [grads[i] for i in awake], lr, cfg.optimizer.clip))
         if math.isfinite(norm):
-            torch._foreach_lerp_(list(state.ema.values()), list(s.params.values()), 1 - cfg.train.ema)
+            torch._foreach_lerp_([state.ema[k] for k in names], trained, 1 - cfg.train.ema)
+            if touched:
+                (rows, ids), share = touched, lr / cfg.optimizer.lr
+                regimes.sign_step(s.params[regimes.TABLE], rows, ids, share * cfg.optimizer.table_lr, cfg.optimizer.table_decay)
         elif facts["scale"] > 1:
             facts["scale"] /= 2
         elif cfg.train.non_finite == "skip":
@@ -444,22 +531,23 @@ def loop(
             raise UserError(f"step {step}: the gradient is not finite ({who}); {run.folder} keeps the state before it")
 
         facts |= {"step": step, "seconds": time.monotonic() - begun}
-        done = step == cfg.train.steps
         if asked and not done:
             stopped = run.stop or ("time limit" if time.monotonic() > deadline else "another process was stopped")
-        if step % cfg.train.log_every == 0 or done:
+        if logged:
             every = state.sums.clone()
             if world > 1:
                 dist.all_reduce(every)
             now = time.monotonic()
             norms = {"grad_norm": norm, "grad_norm_clipped": min(norm, cfg.optimizer.clip or norm)}
             rate = (step - since_step) * cfg.train.batch / (now - since)
-            note({"lr": lr, **norms, "skipped_steps": facts["skipped"], "samples_per_s": rate, **metrics_row(every)})
+            facts["trained"] = metrics_row(every)
+            note({"lr": lr, **norms, "skipped_steps": facts["skipped"], "samples_per_s": rate, **facts["trained"], **watching})
             state.sums.zero_()
             since, since_step = now, step
         if step % cfg.eval.every == 0 or done:
             raw, mean = (rebuild(s.like, {k: v.detach() for k, v in x.items()}) for x in (s.params, state.ema))
             facts["last"] = watch(raw, mean, cfg, s.watched, s.dtype)
+            facts["last"] |= gaps(facts["last"], cfg, facts["trained"])
             note(facts["last"])
             value, best = facts["last"][f"{watched}/{cfg.eval.best}"], facts["best"]
             gain = math.inf if best is None else (best - value if cfg.eval.best == "loss" else value - best)

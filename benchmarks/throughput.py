@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from etrm_arc import blocks, config, data, encoders, etrm, launch, sources, train
+from etrm_arc import blocks, config, data, encoders, etrm, launch, layers, sources, train
 from etrm_arc.optim import optimizers, update
 
 DTYPES = ("bf16", "fp32")
@@ -68,7 +68,7 @@ class Trainer:
 
     def step(self) -> float:
         begun = time.perf_counter()
-        self.carries, grads, _, _ = train.one_step(self.s, self.cfg, self.carries)
+        self.carries, grads, *_ = train.one_step(self.s, self.cfg, self.carries)
         update(self.opts, self.trained, grads, 1e-4, 1.0)
         torch._foreach_lerp_(list(self.ema.values()), list(self.s.params.values()), 1e-3)
         return time.perf_counter() - begun
@@ -108,7 +108,7 @@ def ten_demos(d: data.Demos) -> data.Demos:
 
 @contextlib.contextmanager
 def published_layout() -> Iterator[None]:
-    batch, attend = data.batch, etrm.self_attention
+    batch, attend = data.batch, layers.self_attention
 
     def padded(*args: Any) -> data.Batch:
         made = batch(*args)
@@ -135,11 +135,11 @@ def published_layout() -> Iterator[None]:
         return rebuild(like, {k: v.float() if k.endswith(blocks) and ".sets." not in k else v for k, v in leaves.items()})
 
     with contextlib.ExitStack() as stack:
-        for module in (etrm, blocks, encoders):
+        for module in (layers, etrm, blocks, encoders):
             for name, new in (("attention", attention), ("self_attention", self_attention), ("swiglu", swiglu), ("rms", rms)):
                 if hasattr(module, name):
                     stack.enter_context(mock.patch.object(module, name, new))
-        stack.enter_context(mock.patch.object(etrm, "RUN", 1 << 40))
+        stack.enter_context(mock.patch.object(layers, "RUN", 1 << 40))
         stack.enter_context(mock.patch.object(data, "batch", padded))
         stack.enter_context(mock.patch.object(train, "rebuild", cast_late))
         yield
@@ -171,7 +171,7 @@ class Products(TorchDispatchMode):
 def attainable(t: Trainer) -> tuple[float, float]:
     """(seconds that the matrix products of one step take by themselves, GFLOP of these)."""
     with Products() as seen:
-        t.carries, _, _, _ = train.one_step(t.s, t.cfg, t.carries)
+        t.carries, *_ = train.one_step(t.s, t.cfg, t.carries)
     seconds = gflop = 0.0
     for (func, *operands), count in seen.found.items():
         made = []

@@ -56,6 +56,37 @@ def words(folder, *more):
     return [*SETS, *(x for item in sources for x in ("--set", item))]
 
 
+def test_inspect_says_what_a_checkpoint_holds(run):
+    from etrm_arc import checkpoint, etrm
+
+    out = call("inspect", run, "--json")
+    found, c = last_json(out), checkpoint.load(run)
+    shapes = {name: list(x.shape) for name, x in etrm.leaves(c.params).items()}
+    assert {k: v for named in found["modules"].values() for k, v in named.items()} == shapes
+    assert found["parameters"] == sum(x.numel() for x in etrm.leaves(c.params).values()) == sum(found["sizes"].values())
+    assert (found["data"], found["step"], found["config"]) == (c.meta["data"], 3, c.meta["config"])
+    assert "1 dev tasks set aside" in found["finding"] and found["finding"] in out.stdout and "core.embed" in out.stdout
+    assert "no such checkpoint" in call("inspect", "nowhere.safetensors", code=2).output
+
+
+def test_convert_writes_either_format(tmp_path):
+    import torch
+
+    from etrm_arc import checkpoint, etrm
+
+    shape = ["model.tied_head=false", "model.context_scale=published", "model.encoder.kind=standard", "model.positions=rope"]
+    call("train", "cpu", *words(tmp_path / "run", *shape, "eval.foreign=false"))
+    assert "step_3: " in call("convert", tmp_path / "run", tmp_path / "step_3", "--raw").output
+    sets = [x for item in [*SMALL, *shape] for x in ("--set", item)]
+    call("convert", tmp_path / "step_3", tmp_path / "a.safetensors", "--config", "cpu", *sets)
+    ours, back = checkpoint.load(tmp_path / "run"), checkpoint.load(tmp_path / "a.safetensors")
+    for k, v in etrm.leaves(ours.params).items():
+        assert torch.equal(v, etrm.leaves(back.params)[k]), k
+    assert "STARTED FROM step_3: published, unknown" in call("inspect", tmp_path / "a.safetensors").output
+    assert "name the config" in call("convert", tmp_path / "step_3", tmp_path / "b.safetensors", code=2).output
+    assert "has our format already" in call("convert", tmp_path / "run", tmp_path / "b.safetensors", code=2).output
+
+
 def test_several_seeds_are_resumable_as_a_whole(tmp_path):
     args = ["train", "cpu", *words(tmp_path / "run"), "--seeds", "2"]
     call(*args, "--time-limit", "0", code=75)  # the first seed stops after a step, the second never begins
@@ -74,11 +105,12 @@ def started(*args):
     )  # fmt: skip
 
 
-def test_processes_of_one_command_end_in_the_bits_of_one(tmp_path):
+@pytest.mark.parametrize("more", [(), ("model.encoder.kind=table", "data.symmetries=3")])
+def test_processes_of_one_command_end_in_the_bits_of_one(tmp_path, more):
     from etrm_arc.tests.kill import outcome
 
-    call("train", "cpu", *words(tmp_path / "one"))
-    run = started(*words(tmp_path / "two"))
+    call("train", "cpu", *words(tmp_path / "one", *more))
+    run = started(*words(tmp_path / "two", *more))
     assert run.wait(120) == 0, run.stderr.read()
     (rows, one), (others, two) = outcome(tmp_path / "one"), outcome(tmp_path / "two")
     for part in (one, two):

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from etrm_arc import checkpoint, config, data, optim, plan, runs, sources, train
+from etrm_arc import checkpoint, config, data, optim, plan, regimes, runs, sources, train
 from etrm_arc.data import UserError
 from etrm_arc.encoders import ENCODERS, encoder_of, init_params
-from etrm_arc.etrm import Context, Encode, EncoderConfig, ModelConfig, Params, act_loss, act_step, fresh_carry, leaves, rebuild
+from etrm_arc.etrm import EncoderConfig, ModelConfig, Params, act_loss, act_step, fresh_carry, leaves, rebuild
 from etrm_arc.tests import published, puzzles
 from etrm_arc.tests.puzzles import generators
 from etrm_arc.tests.test_parity import all_demos, batch_of
@@ -48,44 +48,41 @@ def tiny(folder, **changes):
 
 
 def test_training_trace_of_the_published_trainer(golden):
-    """Six steps of Adam-atan2, warm-up and cosine, EMA, with the published puzzle table in the encoder's place."""
+    """Six steps of Adam-atan2, warm-up and cosine, EMA, and sign-SGD on the rows of the published puzzle table."""
     t, meta = golden("trm_train_trace")
     hyper = meta["hyper"]
-    cfg = published.config()
+    cfg = published.config(encoder=EncoderConfig(kind="table", latent=1024))
     sd = published.sub(golden("trm_core")[0], "sd.inner.")
-    like = Params((), published.core({**sd, "q_head.bias": torch.tensor([0.25, 0.1])}))
+    table = regimes.Table(sd["puzzle_emb.weights"].clone(), torch.zeros(64, 3))
+    like = Params(table, published.core({**sd, "q_head.bias": torch.tensor([0.25, 0.1])}))
     opt = config.OptimizerConfig(
         kind="adam_atan2", lr=hyper["lr"], warmup=hyper["lr_warmup_steps"], final_lr=hyper["lr_min_ratio"],
         betas=(hyper["beta1"], hyper["beta2"]), weight_decay=hyper["weight_decay"], clip=0.0,
+        table_lr=hyper["puzzle_emb_lr"], table_decay=hyper["puzzle_emb_weight_decay"],
     )  # fmt: skip
-    params = {k: v.clone().requires_grad_(not optim.is_frozen(opt, k)) for k, v in leaves(like).items()}
-    trained = {k: v for k, v in params.items() if v.requires_grad}
-    opts, ema = optim.optimizers(opt, params), {k: v.detach().clone() for k, v in params.items()}
-    table, carry, now = sd["puzzle_emb.weights"].clone(), None, None
+    frozen = lambda k: k.startswith("encoder.") or optim.is_frozen(opt, k)  # noqa: E731
+    params = {k: v.clone().requires_grad_(not frozen(k)) for k, v in leaves(like).items()}
+    trained = [v for v in params.values() if v.requires_grad]
+    opts, ema, carry, now = optim.optimizers(opt, params), {k: v.detach().clone() for k, v in params.items()}, None, None
     for i in range(6):
         offered = published.sub(t, f"t{i}.batch.")
         carry = carry or fresh_carry(cfg, [36] * len(offered["inputs"]), torch.float32)
         now = now or offered
         now = {k: torch.where(carry.halted.view(-1, *[1] * (v.ndim - 1)), v, now[k]) for k, v in offered.items()}
-        ids = now["puzzle_identifiers"].long()
-        rows = table[ids].clone().requires_grad_()
         least = (t[f"t{i}.rand"] < cfg.exploration) * t[f"t{i}.randint"]
-        batch = batch_of(now["inputs"], now["labels"])
-        carry, out = act_step(rebuild(like, params), cfg, Encode(lambda *_, r=rows: Context(r.view(-1, 16, 64))), carry, batch, least)
-        total = act_loss(cfg, out, batch.labels, batch.cells).total.sum() / 6
-        *grads, row_grads = torch.autograd.grad(total, [*trained.values(), rows])
+        batch = batch_of(now["inputs"], now["labels"])._replace(rows=now["puzzle_identifiers"].long())
+        carry, grads, _, _ = train.train_step(params, like, cfg, encoder_of(cfg), torch.float32, carry, batch, least, 1 / 6)
         lr = optim.learning_rate(opt, i + 1, hyper["total_steps"])
         assert abs(lr - float(t[f"t{i}.reported.lr"])) < 1e-9
-        table_lr = lr * hyper["puzzle_emb_lr"] / hyper["lr"]
-        touched, where = ids.unique(return_inverse=True)
-        summed = torch.zeros(len(touched), 1024).index_add_(0, where, row_grads)
-        decayed = table[touched] * (1 - table_lr * hyper["puzzle_emb_weight_decay"])
-        table[touched] = decayed - table_lr * torch.sign(summed)
-        optim.update(opts, list(trained.values()), grads, lr, 0.0)
+        rows, ids = regimes.spread(torch.arange(6), batch, grads.pop(), 6)
+        regimes.sign_step(params[regimes.TABLE], rows, ids, lr / opt.lr * opt.table_lr, opt.table_decay)
+        optim.update(opts, trained, grads, lr, 0.0)
         torch._foreach_lerp_(list(ema.values()), list(params.values()), 1 - hyper["ema_rate"])
         assert torch.equal(carry.halted, t[f"t{i}.halted"])
+        assert (params[regimes.TABLE][:40, :8] - t[f"t{i}.puzzle_emb_rows"]).abs().max() <= 2e-5
         for k, v in published.sub(t, f"t{i}.param_norm.inner.").items():
             assert abs(float(published_leaf(params, k).detach().norm() - v)) <= 2e-5 * (1 + float(v))
+    assert (params[regimes.TABLE][:40] - t["final.inner.puzzle_emb.weights_first40"]).abs().max() <= 2e-5
     for which, ours in (("final.inner.", params), ("final_ema.inner.", ema)):
         for k, v in published.sub(t, which).items():
             if not k.startswith("puzzle_emb"):
@@ -249,7 +246,7 @@ def test_gradients_of_shards_sum_to_those_of_the_whole(tmp_path):
         cfg = tiny(tmp_path, train__shards=shards)
         s = train.setup(cfg)
         assert sorted(torch.cat(s.shards).tolist()) == list(range(cfg.train.batch))
-        _, grads, _, _ = train.one_step(s, cfg, [train.start_carry(s, cfg, slots) for slots in s.shards])
+        _, grads, *_ = train.one_step(s, cfg, [train.start_carry(s, cfg, slots) for slots in s.shards])
         total[shards] = torch.cat([g.flatten() for g in grads])
     assert total[1].abs().max() > 1e-4
     torch.testing.assert_close(total[1], total[3], rtol=1e-4, atol=1e-6)
@@ -265,7 +262,7 @@ def test_a_step_is_the_mean_of_its_slots_scaled_and_its_sums_are_theirs(tmp_path
     loss = act_loss(cfg.model, out, batch.labels, batch.cells)
     wanted = torch.autograd.grad(loss.total.mean(), s.params["core.embed"])[0]
     for scale in (1.0, 1024.0):
-        _, grads, sums, _ = train.one_step(s, cfg, [train.start_carry(s, cfg, slots)], scale)
+        _, grads, sums, *_ = train.one_step(s, cfg, [train.start_carry(s, cfg, slots)], scale)
         names = [k for k, v in s.params.items() if v.requires_grad]
         torch.testing.assert_close(grads[names.index("core.embed")] / scale, wanted, rtol=1e-4, atol=1e-7)
     assert float(sums[0, train.SUMS.index("lm_loss")]) == pytest.approx(float(loss.lm.sum()), rel=1e-5)
@@ -275,6 +272,38 @@ def test_a_step_is_the_mean_of_its_slots_scaled_and_its_sums_are_theirs(tmp_path
         sums = train.one_step(s, cfg, [train.start_carry(s, cfg, slots)])[2]
     assert float(sums[1, -1]) == int(halted.sum())
     assert float(sums[1, train.SUMS.index("lm_loss")]) == pytest.approx(float(loss.lm[halted].sum()), rel=1e-5)
+
+
+# ---------------------------------------------------------------- what is watched
+
+
+@given(generators, st.integers(1, 9), st.integers(1, 4))
+def test_context_rows_are_variances_over_all_slots_however_they_are_dealt(g, slots, parts):
+    c = torch.randn(slots, 3, 8, generator=g) * 2 + 5
+    row = train.context_row([x for x in c.tensor_split(parts) if len(x)])
+    want = (c.var(0, unbiased=False).mean(), c.var(1, unbiased=False).mean(), c.mean(), c.std(unbiased=False))
+    keys = ("var_across", "var_within", "mean", "std")
+    assert row == pytest.approx({f"encoder/context_{k}": float(v) for k, v in zip(keys, want, strict=True)}, rel=1e-4, abs=1e-5)
+    same = train.context_row([c[:1].expand(slots, -1, -1)])
+    assert same["encoder/context_var_across"] < 1e-9 < same["encoder/context_var_within"]
+    assert train.context_row([None]) == {}
+
+
+def test_every_row_watches_the_encoder_and_every_evaluation_the_gaps(tmp_path):
+    said = []
+    dev = [str(Path(__file__).parent / "data" / "set")]
+    train.fit(tiny(tmp_path, data__dev=dev, data__train=["arc1:training"], data__max_train_tasks=4, eval__on="dev"), said.append)
+    rows, looks = [r for r in said if "lr" in r], [r for r in said if "gap/own_foreign/loss" in r]
+    assert len(rows) == 3 and len(looks) == 2
+    for row in rows:
+        assert row["encoder/grad_norm"] ** 2 + row["core/grad_norm"] ** 2 == pytest.approx(row["grad_norm"] ** 2, rel=1e-4)
+        assert row["encoder/grad_ratio"] == pytest.approx(row["encoder/grad_norm"] / row["core/grad_norm"])
+        assert row["encoder/context_std"] == pytest.approx(1, abs=0.05) and row["encoder/context_var_across"] > 0
+        assert 0 <= row["all/explored"] <= 1
+    for look, row in zip(looks, rows[::2], strict=True):
+        own, foreign = (look[f"dev/ema/{k}/cell_accuracy"] for k in ("own", "foreign"))
+        assert look["gap/own_foreign/cell_accuracy"] == pytest.approx(own - foreign)
+        assert look["gap/train_dev/loss"] == pytest.approx(row["all/lm_loss"] - look["dev/ema/own/loss"])
 
 
 # ---------------------------------------------------------------- the loop

@@ -1,0 +1,176 @@
+"""What other systems of the family have in the place of an encoder or of the core; training and evaluation are the same.
+
+TRM's table of tasks: a row for every task under every one of its symmetries, in the encoder's place. Published: rows start at 0
+and are trained by the sign of their gradient, with a rate and decay of their own. Only rows that a step touched move between
+processes. The argmax-feedback TRM: states are logits, read again as the colours that they make likeliest.
+Axes: B slots, M cells of all slots, D hidden, W numbers of a row, T context tokens, N tasks of the table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import data, etrm, sources
+from .config import Config
+from .data import Batch, Task, UserError
+from .etrm import Block, Carry, ModelConfig, Output, Params, block, normal
+from .layers import position_of, runs_of, turn_of
+
+# ---------------------------------------------------------------- the table of tasks
+
+TABLE = "encoder.table"
+
+
+class Table(NamedTuple):
+    table: Tensor  # (N * data.symmetries, W) row of a task under its k-th symmetry: task * data.symmetries + k
+    keys: Tensor  # (N, 3) which tasks these are: 48 bits of a hash of their demos, 16 at a time, exact in float32
+
+
+def init_table(cfg: ModelConfig, g: torch.Generator) -> Table:
+    """Without rows: training makes them, a checkpoint has them."""
+    width, most = cfg.encoder.latent or cfg.hidden, cfg.context_tokens * cfg.hidden
+    if width > most or cfg.encoder.width:
+        raise UserError(f"model.encoder: a row of the table has latent = {width} numbers, at most {most}, and no width of its own")
+    return Table(torch.zeros(0, width), torch.zeros(0, 3))
+
+
+def apply_table(p: Table, cfg: ModelConfig, batch: Batch) -> Tensor:
+    """Context (B, T, D): the row of each slot's task and symmetry, then zeros."""
+    if batch.rows is None:
+        raise UserError("a model with a table of tasks has no context for demos alone: only etrm train, eval and solve can ask it")
+    rows = p.table[batch.rows]
+    return F.pad(rows, (0, cfg.context_tokens * cfg.hidden - rows.shape[1])).unflatten(1, (cfg.context_tokens, -1))
+
+
+def keys_of(tasks: Sequence[Task]) -> Tensor:
+    """(N, 3) by content of the demos."""
+    digests = [sources.task_digest(Task("", t.demos, []))[:6] for t in tasks]
+    return torch.tensor([[int.from_bytes(d[i : i + 2], "little") for i in (0, 2, 4)] for d in digests]).float()
+
+
+def with_rows(params: Params, cfg: Config, tasks: Sequence[Task]) -> Params:
+    """Parameters with a row of zeros for every training task under every symmetry, where the config asks for a table."""
+    if cfg.model.encoder.kind != "table":
+        return params
+    if not cfg.data.symmetries:
+        raise UserError("data.symmetries: a table needs a number of symmetries per task (published: 1000)")
+    if cfg.eval.on == "dev":
+        raise UserError('eval.on: a table has no row for the dev split, which is never trained on: eval.on = "train"')
+    rows = torch.zeros(len(tasks) * cfg.data.symmetries, params.encoder.table.shape[1])
+    return params._replace(encoder=Table(rows, keys_of(tasks)))
+
+
+def numbers(params: Params, cfg: Config, tasks: Sequence[Task], views: int) -> Tensor | None:
+    """(len(tasks),) numbers of tasks in the table; None where there is no table. Raises UserError on an unseen task."""
+    if cfg.model.encoder.kind != "table":
+        return None
+    if views > cfg.data.symmetries:
+        raise UserError(f"--views {views}: the table has rows for {cfg.data.symmetries} symmetries of a task")
+    same = (keys_of(tasks)[:, None] == params.encoder.keys.cpu()).all(-1)
+    for task, row in zip(tasks, same, strict=True):
+        if not row.any():
+            raise UserError(f"task {task.name}: unseen: the table has rows for the {row.numel()} tasks that were trained on, no others")
+    return same.float().argmax(1)
+
+
+def gathered(params: dict[str, Tensor], batch: Batch) -> tuple[dict[str, Tensor], Batch]:
+    """The table cut down to the rows of this batch, which carry gradient, one for each slot."""
+    if TABLE not in params or batch.rows is None:
+        return params, batch
+    rows = params[TABLE][batch.rows].detach().requires_grad_()
+    return {**params, TABLE: rows}, batch._replace(rows=torch.arange(len(rows), device=rows.device))
+
+
+def spread(slots: Tensor, batch: Batch, grads: Tensor, of: int) -> list[Tensor]:
+    """Of one shard's slots (B,): gradients (of, W) and row numbers (of, 2), zero for the slots of others, so that sums over
+    shards hold those of all; a row number is split so that float32 holds it."""
+    assert batch.rows is not None
+    wide, ids = grads.new_zeros(of, grads.shape[1]), grads.new_zeros(of, 2)
+    slots = slots.to(grads.device)
+    wide[slots], ids[slots] = grads, torch.stack((batch.rows // 4096, batch.rows % 4096), 1).to(grads)
+    return [wide, ids]
+
+
+def sign_step(table: Tensor, grads: Tensor, ids: Tensor, lr: float, decay: float) -> None:
+    """Sign-SGD of the touched rows, in place: gradients (B, W) of equal rows are summed first; ids (B, 2) as in `spread`."""
+    touched, where = (ids[:, 0].long() * 4096 + ids[:, 1].long()).unique(return_inverse=True)
+    summed = grads.new_zeros(len(touched), grads.shape[1]).index_add_(0, where, grads)
+    table[touched] = table[touched] * (1 - lr * decay) - lr * summed.sign()
+
+
+# ---------------------------------------------------------------- the argmax-feedback TRM
+
+COLOURS = 10
+SURE = math.log(9)  # the logit of 0.9: all slots above it end the thought
+
+
+class Gains(NamedTuple):
+    """A block with the gains of its two norms."""
+
+    block: Block
+    norm_1: Tensor  # (D,)
+    norm_2: Tensor  # (D,)
+
+
+class Feedback(NamedTuple):
+    embed: Tensor  # (11, D) ten colours, and what is no cell of the grid
+    blocks: tuple[Gains, ...]
+    head: Tensor  # (10, D)
+    halt: Tensor  # (1, D)
+
+
+def init_feedback(cfg: ModelConfig, g: torch.Generator) -> Feedback:
+    """Inner width 2 * 8 / 3 * D, no biases."""
+    d, f = cfg.hidden, round(16 / 3 * cfg.hidden)
+
+    def one() -> Gains:
+        made = Block(normal(g, 3 * d, d), normal(g, d, d), normal(g, 2 * f, d), normal(g, d, f))
+        return Gains(made, torch.ones(d), torch.ones(d))
+
+    blocks = tuple(one() for _ in range(cfg.layers))
+    return Feedback(normal(g, COLOURS + 1, d, std=1.0), blocks, normal(g, COLOURS, d), normal(g, 1, d))
+
+
+def feedback_step(params: Params, cfg: ModelConfig, carry: Carry, batch: Batch, min_steps: Tensor | None) -> tuple[Carry, Output]:
+    """One supervision step, as etrm.act_step: H_cycles of (L_cycles updates of z, one of the answer y).
+
+    z <- net(x + y + z), y <- net(y + z), each read as the embedding of its likeliest colour: no gradient passes from one call
+    to the next, so only the last has any. States begin as the first colour. z begins anew in each cycle ("reset") or is kept.
+    """
+    p: Feedback = params.core
+    x = torch.where(batch.inputs >= data.FIRST_COLOUR, batch.inputs - data.FIRST_COLOUR, COLOURS)
+    turn = turn_of(position_of("rope2d", batch.at, cfg.raster), cfg.heads, cfg.hidden // cfg.heads, p.embed.dtype)
+    runs, of_cell = runs_of(batch.cells), etrm.ragged(torch.tensor(batch.cells, device=x.device), len(x))[0]
+    begins = carry.halted[of_cell][:, None]
+    start = torch.eye(1, COLOURS, dtype=carry.z_H.dtype, device=x.device)  # whose likeliest is the first colour
+    y, z = (torch.where(begins, start, s.detach()) for s in (carry.z_H, carry.z_L))
+
+    def net(*read: Tensor) -> Tensor:
+        h = torch.stack([F.embedding(c, p.embed) for c in read]).sum(0)
+        for b in p.blocks:
+            h = block(b.block, cfg.heads, h, runs, turn, (b.norm_1, b.norm_2))
+        return h
+
+    for _ in range(cfg.H_cycles):
+        z = start.expand_as(z) if cfg.feedback == "reset" else z
+        with torch.no_grad():
+            for _ in range(cfg.L_cycles):
+                z = net(x, y.argmax(-1), z.argmax(-1)) @ p.head.T
+        h = net(y.argmax(-1), z.argmax(-1))
+        y = h @ p.head.T
+        pooled = torch.stack([part.float().mean(0) for part in h.split(batch.cells)])
+        q = (pooled @ p.halt.float().T).squeeze(-1)
+        if cfg.H_cycles > 1 and not q.is_meta and bool((q >= SURE).all()):
+            break
+    steps = torch.where(carry.halted, 0, carry.steps) + 1
+    halted = steps >= cfg.halt_max_steps
+    if min_steps is not None:
+        halted = (halted | (q >= SURE)) & (steps >= min_steps)
+    logits = F.pad(y, (data.FIRST_COLOUR, 0), value=-math.inf)  # it cannot say where a grid ends
+    return carry._replace(z_H=y.detach(), z_L=z.detach(), steps=steps, halted=halted), Output(logits, q, q)
