@@ -212,7 +212,10 @@ def entry(solver: solve.Solver, task: Task, p: votes.Prediction, rule: str) -> d
     steps = []
     if not p.too_large:
         line = show.timeline(solver.params, solver.cfg, task, p.query).steps
-        steps = [{"n": s.number, "q": round(s.q, 4), "entropy": round(s.entropy, 4), "tokens": signs(s.tokens)} for s in line]
+        steps = [
+            {"n": s.number, "q": round(s.q, 4), "entropy": round(s.entropy, 4), "tokens": signs(s.tokens), "whole": s.grid is not None}
+            for s in line
+        ]
     found = {"task": task.name, "query": p.query, "status": status(place), "votes": len(p.votes), "too_large": p.too_large}
     return found | {"input": votes.written(x), "target": votes.written(y), "answers": ranked, "steps": steps}
 
