@@ -145,6 +145,14 @@ def marks(run: Run) -> list[Mark]:
     return [Mark(kind, *span, why) for kind, rule, least, why in RULES for span in spans(rule(run), least)]
 
 
+def clear(run: Run) -> str:
+    """What there is no sign of, and what the run's rows say nothing of."""
+    kinds, bad = dict.fromkeys(kind for kind, *_ in RULES), {m.kind for m in marks(run)}
+    seen = {kind for kind, rule, _, _ in RULES if list(rule(run))}
+    said = [f"No sign of {k}." if k in seen else f"The rows say nothing of {k}." for k in kinds if k not in bad]
+    return " ".join(said)
+
+
 # ---------------------------------------------------------------- curves
 
 
@@ -322,7 +330,12 @@ def page(folder: str | Path, chosen: Sequence[str] = ()) -> dict[str, Any]:
     usual = flat(json.loads(msgspec.json.encode(Config())))
     config = [[k, json.dumps(v), k in usual and usual[k] == v] for k, v in flat(run.about["config"]).items()]
     found: dict[str, Any] = {"title": run.folder.resolve().name, "facts": facts(run), "notes": [], "palette": PALETTE}
-    found |= {"marks": [m._asdict() | {"said": str(m)} for m in marks(run)], "curves": curves(run.rows), "config": config}
+    found |= {
+        "marks": [m._asdict() | {"said": str(m)} for m in marks(run)],
+        "clear": clear(run),
+        "curves": curves(run.rows),
+        "config": config,
+    }
     found |= {"gallery": [], "space": {"points": [], "said": ""}, "demos": {}}
     notes = found["notes"]
     try:

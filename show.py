@@ -178,7 +178,7 @@ def curves_on(axis: Any, t: Timeline, upto: int) -> None:
     axis.set(xlim=(0, t.steps[-1].number + 0.5), ylim=(-0.03, 1.03))
     axis.set_xlabel("ACT steps", fontsize=7, labelpad=1)
     axis.xaxis.get_major_locator().set_params(integer=True)
-    other.set_ylim(-0.03, 0.1 + max(s.entropy for s in t.steps))
+    other.set_ylim(0, 0.1 + 1.1 * max(s.entropy for s in t.steps))
     axis.set_ylabel("q", color="#0074D9", fontsize=7, labelpad=3)
     other.set_ylabel("entropy (bits)", color="#FF851B", fontsize=7, labelpad=3)
     for a in (axis, other):

@@ -173,6 +173,13 @@ def test_a_failure_is_marked_where_it_is(kind, key, bad, least):
     assert found_in([{k: v for k, v in r.items() if k != key} for r in healthy()]) == []  # a run that does not say it
 
 
+def test_what_was_not_measured_is_not_said_to_be_well(run):
+    whole, bare = (report.opened(run)._replace(rows=rows) for rows in (healthy(), [{"step": 1, "grad_norm": 1.0}]))
+    assert report.clear(whole) == "No sign of collapse. No sign of starvation. No sign of divergence."
+    assert report.clear(bare) == "The rows say nothing of collapse. The rows say nothing of starvation. No sign of divergence."
+    assert report.page(run)["clear"] == report.clear(report.opened(run))
+
+
 def test_a_loss_that_rises_is_marked_and_a_spike_is_not():
     rows = healthy()
     losses = [r for r in rows if "all/lm_loss" in r]
