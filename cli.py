@@ -507,7 +507,9 @@ def show(
         return last_line(as_json, {"task": found.name, "steps": len(t.steps)})
     path = Path(output or f"{found.name.replace('/', '-')}.{'gif' if gif else 'png'}")
     moving = gif or path.suffix == ".gif"
-    caption = f"etrm show {checkpoint} --task {found.name}: weights {s.source}, step {s.meta.get('step', 'unknown')}"
+    which = f" --query {query}" * (query > 0) if pair_index is None else f" --pair-index {pair_index}"
+    which += " --cycles" * cycles
+    caption = f"etrm show {checkpoint} --task {found.name}{which}: weights {s.source}, step {s.meta.get('step', 'unknown')}"
     panels = pictures.animate(t, path, diff, dpi) if moving else pictures.draw(t, path, diff, dpi, caption)
     typer.echo(f"{path}: {panels} {'frames' if moving else 'panels'}; checkpoint {s.path}, weights {s.source}")
     last_line(as_json, {"task": found.name, "steps": len(t.steps), "panels": panels, "output": str(path), "weights": s.source})

@@ -145,6 +145,14 @@ def marks(run: Run) -> list[Mark]:
     return [Mark(kind, *span, why) for kind, rule, least, why in RULES for span in spans(rule(run), least)]
 
 
+def clear(run: Run) -> str:
+    """What there is no sign of, and what the run's rows say nothing of."""
+    kinds, bad = dict.fromkeys(kind for kind, *_ in RULES), {m.kind for m in marks(run)}
+    seen = {kind for kind, rule, _, _ in RULES if list(rule(run))}
+    said = [f"No sign of {k}." if k in seen else f"The rows say nothing of {k}." for k in kinds if k not in bad]
+    return " ".join(said)
+
+
 # ---------------------------------------------------------------- curves
 
 
@@ -212,7 +220,10 @@ def entry(solver: solve.Solver, task: Task, p: votes.Prediction, rule: str) -> d
     steps = []
     if not p.too_large:
         line = show.timeline(solver.params, solver.cfg, task, p.query).steps
-        steps = [{"n": s.number, "q": round(s.q, 4), "entropy": round(s.entropy, 4), "tokens": signs(s.tokens)} for s in line]
+        steps = [
+            {"n": s.number, "q": round(s.q, 4), "entropy": round(s.entropy, 4), "tokens": signs(s.tokens), "whole": s.grid is not None}
+            for s in line
+        ]
     found = {"task": task.name, "query": p.query, "status": status(place), "votes": len(p.votes), "too_large": p.too_large}
     return found | {"input": votes.written(x), "target": votes.written(y), "answers": ranked, "steps": steps}
 
@@ -321,7 +332,12 @@ def page(folder: str | Path, chosen: Sequence[str] = ()) -> dict[str, Any]:
     usual = flat(json.loads(msgspec.json.encode(Config())))
     config = [[k, json.dumps(v), k in usual and usual[k] == v] for k, v in flat(run.about["config"]).items()]
     found: dict[str, Any] = {"title": run.folder.resolve().name, "facts": facts(run), "notes": [], "palette": PALETTE}
-    found |= {"marks": [m._asdict() | {"said": str(m)} for m in marks(run)], "curves": curves(run.rows), "config": config}
+    found |= {
+        "marks": [m._asdict() | {"said": str(m)} for m in marks(run)],
+        "clear": clear(run),
+        "curves": curves(run.rows),
+        "config": config,
+    }
     found |= {"gallery": [], "space": {"points": [], "said": ""}, "demos": {}}
     notes = found["notes"]
     try:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import data, etrm, sources, train
 from .config import Config
-from .data import EOS, FIRST_COLOUR, PALETTE, Task, UserError, tokenise
+from .data import EOS, FIRST_COLOUR, PAD, PALETTE, Task, UserError, tokenise
 from .encoders import encoder_of
 from .etrm import Params, tree_map
 
@@ -25,10 +25,10 @@ RIGHT, WRONG, CHANGED, BLANK = "#00B050", "#E00000", "#FFE600", "#F4F4F4"
 
 
 class Step(NamedTuple):
-    tokens: np.ndarray  # (height, width) of the canvas
-    grid: np.ndarray | None  # the answer, where they form one
+    tokens: np.ndarray  # (height, width) of the canvas: the answer and its border; where there is no answer, all that was said
+    grid: np.ndarray | None  # the answer
     q: float  # sigmoid of the halting head
-    entropy: float  # mean over cells of the answer's distribution, in bits
+    entropy: float  # mean over the cells of the answer and its border (without an answer, of the canvas), in bits
     number: float  # ACT steps taken, a fraction where cycles are shown
 
 
@@ -37,6 +37,12 @@ class Timeline(NamedTuple):
     question: np.ndarray
     target: np.ndarray | None
     steps: list[Step]
+
+
+def decoded(said: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """(tokens of the answer and its border, blank beyond, for nothing is asked there; the answer). None: all that was said."""
+    grid = data.untokenise(said)
+    return (said, None) if grid is None else (tokenise(grid.astype(np.uint8), said.shape), grid)
 
 
 def asked_pair(task: Task, query: int, demo: int | None) -> tuple[Task, np.ndarray | None]:
@@ -77,9 +83,10 @@ def timeline(params: Params, cfg: Config, task: Task, query: int = 0, demo: int 
 
     def look(step: int, slots: Sequence[int], out: etrm.Output) -> None:
         log_p = etrm.log_prob(cfg.model, out.logits)
-        tokens = log_p.argmax(-1).view(*size).cpu().numpy()
-        entropy = float(-(log_p.exp() * log_p).sum(-1).mean()) / math.log(2)
-        steps.append(Step(tokens, data.untokenise(tokens), float(out.q_halt[0].sigmoid()), entropy, step * each))
+        tokens, grid = decoded(log_p.argmax(-1).view(*size).cpu().numpy())
+        entropy = -(log_p.exp() * log_p).sum(-1).cpu().numpy() / math.log(2)
+        here = entropy if grid is None else entropy[tokens.flatten() != PAD]
+        steps.append(Step(tokens, grid, float(out.q_halt[0].sigmoid()), float(here.mean()), step * each))
 
     cast = tree_map(lambda x: x.to(device, dtype), params)
     once = encode._replace(recur=recur) if encode.recur else encode
@@ -103,7 +110,7 @@ def find_task(chosen: Sequence[str], name: str | None) -> Task:
 def marks(t: Timeline, i: int) -> tuple[np.ndarray, np.ndarray]:
     """(what a cell is: 1 right, -1 wrong, 0 not asked; whether it changed since the step before), on the canvas.
 
-    Asked are the cells of the target and of its border, and a colour anywhere else is wrong."""
+    Asked are the cells of the target; a colour in the place of its border is wrong, and so is all that an answer has beyond."""
     tokens = t.steps[i].tokens
     changed = tokens != t.steps[i - 1].tokens if i else np.zeros(tokens.shape, bool)
     state = np.zeros(tokens.shape, np.int8)
@@ -111,7 +118,8 @@ def marks(t: Timeline, i: int) -> tuple[np.ndarray, np.ndarray]:
         h, w = (min(a, b) for a, b in zip(t.target.shape, tokens.shape, strict=True))
         label = tokenise(t.target[:h, :w], tokens.shape)
         state[label >= FIRST_COLOUR] = np.where(tokens == label, 1, -1)[label >= FIRST_COLOUR]
-        state[(label < FIRST_COLOUR) & (tokens >= FIRST_COLOUR)] = -1
+        beyond = (label == EOS) if t.steps[i].grid is None else (label < FIRST_COLOUR)
+        state[beyond & (tokens >= FIRST_COLOUR)] = -1
     return state, changed
 
 
@@ -170,7 +178,7 @@ def curves_on(axis: Any, t: Timeline, upto: int) -> None:
     axis.set(xlim=(0, t.steps[-1].number + 0.5), ylim=(-0.03, 1.03))
     axis.set_xlabel("ACT steps", fontsize=7, labelpad=1)
     axis.xaxis.get_major_locator().set_params(integer=True)
-    other.set_ylim(-0.03, 0.1 + max(s.entropy for s in t.steps))
+    other.set_ylim(0, 0.1 + 1.1 * max(s.entropy for s in t.steps))
     axis.set_ylabel("q", color="#0074D9", fontsize=7, labelpad=3)
     other.set_ylabel("entropy (bits)", color="#FF851B", fontsize=7, labelpad=3)
     for a in (axis, other):

@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
 
 from etrm_arc import data, etrm, show, sources
 from etrm_arc.config import parse_config
-from etrm_arc.data import PALETTE, Task, UserError, tokenise
+from etrm_arc.data import PAD, PALETTE, Task, UserError, tokenise
 from etrm_arc.encoders import init_params
 from etrm_arc.show import Step, Timeline
+from etrm_arc.tests import puzzles
 
 Image = pytest.importorskip("PIL.Image")
 SMALL = {"hidden": 32, "heads": 2, "expansion": 1.0, "H_cycles": 3, "L_cycles": 1, "context_tokens": 4, "halt_max_steps": 4}
@@ -37,7 +39,10 @@ def test_a_timeline_is_what_thinking_gives():
     asked = data.queries(packed, "test", CFG.data.canvases)
     batch = data.batch(packed, data.posed(packed, CFG.data, "test", asked), CFG.data, CFG.model.raster)
     out, _ = etrm.think(PARAMS, CFG.model, show.encoder_of(CFG.model), batch, torch.float32, 4)
-    assert np.array_equal(out.logits.argmax(-1).view(*asked.canvas[0]).numpy(), t.steps[-1].tokens)
+    tokens, grid = show.decoded(out.logits.argmax(-1).view(*asked.canvas[0]).numpy())
+    assert np.array_equal(tokens, t.steps[-1].tokens) and (grid is None) == (t.steps[-1].grid is None)
+    p = etrm.log_prob(CFG.model, out.logits).exp()[torch.from_numpy(tokens != PAD).flatten() | (grid is None)]
+    assert t.steps[-1].entropy == pytest.approx(float(-(p * p.log2()).sum(-1).mean()), rel=1e-3)
     assert t.steps[-1].q == pytest.approx(float(out.q_halt.sigmoid())) and 0 < t.steps[-1].entropy < np.log2(12)
 
 
@@ -79,6 +84,24 @@ def test_marks_say_right_wrong_and_changed():
     state, changed = show.marks(t, 2)
     assert state.tolist() == [[1, 1, -1], [-1, -1, 0], [0, 0, 0]] and changed[0, 2] and not changed[0, 0]
     assert not show.marks(t._replace(target=None), 2)[0].any()
+
+
+@given(puzzles.generators)
+def test_an_answer_is_right_where_no_cell_is_marked_wrong(g):
+    """Whatever stands beyond the border, where nothing is asked and training looks at nothing."""
+    target = puzzles.grid(g, 1, 4, 3)
+    shape = tuple(n + puzzles.integer(g, 0, 3) for n in target.shape)
+    said, noise = tokenise(target, shape), torch.randint(0, 5, shape, generator=g).to(torch.uint8).numpy()
+    h, w = target.shape
+    beyond = tokenise(target, shape) == PAD
+    said[beyond] = noise[beyond]
+    for _ in range(puzzles.integer(g, 0, 2)):
+        r, c = (puzzles.integer(g, 0, n - 1) for n in shape)
+        said[r, c] = noise[r, c]
+    tokens, grid = show.decoded(said)
+    state, _ = show.marks(Timeline(TASK, target, target, [Step(tokens, grid, 0.5, 1.0, 1.0)]), 0)
+    assert (state < 0).any() == (grid is None or not np.array_equal(grid, target))
+    assert (state[:h, :w] != 0).all() and (grid is not None or (tokens == said).all())
 
 
 def pixels(t, i, tmp_path, diff=True):
