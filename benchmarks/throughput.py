@@ -371,6 +371,12 @@ def main() -> None:
     sets = [args.conceptarc] if args.conceptarc else []
     found: dict[str, Any] = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
     dtypes = args.dtype or DTYPES
+
+    def keep() -> None:
+        """What is known by now: the whole takes some 20 minutes."""
+        if args.json:
+            args.json.write_text(json.dumps(found, indent=1))
+
     for dtype in dtypes:
         with ProcessPoolExecutor(1, get_context("spawn")) as alone:  # memory is counted from nothing
             row = found[dtype] = alone.submit(one_dtype, dtype, sets, args.repeats, 0 if args.quick else args.repeats).result()
@@ -389,17 +395,19 @@ def main() -> None:
                 f"  stand-in in the published layout {row['stand_in_samples_per_s']:.3f} samples/s: ratio {row['ratio']:.1f}",
                 flush=True,
             )
+        keep()
     found["peak_memory_gb"] = max(found[d]["peak_memory_gb"] for d in dtypes)
-    from benchmarks import evaluation
-
-    found["evaluation"] = evaluation.measured(dtypes, args.checkpoint, slow=0 if args.quick else 4)
     found["growth"] = {} if args.quick else growth(sets, 3)
     for kind, rows in found["growth"].items():
-        print(f"{kind}: " + ", ".join(f"{k}: {v['samples_per_s'] if isinstance(v, dict) else v:.1f}" for k, v in rows.items()))
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1))
+        said = (f"{k}: {v['samples_per_s'] if isinstance(v, dict) else v:.1f}" for k, v in rows.items())
+        print(f"samples/s by {kind}: {', '.join(said)}", flush=True)
+    keep()
     if args.plot:
         plot(found, args.plot)
+    from benchmarks import evaluation
+
+    found["evaluation"] = evaluation.measured(dtypes, args.checkpoint, slow=0 if args.quick else 2, limit=16)
+    keep()
 
 
 if __name__ == "__main__":
