@@ -118,7 +118,7 @@ def search(params: Params, cfg: Config, encode: Encode, asked: Asked, context: T
         base = encode.read(params.encoder, asked.batch).tokens
     added = torch.zeros(context.shape, device=context.device)
     best, kept = torch.full((len(context),), -torch.inf, device=context.device), torch.zeros_like(added)
-    opt = torch.optim.Adam([added], lr=cfg.solve.adapt_lr)
+    opt = torch.optim.Adam([added], lr=cfg.solve.adapt_lr or 0.1)
     for step in range(cfg.solve.adapt_steps + 1):
         last = step == cfg.solve.adapt_steps or time.monotonic() > until
         tried = (base + added.to(base.dtype)[asked.owner]).requires_grad_(not last)
@@ -144,7 +144,7 @@ def recipe(cfg: Config, folder: str = "") -> Config:
         run=replace(cfg.run, dir=folder, track=""),
         init_from=InitConfig(),
         data=replace(cfg.data, query="leave_one_out", min_demos=0),
-        optimizer=replace(cfg.optimizer, lr=how.adapt_lr, warmup=0, final_lr=0.1, freeze=(*cfg.optimizer.freeze, *rest)),
+        optimizer=replace(cfg.optimizer, lr=how.adapt_lr or 1e-3, warmup=0, final_lr=0.1, freeze=(*cfg.optimizer.freeze, *rest)),
         train=replace(cfg.train, batch=how.adapt_batch, shards=1, steps=how.adapt_steps, save_every=100, keep_every=0),
         eval=replace(cfg.eval, on="train", foreign=False, every=500, weights=("raw",), patience=0, stop_at=1.0),
     )

@@ -92,7 +92,7 @@ class SolveConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     samples: Count = 1  # of a view: the one with the highest q votes
     adapt: Literal["none", "context", "full", "joint"] = "none"  # from the demos alone, see adapt.py
     adapt_steps: Count = 60
-    adapt_lr: Annotated[float, msgspec.Meta(gt=0, le=1e6)] = 1e-3
+    adapt_lr: Annotated[float, msgspec.Meta(ge=0, le=1e6)] = 0.0  # 0: 0.1 for a context, 1e-3 for weights
     adapt_batch: Count = 16  # slots of a step of full and joint adaptation
     adapt_weights: str = ".*"  # pattern of the parameters that full and joint adaptation train
 

@@ -389,6 +389,8 @@ def test_a_search_makes_no_demo_less_likely_and_rows_know_nothing_of_each_other(
         adapt.likelihood(s.params, cfg, asked, base + added[asked.owner], 6)[1] for added in (torch.zeros(6, 4, 32), found - context)
     )
     assert (after >= before - 1e-6).all() and (after - before).mean() > 0.01
+    usual = [adapt.search(s.params, with_solve(cfg, adapt_lr=lr), encode, asked, context, float("inf")) for lr in (0.0, 0.1)]
+    assert torch.equal(*usual)
     alone = adapt.search(s.params, cfg, encode, questions(s, tasks, [3]), context[3:4], float("inf"))
     torch.testing.assert_close(alone[0], found[3], rtol=1e-3, atol=1e-4)
     scores = []
