@@ -208,7 +208,7 @@ def signs(tokens: np.ndarray) -> str:
     return "/".join("".join(votes.SIGNS[t] for t in row) for row in tokens.tolist())
 
 
-def entry(solver: solve.Solver, task: Task, p: votes.Prediction, rule: str) -> dict[str, Any]:
+def entry(task: Task, p: votes.Prediction, rule: str, line: Sequence[show.Step]) -> dict[str, Any]:
     """One query of the gallery: what was voted for, and how the answer formed (the task as it is, nothing adapted)."""
     x, y = task.queries[p.query]
     place = None if y is None else votes.judge(task, p, y, rule).place
@@ -217,13 +217,10 @@ def entry(solver: solve.Solver, task: Task, p: votes.Prediction, rule: str) -> d
         for n, a in enumerate(votes.rank(p.votes, rule), 1)
         if n <= 8 or n == place
     ]
-    steps = []
-    if not p.too_large:
-        line = show.timeline(solver.params, solver.cfg, task, p.query).steps
-        steps = [
-            {"n": s.number, "q": round(s.q, 4), "entropy": round(s.entropy, 4), "tokens": signs(s.tokens), "whole": s.grid is not None}
-            for s in line
-        ]
+    steps = [
+        {"n": s.number, "q": round(s.q, 4), "entropy": round(s.entropy, 4), "tokens": signs(s.tokens), "whole": s.grid is not None}
+        for s in line
+    ]
     found = {"task": task.name, "query": p.query, "status": status(place), "votes": len(p.votes), "too_large": p.too_large}
     return found | {"input": votes.written(x), "target": votes.written(y), "answers": ranked, "steps": steps}
 
@@ -249,7 +246,8 @@ def gallery(solver: solve.Solver, file: Path, known: dict[str, list[Task]]) -> t
     if not here:
         return [], f"no gallery: no task of {', '.join(known) or 'a dev split'} stands in {file.name}; name their source with --data"
     of = {t.name: t for t in tasks}
-    found = [entry(solver, of[p.task], p, rule) for p in here]
+    lines = show.timelines(solver.params, solver.cfg, [show.asked_pair(of[p.task], p.query, None) for p in here])
+    found = [entry(of[p.task], p, rule, line.steps if line else ()) for p, line in zip(here, lines, strict=True)]
     cast = f"votes of {who}{'' if who == solver.source else ' (not these weights, or adapted)'}, ranked by {rule}"
     others = len({p.source for p in made}) - 1
     asked = {p.task for p in here}

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
+import torch
 from torch import Tensor
 
 from . import data, etrm, sources, train
@@ -60,38 +61,56 @@ def asked_pair(task: Task, query: int, demo: int | None) -> tuple[Task, np.ndarr
     return Task(task.name, task.demos, [(x, None)]), known
 
 
-def timeline(params: Params, cfg: Config, task: Task, query: int = 0, demo: int | None = None, cycles: bool = False) -> Timeline:
-    """The answer after every ACT step (`cycles`: after every H cycle), of the task as it is."""
-    shown, target = asked_pair(task, query, demo)
-    device = train.device_of(cfg.train.device)
-    dtype = train.dtype_of(cfg.train.dtype, device)
-    packed = data.pack([shown], device)
-    asked = data.queries(packed, "test", cfg.data.canvases)
-    if not asked.canvas[0, 0]:
-        raise UserError(f"task {task.name}: needs a canvas larger than any the model was trained on")
-    batch = data.batch(packed, data.posed(packed, cfg.data, "test", asked), cfg.data, cfg.model.raster)
+def watched(
+    params: Params, cfg: Config, batch: data.Batch, sizes: Sequence[Sequence[int]], dtype: torch.dtype, cycles: bool
+) -> list[list[Step]]:
+    """Of each slot, its steps on its canvas (height, width). params: in the compute dtype."""
     # one ACT step is H cycles on end, so as many ACT steps of one cycle each pass through the same states
     model = msgspec.structs.replace(cfg.model, H_cycles=1) if cycles else cfg.model
-    each, size = (1 / cfg.model.H_cycles if cycles else 1.0), tuple(asked.canvas[0].tolist())
-    steps, encode, said = list[Step](), encoder_of(cfg.model), list[etrm.Context]()
+    each, encode = 1 / cfg.model.H_cycles if cycles else 1.0, encoder_of(cfg.model)
+    steps, said = [list[Step]() for _ in sizes], list[etrm.Context]()
 
     def recur(p: Any, read: Any, z_E: Tensor, begin: Tensor) -> etrm.Context:
         """A recurrent encoder goes on once in an ACT step, however often that is looked at."""
-        if encode.recur and (not cycles or len(steps) % cfg.model.H_cycles == 0):
+        if encode.recur and (not cycles or len(steps[0]) % cfg.model.H_cycles == 0):
             said[:] = [encode.recur(p, read, z_E, begin)]
         return said[0]
 
     def look(step: int, slots: Sequence[int], out: etrm.Output) -> None:
-        log_p = etrm.log_prob(cfg.model, out.logits)
-        tokens, grid = decoded(log_p.argmax(-1).view(*size).cpu().numpy())
-        entropy = -(log_p.exp() * log_p).sum(-1).cpu().numpy() / math.log(2)
-        here = entropy if grid is None else entropy[tokens.flatten() != PAD]
-        steps.append(Step(tokens, grid, float(out.q_halt[0].sigmoid()), float(here.mean()), step * each))
+        for i, logits in enumerate(out.logits.split(batch.cells)):
+            log_p = etrm.log_prob(cfg.model, logits)
+            tokens, grid = decoded(log_p.argmax(-1).view(*sizes[i]).cpu().numpy())
+            entropy = -(log_p.exp() * log_p).sum(-1).cpu().numpy() / math.log(2)
+            here = entropy if grid is None else entropy[tokens.flatten() != PAD]
+            steps[i].append(Step(tokens, grid, float(out.q_halt[i].sigmoid()), float(here.mean()), step * each))
 
-    cast = tree_map(lambda x: x.to(device, dtype), params)
     once = encode._replace(recur=recur) if encode.recur else encode
-    etrm.think(cast, model, once, batch, dtype, round(cfg.model.halt_max_steps / each), look=look)
-    return Timeline(shown, shown.queries[0][0], target, steps)
+    etrm.think(params, model, once, batch, dtype, round(cfg.model.halt_max_steps / each), look=look)
+    return steps
+
+
+def timelines(
+    params: Params, cfg: Config, asked: Sequence[tuple[Task, np.ndarray | None]], cycles: bool = False
+) -> list[Timeline | None]:
+    """The answer after every ACT step (`cycles`: after every H cycle) to tasks as they are, each with one query and, apart
+    from it, its output, as `asked_pair` gives them; None for a task that has no canvas."""
+    device = train.device_of(cfg.train.device)
+    dtype = train.dtype_of(cfg.train.dtype, device)
+    packed, cast = data.pack([task for task, _ in asked], device), tree_map(lambda x: x.to(device, dtype), params)
+    queries, made = data.queries(packed, "test", cfg.data.canvases), dict[int, list[Step]]()
+    for part in train.portions(queries, cfg.model, cfg.eval.tokens):
+        batch = data.batch(packed, data.posed(packed, cfg.data, "test", data.chosen(queries, part)), cfg.data, cfg.model.raster)
+        steps = watched(cast, cfg, batch, queries.canvas[part].tolist(), dtype, cycles)
+        made |= zip(queries.task[part].tolist(), steps, strict=True)
+    return [Timeline(t, t.queries[0][0], y, made[i]) if i in made else None for i, (t, y) in enumerate(asked)]
+
+
+def timeline(params: Params, cfg: Config, task: Task, query: int = 0, demo: int | None = None, cycles: bool = False) -> Timeline:
+    """The one of a query of a task, or of a demo asked from the others. Raises UserError where there is no such pair or canvas."""
+    (found,) = timelines(params, cfg, [asked_pair(task, query, demo)], cycles)
+    if found is None:
+        raise UserError(f"task {task.name}: needs a canvas larger than any the model was trained on")
+    return found
 
 
 def find_task(chosen: Sequence[str], name: str | None) -> Task:

@@ -60,6 +60,23 @@ def test_the_cycles_of_a_step_end_where_the_step_does(kind):
         )
 
 
+@pytest.mark.parametrize("kind", ["perceiver", "recurrent"])
+@pytest.mark.parametrize("cycles", [False, True])
+def test_timelines_of_many_are_those_of_each(kind, cycles):
+    cfg = parse_config({"model": SMALL | {"encoder": {"kind": kind}}, "train": {"dtype": "fp32"}, "data": {"canvases": [5, 6]}}, "test")
+    params, g = init_params(cfg.model, 0), torch.Generator().manual_seed(1)
+    asked = [show.asked_pair(puzzles.task(g, f"t{i}", n, n), 0, None) for i, n in enumerate((6, 3, 9, 5))]
+    together = show.timelines(params, cfg, asked, cycles)
+    assert together[2] is None  # there is no canvas for it
+    for many, (task, target) in zip(together, asked, strict=True):
+        if many:
+            alone = show.timeline(params, cfg, task, cycles=cycles)
+            assert many.task is task and many.question is task.queries[0][0] and many.target is target
+            for a, b in zip(alone.steps, many.steps, strict=True):
+                assert a.number == b.number and np.array_equal(a.tokens, b.tokens)
+                assert (a.q, a.entropy) == pytest.approx((b.q, b.entropy), abs=1e-4)
+
+
 def test_a_demo_is_asked_from_the_others():
     t = show.timeline(PARAMS, CFG, TASK, demo=1)
     assert np.array_equal(t.question, TASK.demos[1][0]) and np.array_equal(t.target, TASK.demos[1][1]) and len(t.task.demos) == 1
