@@ -433,6 +433,7 @@ def overfit(
     from . import solve as solver
 
     extra = [f"data.max_train_tasks={groups}"]
+    extra += ["train.steps=500"] if groups <= 10 and not augment else []  # less to learn: the rate may fall sooner
     extra += ["data.dihedral=true", 'data.colours="keep_black"', "data.translate=true"] if augment else []
     cfg = config.load_config("overfit-augment" if augment else "overfit", [*extra, *(sets or [])])
     result = solver.overfit(cfg, fit_aloud)
