@@ -252,6 +252,36 @@ def test_gradients_of_shards_sum_to_those_of_the_whole(tmp_path):
     torch.testing.assert_close(total[1], total[3], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("threads", [2, 3, 5])
+def test_shards_side_by_side_are_shards_one_after_the_other(tmp_path, monkeypatch, threads):
+    """Weights, metrics and evaluation to the last bit, however many are worked on at once, where each has one thread."""
+    said = []
+    for at_once in (1, threads):
+        monkeypatch.setattr(train, "THREADS", at_once)
+        cfg = tiny(tmp_path / str(at_once), train__shards=3, eval__tokens=64, model__exploration=0.5)
+        train.fit(cfg)
+        rows = [json.loads(line) for line in (tmp_path / str(at_once) / "metrics.jsonl").read_text().splitlines()]
+        weights = leaves(checkpoint.load(tmp_path / str(at_once) / "last.safetensors").params)
+        said.append(([{k: v for k, v in r.items() if k not in ("seconds", "samples_per_s")} for r in rows], weights))
+        torch.set_num_threads(1)
+    assert said[0][0] == said[1][0]
+    assert all(v.equal(said[1][1][k]) for k, v in said[0][1].items())
+
+
+def test_what_fails_in_one_of_several_shards_fails_the_step(monkeypatch):
+    monkeypatch.setattr(train, "THREADS", 2)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+
+    def work(i):
+        if i == 2:
+            raise UserError("shard 2")
+        return i
+
+    assert train.side_by_side(work, [0, 1, 3, 1], torch.device("cpu")) == [0, 1, 3, 1]
+    with pytest.raises(UserError, match="shard 2"):
+        train.side_by_side(work, [0, 1, 2, 3], torch.device("cpu"))
+
+
 def test_a_step_is_the_mean_of_its_slots_scaled_and_its_sums_are_theirs(tmp_path):
     cfg = tiny(tmp_path, train__shards=1, model__halt_max_steps=1)
     s = train.setup(cfg)
