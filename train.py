@@ -97,9 +97,6 @@ def noise(lanes: int, demos: int, seed: int, slots: Tensor, n: Tensor, step: Ten
 def keep_pages() -> None:
     """Let glibc reuse freed memory instead of returning it: fresh pages cost more than the product written to them
     (20,000 x 128 x 1,024 in bf16: 17 against 7 ms; a training step: 3.9 against 3.3 s)."""
-    # canvases come in hundreds of shapes, and a kernel for each takes some 100 kB: with room for 32,768 of them a run of 64 slots
-    # takes 4.9 GB after 45 steps and still grows, with 1,024 (oneDNN's own choice) 2.9 GB, 9 % slower
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "2048")
     try:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX
