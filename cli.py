@@ -70,7 +70,7 @@ def interval(result: dict[str, Any], key: str, n: int) -> str:
 @app.command(name="data")
 @friendly
 def data_command(sources: list[str], as_json: Json = False) -> None:
-    """Describe task sources: arc1:training, arc1:evaluation, arc1:dev, arc2:..., folders and files."""
+    """Describe task sources: arc1:training, arc1:evaluation, arc1:dev, arc2:..., composed:N, folders and files."""
     from . import sources as source
 
     tasks = source.load(sources)

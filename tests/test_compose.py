@@ -1,0 +1,148 @@
+"""Laws of composed tasks: pure functions of (seed, index), sound, inferable in colours, held-out combinations kept apart."""
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from etrm_arc import compose, scenes, sources
+from etrm_arc.data import UserError
+from etrm_arc.tests import puzzles
+from etrm_arc.tests.puzzles import generators
+
+indices = st.integers(0, 10**6)
+few = settings(max_examples=30)
+
+
+def pairs(task):
+    return [*task.demos, *task.queries]
+
+
+@pytest.fixture(scope="module")
+def made():
+    return [compose.make(0, i) for i in range(2500)]
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    return [compose.make(0, i, True) for i in range(150)]
+
+
+@few
+@given(st.integers(0, 2**32), indices, st.booleans(), indices)
+def test_a_task_is_a_pure_function_of_seed_and_index(seed, index, held_out, other):
+    first = compose.task(seed, index, held_out)
+    np.random.seed(other % 2**32)
+    compose.task(seed, other)
+    again = compose.task(seed, index, held_out)
+    assert first.name == again.name and sources.task_digest(first) == sources.task_digest(again)
+
+
+@few
+@given(st.integers(0, 100), st.integers(1, 12), st.integers(0, 12))
+def test_fewer_tasks_are_the_first_of_more(seed, n, more):
+    long = compose.tasks(n + more, seed)
+    assert [sources.task_digest(t) for t in compose.tasks(n, seed)] == [sources.task_digest(t) for t in long[:n]]
+    assert sources.task_digest(long[0]) not in {
+        sources.task_digest(compose.task(seed + 1, 0)),
+        sources.task_digest(compose.task(seed, 0, True)),
+    }
+
+
+def test_every_task_is_a_valid_one(made, held_out):
+    for m in (*made[:300], *held_out):
+        raw = {k: [{"input": x, "output": y} for x, y in part] for k, part in (("train", m.task.demos), ("test", m.task.queries))}
+        assert sources.task_digest(sources.check_task("t", raw, "here")) == sources.task_digest(m.task)
+        assert all(g.dtype == np.uint8 and g.flags.c_contiguous for pair in pairs(m.task) for g in pair)
+        assert 2 <= len(m.task.demos) <= 5 and len(m.task.queries) == 1
+    assert len({sources.task_digest(m.task) for m in made}) == len(made) == len({m.task.name for m in made})
+
+
+def test_an_output_depends_on_its_input_alone(made, held_out):
+    for m in (*made, *held_out):
+        for x, y in reversed(pairs(m.task)):
+            before = x.copy()
+            assert np.array_equal(m.fn(x), y) and np.array_equal(x, before)
+
+
+def test_demos_can_show_what_is_asked(made, held_out):
+    for m in (*made, *held_out):
+        every = pairs(m.task)
+        assert len({(x.shape, x.tobytes()) for x, _ in every}) == len(every)
+        assert len({(y.shape, y.tobytes()) for _, y in every}) > 1
+        assert 3 * sum(np.array_equal(x, y) for x, y in every) <= len(every)
+        for i, (x, y) in enumerate(every):
+            others = every[:i] + every[i + 1 :]
+            assert set(y.flat) <= set(x.flat).union(*(set(b.flat) for _, b in others))
+            if any(compose.RULES[n].colours for n in m.names):
+                assert set(x.flat) <= set().union(*(set(a.flat) for a, _ in others))
+
+
+def test_held_out_combinations_are_never_drawn_for_training(made, held_out):
+    trained, asked = ({frozenset(m.names) for m in ms} for ms in (made, held_out))
+    assert not trained & asked and all(len(names) > 1 for names in asked)
+    assert all(compose.is_held_out(m.names) == (m in held_out) for m in (*made[:200], *held_out))
+    two = [(a, b) for a in compose.RULES for b in compose.AFTER if a != b]
+    assert 0.08 < np.mean([compose.is_held_out(names) for names in two]) < 0.12
+
+
+def test_every_rule_and_scene_occurs_and_none_rules(made):
+    count = {name: sum(name in m.names for m in made) for name in compose.RULES}
+    assert min(count.values()) > 0 and max(count.values()) < 0.06 * len(made)
+    assert {m.scene for m in made} == set(scenes.SCENES)
+    assert 0.35 < np.mean([len(m.names) > 1 for m in made]) < 0.5
+    assert 0.55 < np.mean([len({x.shape for x, _ in pairs(m.task)}) > 1 for m in made]) < 0.75
+
+
+@given(generators)
+def test_turning_back_undoes_turning(g):
+    x = puzzles.grid(g)
+    assert all(np.array_equal(compose.back(compose.turned(x, k), k), x) for k in range(8))
+    square = np.arange(4).reshape(2, 2)
+    assert len({compose.turned(square, k).tobytes() for k in range(8)}) == 8
+
+
+@given(generators)
+def test_objects_part_the_coloured_cells(g):
+    x = puzzles.grid(g, colours=3)
+    for mixed in (False, True):
+        found = scenes.parts(x, mixed)
+        assert sorted(i for p in found for i in p) == np.flatnonzero(x).tolist()
+        where = {i: k for k, p in enumerate(found) for i in p}
+        h, w = x.shape
+        for i in where:
+            for r, c in np.ndindex(3, 3):
+                r, c = i // w + r - 1, i % w + c - 1
+                if 0 <= r < h and 0 <= c < w and x[r, c] and (mixed or x[r, c] == x.flat[i]):
+                    assert where[r * w + c] == where[i]
+
+
+@given(generators)
+def test_what_is_enclosed_reaches_no_border(g):
+    x = puzzles.grid(g, high=7, colours=2)
+    inside = scenes.enclosed(x)
+    assert not inside[x > 0].any() and not (inside & scenes.border(x)).any()
+    free = (x == 0) & ~inside  # grown from the border until nothing is added
+    reached = free & scenes.border(x)
+    while (more := free & (reached | (np.max(scenes.around(reached.astype(np.uint8)), 0) > 0))).sum() > reached.sum():
+        reached = more
+    assert np.array_equal(reached, free)
+    assert not (inside & (np.max(scenes.around(free.astype(np.uint8)), 0) > 0)).any()
+
+
+def test_composed_tasks_are_a_source():
+    for name, held_out in (("composed", False), ("composed-held-out", True)):
+        loaded = sources.load(f"{name}:7")
+        assert [t.name for t in loaded] == [f"{name}:{i:06d}" for i in range(7)]
+        assert sources.set_hash(loaded) == sources.set_hash(compose.tasks(7, held_out=held_out))
+        hidden = sources.load(f"{name}:7", hide=True)
+        assert all(y is None for t in hidden for _, y in t.queries) and all(y is not None for t in hidden for _, y in t.demos)
+    assert len(sources.load(["composed:3", "composed:5", "composed-held-out:2"])) == 7
+
+
+@pytest.mark.parametrize("count", ["", "0", "-1", "x", "1.5", "1000001", "9" * 5000, "²", " 5", "1_000"])
+@pytest.mark.parametrize("kind", ["composed", "composed-held-out"])
+def test_a_malformed_number_is_refused(kind, count):
+    with pytest.raises(UserError, match=r"^composed.*needs a number of tasks from 1 to 1,000,000") as e:
+        sources.load(f"{kind}:{count}")
+    assert "\n" not in str(e.value)
