@@ -122,12 +122,32 @@ def attend_tokens(p: SetBlock, cfg: ModelConfig, tokens: Tensor, cells_of: Seque
     return rearrange(torch.cat([attention(*parts) for parts in each], 2), "1 h m d -> m (h d)")
 
 
+def attend_across(
+    p: SetBlock, cfg: ModelConfig, of: Tensor, seen: Tensor, of_turn: Turn, cells_of: Sequence[int], turn: Turn, sizes: Sequence[int], x: Tensor
+) -> Tensor:  # fmt: skip
+    """Packed tokens (N, D), `sizes` of each slot, attend to what (M, D), `cells_of` of each slot, is theirs; both turned by
+    their positions."""
+
+    def heads(x: Tensor, weight: Tensor, turn: Turn, which: int) -> Tensor:
+        y = (x @ weight.T).unflatten(-1, (cfg.heads, -1))
+        y = rms(y) if cfg.encoder.qk_norm else y
+        assert turn is not None
+        y = torch.addcmul(y * turn[0][:, which], y.roll(y.shape[-1] // 2, -1), turn[1][:, which])
+        return y.transpose(0, 1)[None]
+
+    q, k = heads(x, p.q, turn, 0), heads(of, p.k, of_turn, 1)
+    v = in_heads(cfg, of[None], p.v, normed=False)
+    masks = seen.view(1, 1, 1, -1).split(list(cells_of), 3)
+    each = zip(q.split(list(sizes), 2), k.split(list(cells_of), 2), v.split(list(cells_of), 2), masks, strict=True)
+    return rearrange(torch.cat([attention(*parts) for parts in each], 2), "1 h n d -> n (h d)")
+
+
 # ---------------------------------------------------------------- places of cells and demos
 
 
 def position_in(cfg: ModelConfig, at: Tensor) -> Tensor:
     """Cells keep rotary positions in the encoder even where the core has learned ones or none, as published."""
-    found = position_of("rope2d" if cfg.positions == "rope2d" else "rope", at, cfg.raster)
+    found = position_of("rope2d" if cfg.positions in ("rope2d", "both") else "rope", at, cfg.raster)
     assert found is not None
     return found
 

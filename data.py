@@ -41,6 +41,7 @@ class DataConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     colours: Literal["fixed", "keep_black", "all"] = "keep_black"
     translate: bool = True
     symmetries: Annotated[int, msgspec.Meta(ge=0)] = 0  # of a task, fixed by the seed, the first: none; 0: every episode draws anew
+    composed: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0  # share of the sample-steps for composed:N; 0: a task is a task
     max_train_tasks: int = 0  # 0: all
     max_eval_tasks: int = 0
 
@@ -219,17 +220,18 @@ class Deck(NamedTuple):
     slots: int
     pair: Tensor  # (Q,)
     canvas: Tensor  # (Q, 2)
-    cdf: Tensor  # (Q,) f64, ends at 1; every task has the same weight, spread evenly over its queries
+    cdf: Tensor  # (Q,) f64, ends at 1; the weight of a task is spread evenly over its queries
 
 
-def deck(asked: Queries, slots: int) -> Deck:
-    """Raises UserError when nothing can be trained on."""
+def deck(asked: Queries, slots: int, weight: Tensor | None = None) -> Deck:
+    """weight (T,) f64 of each task, the same for all by default. Raises UserError when nothing can be trained on."""
     asked = chosen(asked, asked.fits & asked.known)
     if not len(asked.pair):
         raise UserError("data: no query to train on: every task needs two pairs and an output that fits its canvas")
     h, w = asked.canvas.T
     asked = chosen(asked, torch.argsort(h * w * 1000 + torch.maximum(h, w), stable=True))
-    cdf = (1.0 / torch.bincount(asked.task).double()[asked.task]).cumsum(0)
+    each = 1.0 / torch.bincount(asked.task).double()
+    cdf = (each if weight is None else each * weight[: len(each)])[asked.task].cumsum(0)
     return Deck(slots, asked.pair, asked.canvas, cdf / cdf[-1])
 
 

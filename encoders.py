@@ -25,6 +25,7 @@ from . import regimes
 from .blocks import (
     CellBlock,
     SetBlock,
+    attend_across,
     attend_cells,
     attend_tokens,
     attend_vectors,
@@ -43,7 +44,7 @@ from .blocks import (
     with_query,
 )
 from .data import Batch, Demos, UserError, nearest
-from .etrm import Context, Encode, ModelConfig, Params, init_core, normal, ragged
+from .etrm import Context, Encode, ModelConfig, Params, init_core, layout_of, normal, ragged
 from .layers import Runs, attention, rms, runs_of
 
 # ---------------------------------------------------------------- demo by demo, as published
@@ -340,11 +341,11 @@ class Perceiver(NamedTuple):
     mixing: tuple[CellBlock, ...] = ()  # in which the context tokens attend to each other
 
 
-def init_perceiver(cfg: ModelConfig, g: torch.Generator) -> Perceiver:
+def init_perceiver(cfg: ModelConfig, g: torch.Generator, query: bool = False) -> Perceiver:
     d, e = cfg.hidden, cfg.encoder
     return Perceiver(
         input_embed=normal(g, 12, d),
-        output_embed=normal(g, 12 + e.query, d),
+        output_embed=normal(g, 12 + (query or e.query), d),
         cells=tuple(init_cell_block(cfg, g) for _ in range(e.layers)),
         queries=normal(g, cfg.context_tokens, d, std=1.0),
         sets=tuple(init_set_block(cfg, g) for _ in range(e.set_layers)),
@@ -353,7 +354,7 @@ def init_perceiver(cfg: ModelConfig, g: torch.Generator) -> Perceiver:
 
 
 def aligned(p: Perceiver, cfg: ModelConfig, demos: Demos) -> tuple[Tensor, Tensor]:
-    """Input and output of a demo aligned cell by cell, one token per cell: (M, D) ordered by slot, and which may be seen."""
+    """Input and output of a demo aligned cell by cell, one token per cell: (M, D), and which may be seen."""
     x, summands = F.embedding(demos.inputs, p.input_embed) + F.embedding(demos.outputs, p.output_embed), 2
     if p.difference_embed is not None:
         x, summands = x + F.embedding((demos.inputs != demos.outputs).long(), p.difference_embed), 3
@@ -362,6 +363,11 @@ def aligned(p: Perceiver, cfg: ModelConfig, demos: Demos) -> tuple[Tensor, Tenso
     runs = runs_of(demos.cells, None if cfg.encoder.attend_padding else demos.gaps)
     for b in p.cells:
         x = cell_block(b, cfg, x, runs, turn, seen)
+    return x, seen
+
+
+def slot_by_slot(p: Perceiver, cfg: ModelConfig, demos: Demos) -> tuple[Tensor, Tensor]:
+    x, seen = aligned(p, cfg, demos)
     return x[demos.by_slot], seen[demos.by_slot]
 
 
@@ -374,7 +380,32 @@ def in_cells(p: Perceiver, cfg: ModelConfig, x: Tensor, seen: Tensor, cells_of: 
 
 
 def apply_perceiver(p: Perceiver, cfg: ModelConfig, batch: Batch) -> Tensor:
-    return rms(in_cells(p, cfg, *aligned(p, cfg, batch.demos), batch.demos.cells_of))
+    return rms(in_cells(p, cfg, *slot_by_slot(p, cfg, batch.demos), batch.demos.cells_of))
+
+
+def apply_matching(p: Perceiver, cfg: ModelConfig, batch: Batch) -> Context:
+    """The test input is read as one more demo, and T queries and each of its cells attend to all cells of all demos
+    (Vinyals et al. 2016, for sets of cells): what it finds there is said cell by cell, beside the context tokens."""
+    d, t, slots = batch.demos, cfg.context_tokens, len(batch.cells)
+    (x, seen), shown = aligned(p, cfg, with_query(batch)), len(d.inputs)
+    position = position_in(cfg, d.at)[d.by_slot]
+    layout = layout_of(cfg, batch.cells, x.device)
+    asked = torch.cat((p.queries.repeat(slots, 1), x[shown:]))[layout.source]
+    at = position_in(cfg, batch.at)
+    at = torch.cat((at.new_zeros(slots * t, *at.shape[1:]), at))[layout.source]
+    turns = turn_in(cfg, position, x), turn_in(cfg, at, x)
+    of = x[:shown][d.by_slot], seen[:shown][d.by_slot]
+    for i, s in enumerate(p.sets):
+        asked = set_block(s, cfg, asked, functools.partial(attend_across, s, cfg, *of, turns[0], d.cells_of, turns[1], layout.tokens))
+        if i < len(p.mixing):
+            asked = cell_block(p.mixing[i], cfg, asked, runs_of(layout.tokens), turns[1], None)
+    asked = rms(asked)
+    return Context(asked[layout.first[:, None] + torch.arange(t, device=x.device)], cells=asked[layout.cells])
+
+
+def init_matching(cfg: ModelConfig, g: torch.Generator) -> Perceiver:
+    n = range(cfg.encoder.set_layers - 1)
+    return init_perceiver(cfg, g, query=True)._replace(mixing=tuple(init_cell_block(cfg, g) for _ in n))
 
 
 def init_set_transformer(cfg: ModelConfig, g: torch.Generator) -> Perceiver:
@@ -390,7 +421,7 @@ def apply_set_transformer(p: Perceiver, cfg: ModelConfig, batch: Batch) -> Tenso
     """Cells attend to each other across demos by way of T points (Lee et al. 2019), queries to cells, context tokens to
     each other."""
     assert p.point_queries is not None
-    (x, seen), cells_of = aligned(p, cfg, batch.demos), batch.demos.cells_of
+    (x, seen), cells_of = slot_by_slot(p, cfg, batch.demos), batch.demos.cells_of
     slots, t = len(cells_of), cfg.context_tokens
     for gather, back in p.points:
         points = p.point_queries.expand(slots, -1, -1)
@@ -431,6 +462,7 @@ ENCODERS: dict[str, Encoder] = {
     "hierarchical": Encoder(made_of(embeddings, partial(pooling, grids=2), *SETS), partial(apply_sets, vectors=grid_vectors)),
     "set_transformer": Encoder(init_set_transformer, apply_set_transformer),
     "perceiver": Encoder(init_perceiver, apply_perceiver),
+    "matching": Encoder(init_matching, apply_matching),
 }
 
 

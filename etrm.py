@@ -59,7 +59,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     H_cycles: Count = 3
     L_cycles: Count = 4
     context_tokens: Optional = 16
-    positions: Literal["rope", "rope2d", "learned", "none"] = "rope2d"
+    positions: Literal["rope", "rope2d", "learned", "both", "none"] = "rope2d"  # both: rope2d and learned
     raster: Count = 30  # position codes are those of a raster x raster canvas, whatever the pool
     tied_head: bool = True  # logits from the query's own token embedding
     context_scale: Literal["gain", "published"] = "gain"
@@ -147,7 +147,7 @@ def init_core(cfg: ModelConfig, g: torch.Generator, vocab: int = 12) -> Core:
         H_init=normal(g, d, std=1.0),
         L_init=normal(g, d, std=1.0),
         context_gain=torch.ones(d) if cfg.context_scale == "gain" else None,
-        position=normal(g, cfg.context_tokens + cfg.raster**2, d) if cfg.positions == "learned" else None,
+        position=normal(g, cfg.context_tokens + cfg.raster**2, d) if cfg.positions in ("learned", "both") else None,
     )
 
 
@@ -240,11 +240,13 @@ def layout_of(cfg: ModelConfig, cells: Sequence[int], device: torch.device) -> L
     return Layout(tokens, slot, (count + t).cumsum(0) - count - t, torch.arange(m, device=device) + t * (of_cell + 1), source)
 
 
-def place(p: Core, cfg: ModelConfig, context: Tensor, batch: Batch, layout: Layout) -> tuple[Tensor, Turn]:
+def place(p: Core, cfg: ModelConfig, said: Context, batch: Batch, layout: Layout) -> tuple[Tensor, Turn]:
     """Context (B, T, D) and the cells' tokens to the injected embedding (N, D), and its rotary tables; tokens enter with std 1."""
-    root, t = math.sqrt(cfg.hidden), cfg.context_tokens
+    root, t, context = math.sqrt(cfg.hidden), cfg.context_tokens, said.tokens
     scale = root if p.context_gain is None else p.context_gain
     cells = F.embedding(batch.inputs, p.embed) * root
+    if said.cells is not None:
+        cells = math.sqrt(0.5) * (cells + said.cells * scale)
     slots = len(layout.tokens)
     if p.position is not None:
         ours = p.position[:t].expand(slots, -1, -1)
@@ -307,6 +309,7 @@ class Context(NamedTuple):
     tokens: Tensor  # (B, T, D)
     kl: Tensor | None = None  # (B,) float32: how far a variational encoder is from its prior
     z_E: Tensor | None = None  # (B, S, T, D) states of a recurrent encoder
+    cells: Tensor | None = None  # (M, D) what it says of each cell of the test inputs
 
 
 class Encode(NamedTuple):
@@ -332,7 +335,7 @@ def act_step(
     context = encode.read(params.encoder, batch)
     if encode.recur:
         context = encode.recur(params.encoder, context, carry.z_E.detach(), carry.halted)
-    e, turn = place(p, cfg, context.tokens, batch, layout)
+    e, turn = place(p, cfg, context, batch, layout)
     reset = carry.halted[layout.slot][:, None]
     z_H = torch.where(reset, p.H_init, carry.z_H.detach())
     z_L = torch.where(reset, p.L_init, carry.z_L.detach())

@@ -283,6 +283,16 @@ def guard(
     return kept, Finding(policy, tuple(dropped), aside, tiny, sum(t.name in names for t in kept))
 
 
+def weights(tasks: Sequence[Task], share: float) -> torch.Tensor | None:
+    """(T,) such that composed tasks together have that share; None: all the same. Raises UserError where there are none."""
+    if not share:
+        return None
+    ours = torch.tensor([t.name.startswith("composed") for t in tasks]).double()
+    if ours.sum() in (0, len(tasks)):
+        raise UserError("data.composed: a share of the sample-steps needs composed:N and another source in data.train")
+    return ours * share / ours.sum() + (1 - ours) * (1 - share) / (1 - ours).sum()
+
+
 def prepare(cfg: DataConfig) -> tuple[list[Task], list[Task], Finding]:
     """(training tasks, dev tasks, the guard's finding) of a config."""
     if cfg.demo_canvases and max(cfg.demo_canvases) != MAX_SIDE:

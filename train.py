@@ -368,7 +368,7 @@ def setup(cfg: Config, rank: int = 0, world: int = 1, given: Sequence[data.Task]
     if cfg.train.shards % world:
         raise UserError(f"train.shards: {cfg.train.shards} shards cannot be spread over {world} processes")
     asked = data.queries(tasks, cfg.data.query, cfg.data.canvases)
-    deck = data.deck(asked, cfg.train.batch)
+    deck = data.deck(asked, cfg.train.batch, sources.weights(train, cfg.data.composed) if given is None else None)
     shards = deal(deck, cfg.model, cfg.train.shards)
     watched = tasks if cfg.eval.on == "train" else data.pack(dev, device)
     questions = data.queries(watched, rule_of(cfg), cfg.data.canvases)
