@@ -56,9 +56,9 @@ def fixed(encode: Encode) -> Encode:
     return encode
 
 
-def given(context: Tensor) -> Encode:
+def given(said: Context) -> Encode:
     """An encoder that has said it already."""
-    return Encode(lambda *_: Context(context))
+    return Encode(lambda *_: said)
 
 
 def ask_demos(tasks: Sequence[Task], rows: Sequence[int], view: tuple[Symmetry, Tensor], cfg: Config, device: torch.device) -> Asked:
@@ -83,14 +83,15 @@ def ask_demos(tasks: Sequence[Task], rows: Sequence[int], view: tuple[Symmetry, 
     return Asked(data.batch(packed, episodes, cfg.data, cfg.model.raster), of.to(device))
 
 
-def likelihood(params: Params, cfg: Config, asked: Asked, context: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """(gradient of the summed loss of all ACT steps by the context (R, T, D), where that is wanted, else zeros; (rows,) mean
-    log-probability of a demo's cell after the last step, 0 without demos). One step's graph is there at a time."""
+def likelihood(params: Params, cfg: Config, asked: Asked, said: Context, rows: int) -> tuple[Tensor, Tensor]:
+    """(gradient of the summed loss of all ACT steps by the context tokens (R, T, D), where that is wanted, else zeros; (rows,)
+    mean log-probability of a demo's cell after the last step, 0 without demos). One step's graph is there at a time."""
+    context = said.tokens
     model, grad = msgspec.structs.replace(cfg.model, q_weight=0.0), torch.zeros(context.shape, device=context.device)
     carry = etrm.fresh_carry(model, asked.batch.cells, context.dtype, context.device)
     scale = SCALE if context.dtype == torch.float16 else 1.0
     for _ in range(cfg.model.halt_max_steps):
-        carry, out = etrm.act_step(params, model, given(context), carry, asked.batch, None)
+        carry, out = etrm.act_step(params, model, given(said), carry, asked.batch, None)
         loss = etrm.act_loss(model, out, asked.batch.labels, asked.batch.cells)
         if context.requires_grad:
             grad += torch.autograd.grad(loss.total.sum() * scale, [context])[0].float() / scale
@@ -99,38 +100,39 @@ def likelihood(params: Params, cfg: Config, asked: Asked, context: Tensor, rows:
     return grad, -sums[0] / sums[1].clamp(min=1)
 
 
-def explained(params: Params, cfg: Config, asked: Asked, context: Tensor) -> Tensor:
-    """(B,) how well each row's own context (B, T, D) explains its demos."""
+def explained(params: Params, cfg: Config, encode: Encode, asked: Asked, said: Context) -> Tensor:
+    """(B,) how well each row's own context tokens explain its demos; what an encoder says of cells it says of the demos' own."""
     with torch.no_grad():
         if not len(asked.owner):
-            return torch.zeros(len(context))
-        return likelihood(params, cfg, asked, context[asked.owner], len(context))[1]
+            return torch.zeros(len(said.tokens))
+        cells = None if said.cells is None else encode.read(params.encoder, asked.batch).cells
+        return likelihood(params, cfg, asked, Context(said.tokens[asked.owner], cells=cells), len(said.tokens))[1]
 
 
-def search(params: Params, cfg: Config, encode: Encode, asked: Asked, context: Tensor, until: float) -> Tensor:
-    """The context (B, T, D) plus what, added to the contexts of the *other* demos, makes each demo likeliest.
+def search(params: Params, cfg: Config, encode: Encode, asked: Asked, said: Context, until: float) -> Context:
+    """The context with, on its tokens (B, T, D), what, added to the contexts of the *other* demos, makes each demo likeliest.
 
     Gradient steps from nothing added, the best kept row by row, so no row's demos become less likely; rows do not
     depend on each other."""
     if not len(asked.owner):  # their canvas is too large
-        return context
+        return said
     with torch.no_grad():
-        base = encode.read(params.encoder, asked.batch).tokens
+        base, context = encode.read(params.encoder, asked.batch), said.tokens
     added = torch.zeros(context.shape, device=context.device)
     best, kept = torch.full((len(context),), -torch.inf, device=context.device), torch.zeros_like(added)
     opt = torch.optim.Adam([added], lr=cfg.solve.adapt_lr or 0.1)
     for step in range(cfg.solve.adapt_steps + 1):
         last = step == cfg.solve.adapt_steps or time.monotonic() > until
-        tried = (base + added.to(base.dtype)[asked.owner]).requires_grad_(not last)
+        tried = (base.tokens + added.to(context.dtype)[asked.owner]).requires_grad_(not last)
         with torch.enable_grad():
-            grad, score = likelihood(params, cfg, asked, tried, len(context))
+            grad, score = likelihood(params, cfg, asked, Context(tried, cells=base.cells), len(context))
         better = score > best
         best, kept = torch.where(better, score, best), torch.where(better[:, None, None], added, kept)
         if last:
             break
         added.grad = torch.zeros_like(added).index_add_(0, asked.owner, grad.nan_to_num(0.0, 0.0, 0.0))
         opt.step()
-    return context + kept.to(context.dtype)
+    return said._replace(tokens=context + kept.to(context.dtype))
 
 
 def recipe(cfg: Config, folder: str = "") -> Config:

@@ -122,11 +122,17 @@ def attend_tokens(p: SetBlock, cfg: ModelConfig, tokens: Tensor, cells_of: Seque
     return rearrange(torch.cat([attention(*parts) for parts in each], 2), "1 h m d -> m (h d)")
 
 
-def attend_across(
-    p: SetBlock, cfg: ModelConfig, of: Tensor, seen: Tensor, of_turn: Turn, cells_of: Sequence[int], turn: Turn, sizes: Sequence[int], x: Tensor
-) -> Tensor:  # fmt: skip
-    """Packed tokens (N, D), `sizes` of each slot, attend to what (M, D), `cells_of` of each slot, is theirs; both turned by
-    their positions."""
+class Shown(NamedTuple):
+    """What tokens may attend to: cells of the demos, slot by slot."""
+
+    x: Tensor  # (M, D)
+    seen: Tensor  # (M,) bool
+    turn: Turn
+    cells_of: Sequence[int]  # of each slot
+
+
+def attend_across(p: SetBlock, cfg: ModelConfig, to: Shown, turn: Turn, sizes: Sequence[int], x: Tensor) -> Tensor:
+    """Packed tokens (N, D), so many of each slot, attend to what is shown to their slot; both turned by their positions."""
 
     def heads(x: Tensor, weight: Tensor, turn: Turn, which: int) -> Tensor:
         y = (x @ weight.T).unflatten(-1, (cfg.heads, -1))
@@ -135,10 +141,10 @@ def attend_across(
         y = torch.addcmul(y * turn[0][:, which], y.roll(y.shape[-1] // 2, -1), turn[1][:, which])
         return y.transpose(0, 1)[None]
 
-    q, k = heads(x, p.q, turn, 0), heads(of, p.k, of_turn, 1)
-    v = in_heads(cfg, of[None], p.v, normed=False)
-    masks = seen.view(1, 1, 1, -1).split(list(cells_of), 3)
-    each = zip(q.split(list(sizes), 2), k.split(list(cells_of), 2), v.split(list(cells_of), 2), masks, strict=True)
+    q, k, v = heads(x, p.q, turn, 0), heads(to.x, p.k, to.turn, 1), in_heads(cfg, to.x[None], p.v, normed=False)
+    cells = list(to.cells_of)
+    masks = to.seen.view(1, 1, 1, -1).split(cells, 3)
+    each = zip(q.split(list(sizes), 2), k.split(cells, 2), v.split(cells, 2), masks, strict=True)
     return rearrange(torch.cat([attention(*parts) for parts in each], 2), "1 h n d -> n (h d)")
 
 

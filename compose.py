@@ -30,7 +30,13 @@ from .scenes import (
     crop,
     enclosed,
     enlarged,
+    has_hole,
+    inside,
+    is_tall,
     mirror_tiled,
+    neighbours,
+    on_border,
+    outline,
     painted,
     panels_of,
     parts,
@@ -132,31 +138,11 @@ def ranked(x: Grid) -> list[int]:
     return there if len({counts[c] for c in there}) == len(there) else []
 
 
-def outline(part: Sequence[int], w: int) -> tuple[int, ...]:
-    """The shape of an object, wherever it is."""
-    rows, columns = box(part, w)
-    return tuple(sorted(i - rows.start * w - columns.start for i in part))
-
-
 def odd_one(keys: Sequence[object]) -> int:
     """Where the one is that differs from all others; -1 without."""
     counts = Counter(keys)
     lone = [k for k in counts if counts[k] == 1]
     return keys.index(lone[0]) if len(lone) == 1 and len(counts) == 2 and len(keys) > 2 else -1
-
-
-def on_border(x: Grid, p: list[int]) -> bool:
-    r, c = box(p, x.shape[1])
-    return r.start == 0 or c.start == 0 or r.stop == x.shape[0] or c.stop == x.shape[1]
-
-
-def has_hole(x: Grid, p: list[int]) -> bool:
-    return bool(enclosed(painted(np.zeros_like(x), [p], [1])).any())
-
-
-def is_tall(x: Grid, p: list[int]) -> bool:
-    r, c = box(p, x.shape[1])
-    return r.stop - r.start > c.stop - c.start
 
 
 def colours_by_rank(w: World, x: Grid) -> Grid:
@@ -259,14 +245,6 @@ def linked(d: Dice, w: World) -> Fn:
 def lines_only(x: Grid) -> Grid:
     rows, columns = (x == x[:, :1]).all(1) & (x[:, 0] > 0), (x == x[:1]).all(0) & (x[0] > 0)
     return where(~(rows[:, None] | columns), 0, x)
-
-
-def neighbours(x: Grid) -> Grid:
-    return np.sum([n > 0 for n in around(x)], 0)
-
-
-def inside(x: Grid) -> Grid:
-    return np.min(around(x, True), 0) > 0
 
 
 def deduped(x: Grid) -> Grid:

@@ -25,6 +25,7 @@ from . import regimes
 from .blocks import (
     CellBlock,
     SetBlock,
+    Shown,
     attend_across,
     attend_cells,
     attend_tokens,
@@ -384,21 +385,17 @@ def apply_perceiver(p: Perceiver, cfg: ModelConfig, batch: Batch) -> Tensor:
 
 
 def apply_matching(p: Perceiver, cfg: ModelConfig, batch: Batch) -> Context:
-    """The test input is read as one more demo, and T queries and each of its cells attend to all cells of all demos
-    (Vinyals et al. 2016, for sets of cells): what it finds there is said cell by cell, beside the context tokens."""
-    d, t, slots = batch.demos, cfg.context_tokens, len(batch.cells)
-    (x, seen), shown = aligned(p, cfg, with_query(batch)), len(d.inputs)
-    position = position_in(cfg, d.at)[d.by_slot]
-    layout = layout_of(cfg, batch.cells, x.device)
+    """The test input is read as one more demo, and T queries and each of its cells attend to all cells of all demos (after
+    Vinyals et al. 2016, arXiv 1606.04080): what a cell finds there is said beside the context tokens."""
+    d, t, slots, layout = batch.demos, cfg.context_tokens, len(batch.cells), layout_of(cfg, batch.cells, batch.at.device)
+    (x, seen), shown, here = aligned(p, cfg, with_query(batch)), len(d.inputs), position_in(cfg, batch.at)
+    to = Shown(x[:shown][d.by_slot], seen[:shown][d.by_slot], turn_in(cfg, position_in(cfg, d.at[d.by_slot]), x), d.cells_of)
+    turn = turn_in(cfg, torch.cat((here.new_zeros(slots * t, *here.shape[1:]), here))[layout.source], x)
     asked = torch.cat((p.queries.repeat(slots, 1), x[shown:]))[layout.source]
-    at = position_in(cfg, batch.at)
-    at = torch.cat((at.new_zeros(slots * t, *at.shape[1:]), at))[layout.source]
-    turns = turn_in(cfg, position, x), turn_in(cfg, at, x)
-    of = x[:shown][d.by_slot], seen[:shown][d.by_slot]
     for i, s in enumerate(p.sets):
-        asked = set_block(s, cfg, asked, functools.partial(attend_across, s, cfg, *of, turns[0], d.cells_of, turns[1], layout.tokens))
+        asked = set_block(s, cfg, asked, functools.partial(attend_across, s, cfg, to, turn, layout.tokens))
         if i < len(p.mixing):
-            asked = cell_block(p.mixing[i], cfg, asked, runs_of(layout.tokens), turns[1], None)
+            asked = cell_block(p.mixing[i], cfg, asked, runs_of(layout.tokens), turn, None)
     asked = rms(asked)
     return Context(asked[layout.first[:, None] + torch.arange(t, device=x.device)], cells=asked[layout.cells])
 
@@ -441,6 +438,7 @@ class Encoder(NamedTuple):
     apply: Callable[[Any, ModelConfig, Batch], Any]
     recur: Callable[[Any, ModelConfig, Any, Tensor], Tensor] | None = None
     variational: bool = False
+    asks: bool = False  # reads the test input, too: what it says of one says nothing of another
 
 
 POOL, TOKEN, SETS = (embeddings, pooling), (embeddings, class_token), (seeds, some("sets", init_set_block))
@@ -462,7 +460,7 @@ ENCODERS: dict[str, Encoder] = {
     "hierarchical": Encoder(made_of(embeddings, partial(pooling, grids=2), *SETS), partial(apply_sets, vectors=grid_vectors)),
     "set_transformer": Encoder(init_set_transformer, apply_set_transformer),
     "perceiver": Encoder(init_perceiver, apply_perceiver),
-    "matching": Encoder(init_matching, apply_matching),
+    "matching": Encoder(init_matching, apply_matching, asks=True),
 }
 
 
@@ -511,8 +509,9 @@ def init_params(cfg: ModelConfig, seed: int) -> Params:
             raise UserError(f"{at}.heads: {c.heads} heads must divide a width of {c.hidden} into heads of a multiple of 4")
     if encoder.variational and not cfg.encoder.kl_weight > 0:
         raise UserError(f"model.encoder.kl_weight: {cfg.encoder.kl_weight} must be above 0, {cfg.encoder.kind} is variational")
-    if encoder.recur and cfg.encoder.cached:
-        raise UserError(f"model.encoder.cached: {cfg.encoder.kind} goes on in every step, it cannot be read once")
+    if (encoder.recur or encoder.asks) and cfg.encoder.cached:
+        why = "goes on in every step" if encoder.recur else "says more than context tokens"
+        raise UserError(f"model.encoder.cached: {cfg.encoder.kind} {why}, it cannot be read once")
     if cfg.context_tokens == 0 and not cfg.feedback:
         raise UserError("model.context_tokens: must be at least 1")
     if cfg.feedback and (cfg.context_tokens or cfg.loss != "softmax"):
@@ -536,8 +535,9 @@ def encoder_of(cfg: ModelConfig) -> Encode:
         context = found if isinstance(found, Context) else Context(found)
         if not isinstance(p, Widened):
             return context
-        tokens = context.tokens @ p.out.T
-        return context._replace(tokens=tokens if cfg.encoder.published else rms(tokens))
+        wide = [None if x is None else x @ p.out.T for x in (context.tokens, context.cells)]
+        tokens, cells = wide if cfg.encoder.published else [None if x is None else rms(x) for x in wide]
+        return context._replace(tokens=tokens, cells=cells)
 
     def read(p: Any, batch: Batch) -> Any:
         batch = batch._replace(demos=with_query(batch)) if cfg.encoder.query else batch

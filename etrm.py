@@ -425,9 +425,13 @@ def only(batch: Batch, read: Any, carry: Carry, slots: Sequence[int]) -> tuple[B
     cells, tokens = [batch.cells[i] for i in slots], [carry.tokens[i] for i in slots]
     inputs, labels, at = (part_of(x, batch.cells, slots) for x in (batch.inputs, batch.labels, batch.at))
     own = batch._replace(inputs=inputs, labels=labels, at=at, cells=tuple(cells))
+    said = None
+    if isinstance(read, Context) and read.cells is not None:
+        said, read = part_of(read.cells, batch.cells, slots), read._replace(cells=None)
     states = {k: part_of(getattr(carry, k), carry.tokens, slots) for k in ("z_H", "z_L")}
     kept = carry._replace(**states, **{k: getattr(carry, k)[rows] for k in ("steps", "halted", "n", "z_E")}, tokens=tuple(tokens))
-    return own, tree_map(lambda x: x[rows], read), kept
+    read = tree_map(lambda x: x[rows], read)
+    return own, read if said is None else read._replace(cells=said), kept
 
 
 Look = Callable[[int, Sequence[int], Output], None]  # (ACT step, slots that took it, their output)

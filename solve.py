@@ -100,11 +100,13 @@ def from_demos(
     if how.adapt != "context" and how.vote != "demos":
         return encode, [*explains]
     with torch.no_grad():
-        context = adapt.fixed(encode).read(params.encoder, batch).tokens
-    questions = adapt.ask_demos(tasks, rows, view, cfg, context.device)
+        said = adapt.fixed(encode).read(params.encoder, batch)
+    questions = adapt.ask_demos(tasks, rows, view, cfg, said.tokens.device)
     if how.adapt == "context":
-        context = adapt.search(params, cfg, encode, questions, context, until)
-    return adapt.given(context), adapt.explained(params, cfg, questions, context).tolist() if how.vote == "demos" else [*explains]
+        said = adapt.search(params, cfg, encode, questions, said, until)
+    if how.vote == "demos":
+        explains = adapt.explained(params, cfg, encode, questions, said).tolist()
+    return adapt.given(said), [*explains]
 
 
 def predictions(

@@ -199,7 +199,8 @@ class Finding(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         said = f"{self.set_aside} dev tasks set aside, {len(self.dropped)} dropped for a shared pair"
-        said += "".join(f"; {a} = {b}" for a, b in self.dropped)
+        said += "".join(f"; {a} = {b}" for a, b in self.dropped[:4])
+        said += f"; and {len(self.dropped) - 4} more" if self.dropped[4:] else ""
         said += f"; {self.tiny} equal tiny pairs ignored" if self.tiny else ""
         said += f"; DEMOS of {self.admitted} held-out tasks TRAINED ON" if self.admitted else ""
         return said + (f"; STARTED FROM {self.started}" if self.started else "")

@@ -261,7 +261,7 @@ def test_evaluation_is_the_same_steps_with_the_context_computed_once(encoder, g)
     assert steps.tolist() == [3] * SLOTS
 
 
-@given(generators, st.sampled_from(["q", "stable"]), st.sampled_from(["perceiver", *RECURRENT]), st.integers(1, 4))
+@given(generators, st.sampled_from(["q", "stable"]), st.sampled_from(["perceiver", "matching", *RECURRENT]), st.integers(1, 4))
 @settings(max_examples=15)
 def test_a_view_leaves_with_the_answer_it_had(g, leave, encoder, stable):
     """Each slot's output is that of the step at which it left, whoever left before."""
@@ -362,7 +362,7 @@ def test_a_row_alone_is_the_row_in_the_batch(encoder, g):
         close(w.of(0, (carry, out), batch), w.of(slot, together))
 
 
-@pytest.mark.parametrize("encoder", [e for e in ENCODERS if not {**KINDS, **OTHER}[e].get("query")])
+@pytest.mark.parametrize("encoder", [e for e in ENCODERS if not (lookup(config(e).encoder.kind).asks or config(e).encoder.query)])
 @given(generators)
 @settings(max_examples=2)
 def test_the_demos_of_others_get_exactly_no_gradient(encoder, g):

@@ -384,19 +384,22 @@ def test_a_search_makes_no_demo_less_likely_and_rows_know_nothing_of_each_other(
     asked = questions(s, tasks)
     context = torch.randn(6, 4, 32, generator=torch.Generator().manual_seed(0))
     base = encode.read(s.params.encoder, asked.batch).tokens.detach()
-    found = adapt.search(s.params, cfg, encode, asked, context, float("inf"))
-    before, after = (
-        adapt.likelihood(s.params, cfg, asked, base + added[asked.owner], 6)[1] for added in (torch.zeros(6, 4, 32), found - context)
-    )
+
+    def search(cfg, asked=asked, context=context):
+        return adapt.search(s.params, cfg, encode, asked, etrm.Context(context), float("inf")).tokens
+
+    def score(added):
+        return adapt.likelihood(s.params, cfg, asked, etrm.Context(base + added[asked.owner]), 6)[1]
+
+    found = search(cfg)
+    before, after = score(torch.zeros(6, 4, 32)), score(found - context)
     assert (after >= before - 1e-6).all() and (after - before).mean() > 0.01
-    usual = [adapt.search(s.params, with_solve(cfg, adapt_lr=lr), encode, asked, context, float("inf")) for lr in (0.0, 0.1)]
-    assert torch.equal(*usual)
-    alone = adapt.search(s.params, cfg, encode, questions(s, tasks, [3]), context[3:4], float("inf"))
+    assert torch.equal(*(search(with_solve(cfg, adapt_lr=lr)) for lr in (0.0, 0.1)))
+    alone = search(cfg, questions(s, tasks, [3]), context[3:4])
     torch.testing.assert_close(alone[0], found[3], rtol=1e-3, atol=1e-4)
     scores = []
     for steps in (1, 3, 6):  # of a search that leaps about, the best step is kept
-        found = adapt.search(s.params, with_solve(cfg, adapt_lr=3.0, adapt_steps=steps), encode, asked, context, float("inf"))
-        scores.append(adapt.likelihood(s.params, cfg, asked, base + (found - context)[asked.owner], 6)[1])
+        scores.append(score(search(with_solve(cfg, adapt_lr=3.0, adapt_steps=steps)) - context))
     assert (scores[1] >= scores[0] - 1e-4).all() and (scores[2] >= scores[1] - 1e-4).all()
 
 
@@ -471,10 +474,10 @@ def test_gradients_of_a_search_are_those_of_all_steps_together(run):
     s, tasks = solve.opened(run), tasks_of_all()
     asked = questions(s, tasks)
     context = torch.randn(len(asked.owner), 4, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    got, _ = adapt.likelihood(s.params, s.cfg, asked, context, 6)
+    got, _ = adapt.likelihood(s.params, s.cfg, asked, etrm.Context(context), 6)
     carry, total = etrm.fresh_carry(s.cfg.model, asked.batch.cells, torch.float32), torch.zeros(())
     for _ in range(s.cfg.model.halt_max_steps):
-        carry, out = etrm.act_step(s.params, s.cfg.model, adapt.given(context), carry, asked.batch, None)
+        carry, out = etrm.act_step(s.params, s.cfg.model, adapt.given(etrm.Context(context)), carry, asked.batch, None)
         total = (
             total
             + -etrm.per_slot(
@@ -502,9 +505,9 @@ def test_adaptation_in_half_precision_moves_and_stays_finite(run, monkeypatch):
     assert float(norms[1]) == pytest.approx(float(norms[0]), rel=0.05)  # what was scaled is scaled back
     assert all(x.isfinite().all() for x in leaves(own).values()) and not torch.equal(own.core.embed, s.params.core.embed)
     half, encode = etrm.tree_map(torch.Tensor.half, s.params), solve.encoder_of(cfg.model)
-    context = torch.zeros(1, 4, 32, dtype=torch.float16)
-    found = adapt.search(half, cfg, encode, questions(s, [task]), context, float("inf"))
-    full = adapt.search(s.params, cfg, encode, questions(s, [task]), context.float(), float("inf"))
+    zeros = torch.zeros(1, 4, 32)
+    found = adapt.search(half, cfg, encode, questions(s, [task]), etrm.Context(zeros.half()), float("inf")).tokens
+    full = adapt.search(s.params, cfg, encode, questions(s, [task]), etrm.Context(zeros), float("inf")).tokens
     torch.testing.assert_close(found.float(), full, rtol=0.1, atol=5e-3)
     assert full.abs().max() > 0.01
 
