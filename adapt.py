@@ -147,7 +147,9 @@ def recipe(cfg: Config, folder: str = "") -> Config:
         init_from=InitConfig(),
         data=replace(cfg.data, query="leave_one_out", min_demos=0),
         optimizer=replace(cfg.optimizer, lr=how.adapt_lr or 1e-3, warmup=0, final_lr=0.1, freeze=(*cfg.optimizer.freeze, *rest)),
-        train=replace(cfg.train, batch=how.adapt_batch, shards=1, steps=how.adapt_steps, save_every=100, keep_every=0),
+        train=replace(
+            cfg.train, batch=how.adapt_batch, shards=min(4, how.adapt_batch), steps=how.adapt_steps, save_every=100, keep_every=0
+        ),
         eval=replace(cfg.eval, on="train", foreign=False, every=500, weights=("raw",), patience=0, stop_at=1.0),
     )
 

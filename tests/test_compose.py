@@ -3,9 +3,10 @@
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 
-from etrm_arc import compose, scenes, sources
+from etrm_arc import compose, data, scenes, sources
 from etrm_arc.data import UserError
 from etrm_arc.tests import puzzles
 from etrm_arc.tests.puzzles import generators
@@ -146,3 +147,26 @@ def test_a_malformed_number_is_refused(kind, count):
     with pytest.raises(UserError, match=r"^composed.*needs a number of tasks from 1 to 1,000,000") as e:
         sources.load(f"{kind}:{count}")
     assert "\n" not in str(e.value)
+
+
+def test_the_tasks_that_checkpoints_were_trained_on_stay_the_same():
+    assert sources.set_hash(compose.tasks(100)) == "3afc031218f34536"
+
+
+@given(generators, st.floats(0.05, 0.95), st.integers(1, 8))
+@few
+def test_composed_tasks_get_their_share_of_the_slots(g, share, slots):
+    tasks = [*compose.tasks(puzzles.integer(g, 1, 9)), *(puzzles.task(g) for _ in range(puzzles.integer(g, 1, 9)))]
+    weight = sources.weights(tasks, share)
+    made = data.deck(data.queries(data.pack(tasks), "leave_one_out", ()), slots, weight)
+    of, each = data.pack(tasks).task_of[made.pair], made.cdf.diff(prepend=torch.zeros(1))
+    ours = torch.tensor([t.name.startswith("composed:") for t in tasks])
+    asked = torch.zeros(len(tasks), dtype=torch.bool).index_fill_(0, of, True)  # some outputs fit no canvas
+    wanted = float(weight[ours & asked].sum() / weight[asked].sum())
+    assert float(each[ours[of]].sum()) == pytest.approx(wanted)
+    if asked.all():
+        assert wanted == pytest.approx(share)
+    assert sources.weights(tasks, 0.0) is None
+    for some in (ours, ~ours):
+        with pytest.raises(UserError, match=r"^data\.composed: a share"):
+            sources.weights([t for t, mine in zip(tasks, some.tolist(), strict=True) if mine], share)
