@@ -25,6 +25,7 @@ def small(name, folder, *sets):
     more = [f"data.dev={json.dumps(two)}"] if cfg.data.dev else []
     more += ["data.canvases=[10]", "model.raster=10"] if cfg.model.mixer else []
     more += ["data.symmetries=3"] if cfg.data.symmetries else []
+    more += [f'data.train=["{SET}", "composed:5"]'] if cfg.data.composed else []
     return config.load_config(name, [*SMALL, *more, f"run.dir={folder}", *sets])
 
 
