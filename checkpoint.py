@@ -96,7 +96,7 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{path}: truncated or no safetensors file: {e}") from None
 
 
-HUB = "hf:"
+HUB, SHIPPED = "hf:", Path(__file__).parent / "checkpoints"
 
 
 def fetched(name: str) -> Path:
@@ -119,10 +119,11 @@ def fetched(name: str) -> Path:
 
 
 def find(path: str | Path) -> Path:
-    """The checkpoint meant by a file, a run folder (its best, else its last) or a name on the hub."""
+    """The checkpoint meant by a file, a run folder (its best, else its last), the name of a shipped one or one on the hub."""
     if str(path).startswith(HUB):
         return fetched(str(path))
-    path = Path(path)
+    shipped = SHIPPED / f"{path}.safetensors"
+    path = shipped if not Path(path).exists() and shipped.is_file() else Path(path)
     if not path.is_dir():
         return path
     found = [p for p in (path / "best.safetensors", path / "last.safetensors") if p.is_file()]
@@ -137,7 +138,8 @@ def same_shape(x: Tensor, like: Tensor) -> bool:
 
 
 def load(path: str | Path) -> Checkpoint:
-    """Read a checkpoint, or the best one of a run folder. Raises UserError on anything that is not ours and whole."""
+    """Read a checkpoint, or the best one of a run folder; a lean one's only weights are its EMA, too. Raises UserError on
+    anything that is not ours and whole."""
     file = find(path)
     tensors, raw = read_file(file)
     if "etrm" not in raw:
@@ -153,8 +155,9 @@ def load(path: str | Path) -> Checkpoint:
         like = init_params(model, 0)
     except (ValueError, KeyError, TypeError, msgspec.ValidationError) as e:
         raise UserError(f"{file}: its config cannot be read: {e}") from None
-    trees = []
-    for name in ("params", "ema"):
+    trees: list[Params] = []
+    lean = not any(k.startswith("ema.") for k in tensors)
+    for name in ("params",) if lean else ("params", "ema"):
         found: dict[str, Tensor] = {}
         for key, want in leaves(like).items():
             got = tensors.pop(f"{name}.{key}", None)
@@ -165,7 +168,7 @@ def load(path: str | Path) -> Checkpoint:
         trees.append(rebuild(like, found))
     if tensors:
         raise UserError(f"{file}: unknown tensor {min(tensors)}")
-    return Checkpoint(file, trees[0], trees[1], model, meta)
+    return Checkpoint(file, trees[0], trees[-1], model, meta)
 
 
 def inspect(path: str | Path) -> dict[str, Any]:

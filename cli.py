@@ -366,7 +366,7 @@ def convert(
     raw: Annotated[bool, typer.Option("--raw", help="Raw weights instead of their average (EMA).")] = False,
     sets: Set = None,
 ) -> None:
-    """Write a published checkpoint as one of ours, or one of ours as a published one."""
+    """Write a published checkpoint as ours, ours as a published one, or ours lean: one set of weights in bfloat16."""
     from pathlib import Path
 
     from . import config, transfer

@@ -238,11 +238,14 @@ def start(init: InitConfig, cfg: ModelConfig, like: dict[str, Tensor]) -> Start:
 
 def convert(source: str | Path, target: Path, cfg: Config | None = None, weights: str = "ema") -> str:
     """Write a published checkpoint as one of ours (to .safetensors, with the config of its model) or one of ours as a
-    published one; no bit of a weight changes on the way there and back. Returns what was done."""
+    published one; no bit of a weight changes on the way there and back. One of ours to .safetensors becomes lean, to be
+    shared: one set of weights, rounded to bfloat16. Returns what was done."""
     found = read(source, weights)
     if found.ours:
         if target.suffix == ".safetensors":
-            raise UserError(f"{target}: {found.path} has our format already; a published checkpoint has no suffix .safetensors")
+            meta = {k: v for k, v in found.ours.meta.items() if k != "format"}
+            checkpoint.save(target, {f"params.{k}": v.bfloat16() for k, v in found.tensors.items()}, meta)
+            return f"{target}: {weights} weights of {found.path} in bfloat16, {target.stat().st_size / 1e6:.1f} MB"
         sd = {f"_orig_mod.model.{k}": v.contiguous() for k, v in split(found.tensors, found.ours.model).items()}
         checkpoint.commit(target, lambda aside: torch.save(sd, aside))
         return f"{target}: {len(sd)} tensors, {weights} weights of {found.path}"

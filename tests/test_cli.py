@@ -84,7 +84,12 @@ def test_convert_writes_either_format(tmp_path):
         assert torch.equal(v, etrm.leaves(back.params)[k]), k
     assert "STARTED FROM step_3: published, unknown" in call("inspect", tmp_path / "a.safetensors").output
     assert "name the config" in call("convert", tmp_path / "step_3", tmp_path / "b.safetensors", code=2).output
-    assert "has our format already" in call("convert", tmp_path / "run", tmp_path / "b.safetensors", code=2).output
+    assert "raw weights" in call("convert", tmp_path / "run", tmp_path / "b.safetensors", "--raw").output  # a lean one
+    lean, whole = (tmp_path / x for x in ("b.safetensors", "run/last.safetensors"))
+    assert 3.5 * lean.stat().st_size < whole.stat().st_size + 3e4  # two sets in float32 against one in bfloat16, and a header
+    for k, v in etrm.leaves(ours.params).items():
+        assert all(torch.equal(v.bfloat16().float(), etrm.leaves(x)[k]) for x in checkpoint.load(lean)[1:3]), k
+    assert checkpoint.load(lean).meta == ours.meta
 
 
 def test_several_seeds_are_resumable_as_a_whole(tmp_path):
