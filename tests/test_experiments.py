@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from etrm_arc import checkpoint, config, train
+from etrm_arc import checkpoint, config, solve, sources, train
 from etrm_arc.data import UserError
 from etrm_arc.etrm import leaves
 
@@ -69,3 +69,17 @@ def test_a_recipe_extends_another_table_by_table(tmp_path):
     (tmp_path / "a.toml").write_text('extends = "gone.toml"')
     with pytest.raises(UserError, match="gone.toml: No such file"):
         config.load_config(tmp_path / "a.toml")
+
+
+def test_the_shipped_checkpoint_is_of_its_recipe_and_answers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # found by name wherever one is
+    s, recipe = solve.opened("cpu-best"), config.load_config("cpu-best")
+    assert (s.cfg.model, s.cfg.data, s.cfg.optimizer) == (recipe.model, recipe.data, recipe.optimizer)
+    finding = s.meta["finding"]
+    assert finding["policy"] == "drop" and not finding["admitted"] and not finding["started"]
+    assert {a for a, _ in finding["dropped"]} >= {t.name for t in sources.load("arc1:evaluation")} & {
+        t.name for t in sources.load("arc2:training")
+    }
+    assert s.path.stat().st_size < 15e6
+    made = solve.predict(s.params, s.cfg, sources.load(str(SET / "mirror.json")), 2)
+    assert all(len(p.votes) == 2 for p in made)
