@@ -535,9 +535,9 @@ def encoder_of(cfg: ModelConfig) -> Encode:
         context = found if isinstance(found, Context) else Context(found)
         if not isinstance(p, Widened):
             return context
-        wide = [None if x is None else x @ p.out.T for x in (context.tokens, context.cells)]
-        tokens, cells = wide if cfg.encoder.published else [None if x is None else rms(x) for x in wide]
-        return context._replace(tokens=tokens, cells=cells)
+        normed = (lambda x: x) if cfg.encoder.published else rms
+        cells = None if context.cells is None else normed(context.cells @ p.out.T)
+        return context._replace(tokens=normed(context.tokens @ p.out.T), cells=cells)
 
     def read(p: Any, batch: Batch) -> Any:
         batch = batch._replace(demos=with_query(batch)) if cfg.encoder.query else batch

@@ -27,6 +27,7 @@ OTHER = {
     "perceiver, pre": {"kind": "perceiver", "norm": "pre", "layer_scale": 0.5, "difference": True},
     "perceiver, wide": {"kind": "perceiver", "width": 48, "heads": 3, "qk_norm": True},
     "perceiver, query": {"kind": "perceiver", "query": True},
+    "matching, wide": {"kind": "matching", "width": 48, "heads": 3, "qk_norm": True, "set_layers": 2},
     "lpn_var, wide": {"kind": "lpn_var", "width": 16, "latent": 8, "query": True},
     "recurrent, wide": {"kind": "recurrent", "width": 16, "norm": "pre", "set_layers": 2},
 }
@@ -481,7 +482,7 @@ def test_the_context_has_rms_one(encoder, g):
 
 
 def test_an_unknown_encoder_names_the_nearest():
-    with pytest.raises(data.UserError, match="did you mean perceiver.*known: standard, variational, .*perceiver, table$"):
+    with pytest.raises(data.UserError, match="did you mean perceiver.*known: standard, variational, .*perceiver, matching, table$"):
         lookup("percever")
 
 
@@ -726,7 +727,7 @@ def test_a_position_is_that_of_the_raster(g, kind, top, left):
     codes = {}
     for name, at in (("raster", cells_at(30)), ("canvas", cells_at(6) + torch.tensor([top, left]))):
         batch = data.Batch(torch.full((len(at),), 5), torch.zeros(len(at)), at, (len(at),), None)
-        e, turn = etrm.place(p, cfg, context, batch, etrm.layout_of(cfg, batch.cells, at.device))
+        e, turn = etrm.place(p, cfg, etrm.Context(context), batch, etrm.layout_of(cfg, batch.cells, at.device))
         codes[name] = e if turn is None else torch.cat([x.flatten(1) for x in turn], 1)
     rows = 4 + (cells_at(6) + torch.tensor([top, left])) @ torch.tensor([30, 1])
     assert torch.equal(codes["canvas"], codes["raster"][torch.cat((torch.arange(4), rows))])

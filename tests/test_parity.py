@@ -68,7 +68,7 @@ def test_core(golden):
     context = t["context"].clone().requires_grad_()
     batch = batch_of(t["batch.inputs"], t["batch.labels"])
     layout = etrm.layout_of(cfg, batch.cells, context.device)
-    close(etrm.place(p, cfg, context, batch, layout)[0], t["input_embeddings"].flatten(0, 1))
+    close(etrm.place(p, cfg, etrm.Context(context), batch, layout)[0], t["input_embeddings"].flatten(0, 1))
     carry = fresh_carry(cfg, batch.cells, torch.float32)
     for step in (1, 2, 3):
         carry, out = act_step(Params((), p), cfg, Encode(lambda *_: Context(context)), carry, batch, None)
