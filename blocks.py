@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .data import Batch, Demos
 from .etrm import ModelConfig, init_block, inner_width, normal, ragged
-from .layers import Runs, Turn, attention, position_of, rms, self_attention, swiglu, turn_of
+from .layers import Runs, Turn, attention, position_of, rms, rotate, self_attention, swiglu, turn_of
 
 # ---------------------------------------------------------------- blocks
 
@@ -138,8 +138,8 @@ def attend_across(p: SetBlock, cfg: ModelConfig, to: Shown, turn: Turn, sizes: S
         y = (x @ weight.T).unflatten(-1, (cfg.heads, -1))
         y = rms(y) if cfg.encoder.qk_norm else y
         assert turn is not None
-        y = torch.addcmul(y * turn[0][:, which], y.roll(y.shape[-1] // 2, -1), turn[1][:, which])
-        return y.transpose(0, 1)[None]
+        of = slice(which, which + 1)
+        return rotate(y[:, None], (turn[0][:, of], turn[1][:, of])).permute(1, 2, 0, 3)
 
     q, k, v = heads(x, p.q, turn, 0), heads(to.x, p.k, to.turn, 1), in_heads(cfg, to.x[None], p.v, normed=False)
     cells = list(to.cells_of)
