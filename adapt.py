@@ -145,7 +145,7 @@ def recipe(cfg: Config, folder: str = "") -> Config:
         cfg,
         run=replace(cfg.run, dir=folder, track=""),
         init_from=InitConfig(),
-        data=replace(cfg.data, query="leave_one_out", min_demos=0),
+        data=replace(cfg.data, query="leave_one_out", min_demos=0, turn_outputs=0.0),
         optimizer=replace(cfg.optimizer, lr=how.adapt_lr or 1e-3, warmup=0, final_lr=0.1, freeze=(*cfg.optimizer.freeze, *rest)),
         train=replace(
             cfg.train, batch=how.adapt_batch, shards=min(4, how.adapt_batch), steps=how.adapt_steps, save_every=100, keep_every=0

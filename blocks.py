@@ -153,7 +153,7 @@ def attend_across(p: SetBlock, cfg: ModelConfig, to: Shown, turn: Turn, sizes: S
 
 def position_in(cfg: ModelConfig, at: Tensor) -> Tensor:
     """Cells keep rotary positions in the encoder even where the core has learned ones or none, as published."""
-    found = position_of("rope2d" if cfg.positions in ("rope2d", "both") else "rope", at, cfg.raster)
+    found = position_of("rope2d" if cfg.positions in ("rope2d", "both", "borders") else "rope", at, cfg.raster)
     assert found is not None
     return found
 
@@ -196,4 +196,5 @@ def with_query(batch: Batch) -> Demos:
     return Demos(
         inputs, outputs, torch.cat((d.at, batch.at)), cells, d.gaps + (1,) * slots, owner, torch.cat((d.place + 1, of * 0)),
         d.most + 1, torch.argsort(of_cell, stable=True), tuple(a + b for a, b in zip(d.cells_of, batch.cells, strict=True)),
+        torch.cat((d.borders, batch.borders)),
     )  # fmt: skip

@@ -40,6 +40,7 @@ class DataConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dihedral: bool = True
     colours: Literal["fixed", "keep_black", "all"] = "keep_black"
     translate: bool = True
+    turn_outputs: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0  # share of the episodes whose outputs an element of D8 turns further
     symmetries: Annotated[int, msgspec.Meta(ge=0)] = 0  # of a task, fixed by the seed, the first: none; 0: every episode draws anew
     composed: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0  # share of the sample-steps for composed:N; 0: a task is a task
     max_train_tasks: int = 0  # 0: all
@@ -275,6 +276,7 @@ class Episodes(NamedTuple):
     shift: Tensor  # (B, 1 + K, 2) where the query and each demo lie, as a share of the room left
     canvas: Tensor  # (B, 2) of the query, under the symmetry
     row: Tensor | None = None  # (B,) task * symmetries + k, where each task has so many
+    further: Tensor | None = None  # (B,) the element of D8 that turns outputs once more
 
 
 def candidates(tasks: Tasks, query: Tensor, rule: str) -> Tensor:
@@ -338,7 +340,12 @@ def draw(tasks: Tasks, d: Deck, cfg: DataConfig, seed: int, slot: Tensor, n: Ten
         task, k = tasks.task_of[query], (u[:, 12] * cfg.symmetries).long()
         symmetry, drawn = row_symmetry(cfg, seed, task, k), task * cfg.symmetries + k
     shift = shift if cfg.translate else shift * 0
-    return Episodes(query, demos, symmetry, shift, turned(symmetry.dihedral, d.canvas[row]), drawn)
+    canvas, further = turned(symmetry.dihedral, d.canvas[row]), None
+    if cfg.turn_outputs:
+        w = uniform(2, seed, EPISODE, slot, n, 3)
+        further = torch.where(w[:, 0] < cfg.turn_outputs, (w[:, 1] * 8).long(), 0)
+        canvas = torch.where(SWAP[further][:, None], canvas.amax(1, keepdim=True), canvas)
+    return Episodes(query, demos, symmetry, shift, canvas, drawn, further)
 
 
 def posed(
@@ -369,6 +376,7 @@ class Demos(NamedTuple):
     most: int  # K, the most demos of any slot of the batch
     by_slot: Tensor  # (M,) cells ordered by slot
     cells_of: tuple[int, ...]  # of all demos of each slot
+    borders: Tensor  # (M, 4) as those of a batch
 
 
 class Batch(NamedTuple):
@@ -379,28 +387,36 @@ class Batch(NamedTuple):
     at: Tensor  # (M, 2) row and column of each cell on the raster
     cells: tuple[int, ...]  # of each slot
     demos: Demos
+    borders: Tensor  # (M, 4) of each cell, 1 + the input's cells above, left of, below and right of it; 0: it lies beyond
     noise: Tensor | None = None  # (B, demos, latent) standard normal, for a variational encoder; None: the mean
     rows: Tensor | None = None  # (B,) each slot's row of a table of tasks
 
 
+def both_sides(sym: Symmetry, further: Tensor | None) -> Tensor:
+    """(m, 2) the elements of D8 that turn inputs and outputs."""
+    return torch.stack((sym.dihedral, sym.dihedral if further is None else COMPOSE[sym.dihedral, further]), 1)
+
+
 def paint(
-    tasks: Tasks, pair: Tensor, sym: Symmetry, shift: Tensor, canvas: Tensor, raster: int = MAX_SIDE
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs (m,) under symmetries (m,) on canvases (m, 2): tokens (M,) of inputs, of outputs, and their raster positions.
+    tasks: Tasks, pair: Tensor, sym: Symmetry, shift: Tensor, canvas: Tensor, raster: int = MAX_SIDE, further: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pairs (m,) under symmetries (m,) on canvases (m, 2): tokens (M,) of inputs, of outputs, their raster positions and how
+    far they are from the borders of the input.
 
     Grid and marks as published: a row of EOS right below the grid and a column right of it, no corner, none beyond
     the canvas; input and output share an offset, floor(shift * (room + 1)) with the room left by the larger of both.
     The canvas itself lies on the raster by the same rule. A cell's colour is one gather from the packed grids: where
     it is read is affine in the cell's row and column.
     """
-    swap, flips = SWAP[sym.dihedral], (FLIP_R[sym.dihedral], FLIP_C[sym.dihedral])
-    start, h, w = tasks.grids[pair].unbind(-1)  # (m, 2) each: input, output
-    size = turned(sym.dihedral[:, None], tasks.grids[pair, :, 1:])  # (m, 2, 2)
+    dihedral = both_sides(sym, further)  # (m, 2) as all that follows: input, output
+    swap, flips = SWAP[dihedral], (FLIP_R[dihedral], FLIP_C[dihedral])
+    start, h, w = tasks.grids[pair].unbind(-1)
+    size = turned(dihedral, tasks.grids[pair, :, 1:])  # (m, 2, 2)
     offset = (shift * ((canvas - size.amax(1)).clamp(min=0) + 1)).long()
     origin = (shift * (raster - canvas + 1).clamp(min=1)).long()
-    down, along = torch.where(flips[0][:, None], -w, w), torch.where(flips[1], -1, 1)[:, None].expand_as(w)
-    base = start + torch.where(flips[0][:, None], (h - 1) * w, 0) + torch.where(flips[1][:, None], w - 1, 0)
-    per_row, per_column = torch.where(swap[:, None], along, down), torch.where(swap[:, None], down, along)
+    down, along = torch.where(flips[0], -w, w), torch.where(flips[1], -1, 1)
+    base = start + torch.where(flips[0], (h - 1) * w, 0) + torch.where(flips[1], w - 1, 0)
+    per_row, per_column = torch.where(swap, along, down), torch.where(swap, down, along)
     base = base - per_row * offset[:, :1] - per_column * offset[:, 1:]
     end = size + offset[:, None]
     facts = torch.cat((offset, origin, base, per_row, per_column, end.flatten(1)), 1)
@@ -419,20 +435,22 @@ def paint(
         colour = tasks.cells[torch.where(inside, first + step_i * i + step_j * j, 0)]
         mark = ((i == bottom) & in_column) | ((j == right) & in_row)
         painted.append(torch.where(inside, palette[of * 10 + colour], mark.long() * EOS))
-    return painted[0], painted[1], torch.stack((r0 + i, c0 + j), 1)
+    borders = torch.stack((i - top, j - left, rest[6] - 1 - i, rest[7] - 1 - j), 1).clamp(-1, raster - 1) + 1
+    return painted[0], painted[1], torch.stack((r0 + i, c0 + j), 1), borders
 
 
 def batch(tasks: Tasks, e: Episodes, cfg: DataConfig, raster: int = MAX_SIDE) -> Batch:
     """Paint episodes; the cells of grids lie where they are painted, all else on the host, which so knows every shape."""
-    x, y, at = paint(tasks, e.query, e.symmetry, e.shift[:, 0], e.canvas, raster)
+    x, y, at, borders = paint(tasks, e.query, e.symmetry, e.shift[:, 0], e.canvas, raster, e.further)
     owner, place = torch.nonzero(e.demos >= 0, as_tuple=True)
-    size = turned(e.symmetry.dihedral[owner, None], tasks.grids[e.demos[owner, place], :, 1:])  # (N, 2, 2)
+    size = turned(both_sides(e.symmetry, e.further)[owner], tasks.grids[e.demos[owner, place], :, 1:])  # (N, 2, 2)
     canvas = snug(size.amax(1), cfg.demo_canvases)
     gaps = ~(size == canvas[:, None]).all(-1).any(1)
     order = torch.argsort(canvas.prod(1) * 2 + gaps, stable=True)
     owner, place, canvas, gaps = owner[order], place[order], canvas[order], gaps[order]
     sym = Symmetry(e.symmetry.dihedral[owner], e.symmetry.colours[owner])
-    demos = paint(tasks, e.demos[owner, place], sym, e.shift[owner, 1 + place], canvas, raster)
+    further = None if e.further is None else e.further[owner]
+    *demos, far = paint(tasks, e.demos[owner, place], sym, e.shift[owner, 1 + place], canvas, raster, further)
     area = canvas.prod(1)
     by_slot = torch.argsort(owner.repeat_interleave(area), stable=True)
     cells_of = torch.zeros(len(e.query), dtype=torch.int64).index_add_(0, owner, area)
@@ -441,8 +459,9 @@ def batch(tasks: Tasks, e: Episodes, cfg: DataConfig, raster: int = MAX_SIDE) ->
         x, y.masked_fill(y == PAD, IGNORE), at, tuple(e.canvas.prod(1).tolist()),
         Demos(
             *demos, tuple(area.tolist()), tuple(gaps.int().tolist()), owner.to(device), place.to(device), e.demos.shape[1],
-            by_slot.to(device), tuple(cells_of.tolist()),
+            by_slot.to(device), tuple(cells_of.tolist()), far,
         ),
+        borders,
         rows=None if e.row is None else e.row.to(device),
     )  # fmt: skip
 

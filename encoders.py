@@ -45,7 +45,7 @@ from .blocks import (
     with_query,
 )
 from .data import Batch, Demos, UserError, nearest
-from .etrm import Context, Encode, ModelConfig, Params, init_core, layout_of, normal, ragged
+from .etrm import Context, Encode, ModelConfig, Params, codes, init_core, layout_of, normal, ragged
 from .layers import Runs, attention, rms, runs_of
 
 # ---------------------------------------------------------------- demo by demo, as published
@@ -337,6 +337,7 @@ class Perceiver(NamedTuple):
     queries: Tensor  # (T, D)
     sets: tuple[SetBlock, ...]
     difference_embed: Tensor | None = None  # (2, D) of cells whose input and output are equal, or not
+    border_embed: Tensor | None = None  # (4 (raster + 1), D) of their distances to the input's borders
     point_queries: Tensor | None = None  # (T, D) set_transformer
     points: tuple[tuple[SetBlock, SetBlock], ...] = ()  # cells to points, points to cells
     mixing: tuple[CellBlock, ...] = ()  # in which the context tokens attend to each other
@@ -351,15 +352,18 @@ def init_perceiver(cfg: ModelConfig, g: torch.Generator, query: bool = False) ->
         queries=normal(g, cfg.context_tokens, d, std=1.0),
         sets=tuple(init_set_block(cfg, g) for _ in range(e.set_layers)),
         difference_embed=normal(g, 2, d) if e.difference else None,
+        border_embed=normal(g, 4 * (cfg.raster + 1), d) if cfg.positions == "borders" else None,
     )
 
 
 def aligned(p: Perceiver, cfg: ModelConfig, demos: Demos) -> tuple[Tensor, Tensor]:
     """Input and output of a demo aligned cell by cell, one token per cell: (M, D), and which may be seen."""
-    x, summands = F.embedding(demos.inputs, p.input_embed) + F.embedding(demos.outputs, p.output_embed), 2
+    said = [F.embedding(demos.inputs, p.input_embed), F.embedding(demos.outputs, p.output_embed)]
     if p.difference_embed is not None:
-        x, summands = x + F.embedding((demos.inputs != demos.outputs).long(), p.difference_embed), 3
-    x, seen = x * math.sqrt(cfg.hidden / summands), (demos.inputs != 0) | (demos.outputs != 0)
+        said.append(F.embedding((demos.inputs != demos.outputs).long(), p.difference_embed))
+    if p.border_embed is not None:
+        said.append(codes(cfg, p.border_embed, demos.at, demos.borders))
+    x, seen = functools.reduce(torch.add, said) * math.sqrt(cfg.hidden / len(said)), (demos.inputs != 0) | (demos.outputs != 0)
     turn = turn_in(cfg, position_in(cfg, demos.at), x)
     runs = runs_of(demos.cells, None if cfg.encoder.attend_padding else demos.gaps)
     for b in p.cells:

@@ -59,7 +59,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     H_cycles: Count = 3
     L_cycles: Count = 4
     context_tokens: Optional = 16
-    positions: Literal["rope", "rope2d", "learned", "both", "none"] = "rope2d"  # both: rope2d and learned
+    positions: Literal["rope", "rope2d", "learned", "both", "borders", "none"] = "rope2d"  # both: and learned; borders: and codes
     raster: Count = 30  # position codes are those of a raster x raster canvas, whatever the pool
     tied_head: bool = True  # logits from the query's own token embedding
     context_scale: Literal["gain", "published"] = "gain"
@@ -103,7 +103,7 @@ class Core(NamedTuple):
     H_init: Tensor  # (D,) drawn, not trained unless a config unfreezes it
     L_init: Tensor  # (D,)
     context_gain: Tensor | None  # (D,) None: published scale, sqrt(D)
-    position: Tensor | None  # (T + raster * raster, D) learned positions
+    position: Tensor | None  # (T + raster * raster, D) learned positions, or (T + 4 (raster + 1), D): borders
 
 
 class Params(NamedTuple):
@@ -137,7 +137,7 @@ def init_mixer(cfg: ModelConfig, g: torch.Generator) -> Mixer:
 
 
 def init_core(cfg: ModelConfig, g: torch.Generator, vocab: int = 12) -> Core:
-    d = cfg.hidden
+    d, places = cfg.hidden, {"learned": cfg.raster**2, "both": cfg.raster**2, "borders": 4 * (cfg.raster + 1)}.get(cfg.positions, 0)
     return Core(
         embed=normal(g, vocab, d),
         blocks=tuple((init_mixer if cfg.mixer else init_block)(cfg, g) for _ in range(cfg.layers)),
@@ -147,7 +147,7 @@ def init_core(cfg: ModelConfig, g: torch.Generator, vocab: int = 12) -> Core:
         H_init=normal(g, d, std=1.0),
         L_init=normal(g, d, std=1.0),
         context_gain=torch.ones(d) if cfg.context_scale == "gain" else None,
-        position=normal(g, cfg.context_tokens + cfg.raster**2, d) if cfg.positions in ("learned", "both") else None,
+        position=normal(g, cfg.context_tokens + places, d) if places else None,
     )
 
 
@@ -240,6 +240,14 @@ def layout_of(cfg: ModelConfig, cells: Sequence[int], device: torch.device) -> L
     return Layout(tokens, slot, (count + t).cumsum(0) - count - t, torch.arange(m, device=device) + t * (of_cell + 1), source)
 
 
+def codes(cfg: ModelConfig, table: Tensor, at: Tensor, borders: Tensor) -> Tensor:
+    """(M, D) learned codes of cells: of their places on the raster or, "borders", half the sum of those of their distances to
+    the input's four borders, by which a mirrored place is found in a grid of any size."""
+    if cfg.positions == "borders":
+        return 0.5 * F.embedding(borders + torch.arange(4, device=at.device) * (cfg.raster + 1), table).sum(1)
+    return F.embedding(at[:, 0] * cfg.raster + at[:, 1], table)
+
+
 def place(p: Core, cfg: ModelConfig, said: Context, batch: Batch, layout: Layout) -> tuple[Tensor, Turn]:
     """Context (B, T, D) and the cells' tokens to the injected embedding (N, D), and its rotary tables; tokens enter with std 1."""
     root, t, context = math.sqrt(cfg.hidden), cfg.context_tokens, said.tokens
@@ -251,7 +259,7 @@ def place(p: Core, cfg: ModelConfig, said: Context, batch: Batch, layout: Layout
     if p.position is not None:
         ours = p.position[:t].expand(slots, -1, -1)
         context = math.sqrt(0.5) * (context * scale + root * ours)
-        cells = math.sqrt(0.5) * (cells + root * F.embedding(t + batch.at[:, 0] * cfg.raster + batch.at[:, 1], p.position))
+        cells = math.sqrt(0.5) * (cells + root * codes(cfg, p.position[t:], batch.at, batch.borders))
     else:
         context = context * scale
     e = torch.cat((context.flatten(0, 1), cells))[layout.source]
@@ -423,8 +431,8 @@ def only(batch: Batch, read: Any, carry: Carry, slots: Sequence[int]) -> tuple[B
     """Some slots alone, as if the others had never been there; demos are not taken along, what was read stands for them."""
     rows = torch.tensor(slots, device=batch.inputs.device)
     cells, tokens = [batch.cells[i] for i in slots], [carry.tokens[i] for i in slots]
-    inputs, labels, at = (part_of(x, batch.cells, slots) for x in (batch.inputs, batch.labels, batch.at))
-    own = batch._replace(inputs=inputs, labels=labels, at=at, cells=tuple(cells))
+    of_cells = {k: part_of(getattr(batch, k), batch.cells, slots) for k in ("inputs", "labels", "at", "borders")}
+    own = batch._replace(**of_cells, cells=tuple(cells))
     said = None
     if isinstance(read, Context) and read.cells is not None:
         said, read = part_of(read.cells, batch.cells, slots), read._replace(cells=None)

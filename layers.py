@@ -85,7 +85,7 @@ def position_of(kind: str, at: Tensor, raster: int) -> Tensor | None:
     counted from 1, for context tokens stand at the origin. None: positions are not rotary."""
     if kind == "rope":
         return at[:, 0] * raster + at[:, 1]
-    return at + 1 if kind in ("rope2d", "both") else None
+    return at + 1 if kind in ("rope2d", "both", "borders") else None
 
 
 def rotate(qk: Tensor, turn: Turn) -> Tensor:

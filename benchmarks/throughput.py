@@ -103,6 +103,7 @@ def ten_demos(d: data.Demos) -> data.Demos:
         10,
         torch.arange(n * cells),
         (10 * cells,) * slots,
+        torch.zeros(n * cells, 4, dtype=torch.int64),
     )
 
 

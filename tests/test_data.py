@@ -119,10 +119,13 @@ def test_painting_is_apply_then_tokenise(g, canvas, shift):
     pair = torch.randint(0, len(pairs), (8,), generator=g)
     s = puzzles.symmetry(g, 8)
     share = torch.tensor(shift, dtype=torch.float64)
-    *painted, at = data.paint(packed, pair, s, share, torch.tensor(canvas), 30)
+    further = torch.randint(0, 8, (8,), generator=g) if puzzles.integer(g, 0, 1) else None
+    *painted, at, borders = data.paint(packed, pair, s, share, torch.tensor(canvas), 30, further)
     cells = [h * w for h, w in canvas]
     for i, (h, w) in enumerate(canvas):
         grids = [None if x is None else data.apply(one(s, i), x) for x in pairs[pair[i]]]
+        if further is not None and grids[1] is not None:
+            grids[1] = data.apply(data.identity()._replace(dihedral=further[i]), grids[1])
         size = np.max([x.shape for x in grids if x is not None], axis=0)
         room = [int(c - n) for c, n in zip((h, w), size, strict=True)]
         offset = tuple(int(u * (r + 1)) for u, r in zip(shift[i], room, strict=True))
@@ -135,12 +138,16 @@ def test_painting_is_apply_then_tokenise(g, canvas, shift):
         origin = torch.tensor([int(u * (30 - c + 1)) for u, c in zip(shift[i], (h, w), strict=True)])
         places = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"), -1).flatten(0, 1)
         assert torch.equal(at.split(cells)[i], origin + places) and at.max() < 30
+        ends = torch.tensor(offset) + torch.tensor(grids[0].shape)
+        want = torch.cat((places - torch.tensor(offset) + 1, ends - places), 1)  # 1 where a cell touches that border from within
+        assert torch.equal(borders.split(cells)[i], want.clamp(0, 30))
 
 
 @given(generators)
 @settings(max_examples=50)
 def test_a_batch_paints_each_episode_on_its_canvas(g):
-    packed, cfg = data.pack(puzzles.tasks(g, 6)), DataConfig(demo_canvases=(3, 6), canvases=CANVASES)
+    packed = data.pack(puzzles.tasks(g, 6))
+    cfg = DataConfig(demo_canvases=(3, 6), canvases=CANVASES, turn_outputs=puzzles.integer(g, 0, 1))
     made = data.deck(data.queries(packed, "leave_one_out", CANVASES), 8)
     e = data.draw(packed, made, cfg, 1, torch.arange(8), torch.arange(8))
     b = data.batch(packed, e, cfg)
@@ -148,9 +155,11 @@ def test_a_batch_paints_each_episode_on_its_canvas(g):
     assert len(b.cells) == 8 and sum(b.cells) == len(b.inputs) == len(b.labels)
     for slot, (x, y) in enumerate(zip(b.inputs.split(b.cells), b.labels.split(b.cells), strict=True)):
         s, at = Symmetry(*(v[slot : slot + 1] for v in e.symmetry)), e.shift[slot : slot + 1, 0]
+        further = None if e.further is None else e.further[slot : slot + 1]
         h, w = canvas[int(e.query[slot])]
-        assert e.canvas[slot].tolist() == ([w, h] if data.SWAP[s.dihedral] else [h, w])
-        want = data.paint(packed, e.query[slot : slot + 1], s, at, e.canvas[slot : slot + 1])
+        square = further is not None and data.SWAP[further]
+        assert e.canvas[slot].tolist() == ([max(h, w)] * 2 if square else [w, h] if data.SWAP[s.dihedral] else [h, w])
+        want = data.paint(packed, e.query[slot : slot + 1], s, at, e.canvas[slot : slot + 1], further=further)
         assert torch.equal(x, want[0])
         assert torch.equal(y, torch.where(want[1] == data.PAD, data.IGNORE, want[1]))
     d, seen = b.demos, set()
@@ -158,9 +167,11 @@ def test_a_batch_paints_each_episode_on_its_canvas(g):
     rows = zip(d.inputs.split(d.cells), d.outputs.split(d.cells), d.gaps, d.owner.tolist(), d.place.tolist(), strict=True)
     for x, y, gap, owner, place in rows:
         pair = e.demos[owner, place]
-        size = torch.tensor([[3 if n <= 3 else 6 for n in packed.grids[pair, :, 1:].amax(0)]])
         s, at = Symmetry(*(v[owner : owner + 1] for v in e.symmetry)), e.shift[owner : owner + 1, 1 + place]
-        assert same((x, y), data.paint(packed, pair[None], s, at, data.turned(s.dihedral, size))[:2])
+        further = None if e.further is None else e.further[owner : owner + 1]
+        sizes = data.turned(data.both_sides(s, further), packed.grids[pair[None], :, 1:])
+        size = torch.tensor([[3 if n <= 3 else 6 for n in sizes[0].amax(0)]])
+        assert same((x, y), data.paint(packed, pair[None], s, at, size, further=further)[:2])
         assert gap or bool(((x != data.PAD) | (y != data.PAD)).all())
         seen.add((owner, place))
     assert seen == {tuple(at) for at in torch.nonzero(e.demos >= 0).tolist()}
@@ -364,6 +375,27 @@ def test_one_demo_and_one_query_are_enough(rule):
     assert set(e.query.tolist()) == ({0, 1} if rule == "leave_one_out" else {1})
     assert [[d for d in row if d >= 0] for row in e.demos.tolist()] == (1 - e.query[:, None]).tolist()
     assert len(data.batch(packed, e, DataConfig()).demos.owner) == 20
+
+
+@given(generators)
+@settings(max_examples=20)
+def test_outputs_alone_are_turned_further_and_all_of_an_episode_alike(g):
+    some, packed, deck, cfg, _, _ = drawn(g, "leave_one_out", translate=False)
+    pairs = [p for t in some for p in (*t.demos, *t.queries)]
+    slot, n = torch.arange(6).repeat(100), torch.arange(100).repeat_interleave(6)
+    plain, e = (data.draw(packed, deck, msgspec.structs.replace(cfg, turn_outputs=x), 0, slot, n) for x in (0.0, 0.5))
+    assert plain.further is None and 0.3 < float((e.further > 0).double().mean()) < 0.6  # 7 of 16
+    assert same((plain.query, plain.demos, plain.shift, *plain.symmetry), (e.query, e.demos, e.shift, *e.symmetry))
+    first = data.Episodes(*(data.Symmetry(*(y[:8] for y in x)) if isinstance(x, tuple) else x if x is None else x[:8] for x in e))
+    b = data.batch(packed, first, cfg)
+    for i, (x, y) in enumerate(zip(b.demos.inputs.split(b.demos.cells), b.demos.outputs.split(b.demos.cells), strict=True)):
+        owner = int(b.demos.owner[i])
+        x_in, x_out = pairs[int(first.demos[owner, b.demos.place[i]])]
+        s = Symmetry(first.symmetry.dihedral[owner], first.symmetry.colours[owner])
+        want = data.apply(s, x_in), data.apply(data.identity()._replace(dihedral=first.further[owner]), data.apply(s, x_out))
+        canvas = tuple(np.max([grid.shape for grid in want], axis=0))
+        for tokens, grid in zip((x, y), want, strict=True):
+            assert np.array_equal(tokens.view(*canvas).numpy(), data.tokenise(grid, canvas))
 
 
 def test_without_translation_grids_lie_at_the_corner():

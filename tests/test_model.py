@@ -266,7 +266,7 @@ def test_evaluation_is_the_same_steps_with_the_context_computed_once(encoder, g)
 @settings(max_examples=15)
 def test_a_view_leaves_with_the_answer_it_had(g, leave, encoder, stable):
     """Each slot's output is that of the step at which it left, whoever left before."""
-    w = World(g, config(encoder, halt_max_steps=6))
+    w = World(g, config(encoder, halt_max_steps=6, positions="borders" if encoder == "matching" else "rope2d"))
     core = w.params.core
     params = w.params._replace(core=core._replace(q_weight=torch.randn(2, 32, generator=g), q_bias=torch.zeros(2)))
     carry, every = w.start(), []
@@ -316,7 +316,7 @@ def mix(slot, mine, others):
 
 
 def rows_of(e, rows):
-    return data.Episodes(*(data.Symmetry(*(y[rows] for y in x)) if isinstance(x, tuple) else x[rows] for x in e[:-1]))
+    return data.Episodes(*(data.Symmetry(*(y[rows] for y in x)) if isinstance(x, tuple) else x[rows] for x in e[:-2]))
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
@@ -420,7 +420,7 @@ def test_empty_places_do_not_matter(encoder, g, stride, more):
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
-@given(generators, st.sampled_from(["rope", "rope2d"]))
+@given(generators, st.sampled_from(["rope", "rope2d", "borders"]))
 @settings(max_examples=2)
 def test_the_canvas_of_a_demo_does_not_matter(encoder, g, positions):
     """Where padding does not attend, and there is room for the end-of-grid marks (grids here are 7 a side at most)."""
@@ -714,6 +714,21 @@ def test_the_loss_of_a_slot_is_its_own(g):
 # ---------------------------------------------------------------- positions and layers
 
 
+@given(generators)
+@settings(max_examples=20)
+def test_a_code_of_borders_is_that_of_all_four_distances_and_of_nothing_else(g):
+    cfg = config(positions="borders")
+    table, at, borders = etrm.init_core(cfg, g).position[cfg.context_tokens :], cells_at(6), torch.randint(0, 31, (36, 4), generator=g)
+    codes = etrm.codes(cfg, table, at, borders)
+    assert torch.equal(codes, etrm.codes(cfg, table, at + 3, borders))
+    for k in range(4):
+        other = borders.clone()
+        other[:, k] = (other[:, k] + 1 + torch.randint(0, 30, (36,), generator=g)) % 31
+        assert ((etrm.codes(cfg, table, at, other) - codes).abs().amax(1) > 1e-3).all()
+    mirrored = etrm.codes(cfg, table, at, borders[:, [0, 3, 2, 1]])
+    assert ((mirrored - codes).abs().amax(1) > 1e-3).equal(borders[:, 1] != borders[:, 3])
+
+
 def cells_at(side):
     return torch.cartesian_prod(torch.arange(side), torch.arange(side))
 
@@ -726,7 +741,7 @@ def test_a_position_is_that_of_the_raster(g, kind, top, left):
     p, context = etrm.init_core(cfg, g), torch.randn(1, 4, 32, generator=g)
     codes = {}
     for name, at in (("raster", cells_at(30)), ("canvas", cells_at(6) + torch.tensor([top, left]))):
-        batch = data.Batch(torch.full((len(at),), 5), torch.zeros(len(at)), at, (len(at),), None)
+        batch = data.Batch(torch.full((len(at),), 5), torch.zeros(len(at)), at, (len(at),), None, at)
         e, turn = etrm.place(p, cfg, etrm.Context(context), batch, etrm.layout_of(cfg, batch.cells, at.device))
         codes[name] = e if turn is None else torch.cat([x.flatten(1) for x in turn], 1)
     rows = 4 + (cells_at(6) + torch.tensor([top, left])) @ torch.tensor([30, 1])
@@ -851,7 +866,8 @@ def test_a_tree_survives_being_taken_apart(encoder, positions):
     assert torch.equal(leaves(twice)["core.blocks.0.qkv"], 2 * params.core.blocks[0].qkv)
     assert leaves(params)["encoder.own.input_embed" if "wide" in encoder else "encoder.input_embed"] is own(params.encoder).input_embed
     batch = World(torch.Generator().manual_seed(0), config()).batch
-    names = ["inputs", "labels", "at", *(f"demos.{k}" for k in ("inputs", "outputs", "at", "owner", "place", "by_slot"))]
+    of_demos = [f"demos.{k}" for k in ("inputs", "outputs", "at", "owner", "place", "by_slot", "borders")]
+    names = ["inputs", "labels", "at", *of_demos, "borders"]
     assert list(leaves(batch)) == names
     moved = etrm.tree_map(lambda x: x + 1, batch)
     assert moved.cells == batch.cells and torch.equal(moved.demos.at, batch.demos.at + 1)
@@ -867,7 +883,7 @@ def test_parameters_are_a_function_of_the_seed(seed):
     assert abs(float(drawn.std()) * 8 - 1) < 0.03 and abs(float(drawn.mean())) < 0.005
 
 
-@pytest.mark.parametrize("positions", ["rope", "rope2d", "learned", "none"])
+@pytest.mark.parametrize("positions", ["rope", "rope2d", "learned", "borders", "none"])
 @pytest.mark.parametrize("context_scale", ["gain", "published"])
 def test_every_leaf_that_should_learn_gets_a_gradient(positions, context_scale):
     w = World(

@@ -31,6 +31,7 @@ def batch_of(inputs, labels, demos=None):
         places(len(inputs), math.isqrt(inputs.shape[1])),
         (inputs.shape[1],) * len(inputs),
         demos,
+        torch.zeros(inputs.numel(), 4, dtype=torch.int64),
     )
 
 
@@ -39,7 +40,7 @@ def all_demos(inputs, outputs, mask):
     x, y, cells = inputs[owner, place].long(), outputs[owner, place].long(), inputs.shape[-1]
     return Demos(
         x.flatten(), y.flatten(), places(len(x), math.isqrt(cells)), (cells,) * len(x), (1,) * len(x), owner, place, mask.shape[1],
-        torch.arange(x.numel()), tuple((mask.sum(1) * cells).tolist()),
+        torch.arange(x.numel()), tuple((mask.sum(1) * cells).tolist()), torch.zeros(x.numel(), 4, dtype=torch.int64),
     )  # fmt: skip
 
 
@@ -369,5 +370,5 @@ def test_crop(golden):
 
 def test_to_slots_puts_each_demo_at_its_place():
     one = torch.zeros(2, dtype=torch.int64)
-    demos = Demos(one, one, places(2, 1), (1, 1), (0, 0), torch.tensor([1, 0]), torch.tensor([0, 1]), 2, one, (1, 1))
+    demos = Demos(one, one, places(2, 1), (1, 1), (0, 0), torch.tensor([1, 0]), torch.tensor([0, 1]), 2, one, (1, 1), places(2, 1))
     assert to_slots(torch.tensor([5.0, 7.0]), demos, -1).tolist() == [[-1, 7], [5, -1]]

@@ -420,6 +420,9 @@ def test_full_adaptation_learns_the_demos_and_touches_only_its_copy(run):
     before = {k: v.clone() for k, v in leaves(s.params).items()}
     cfg = with_solve(s.cfg, adapt_steps=12, adapt_lr=1e-2, adapt_batch=8)
     own = adapt.tuned(s.params, cfg, task, float("inf"))
+    odd = msgspec.structs.replace(cfg, data=msgspec.structs.replace(cfg.data, turn_outputs=1.0, min_demos=1))
+    again = adapt.tuned(s.params, odd, task, float("inf"))  # asks the task's own rule, from all its demos
+    assert all(torch.equal(x, y) for x, y in zip(etrm.leaves(own).values(), etrm.leaves(again).values(), strict=True))
     packed = data.pack([adapt.several(task)])
     loss = [train.probe(p, s.cfg, packed, "leave_one_out", torch.float32)["loss"] for p in (s.params, own)]
     assert loss[1] < 0.9 * loss[0]
