@@ -450,7 +450,7 @@ def batch(tasks: Tasks, e: Episodes, cfg: DataConfig, raster: int = MAX_SIDE) ->
     owner, place, canvas, gaps = owner[order], place[order], canvas[order], gaps[order]
     sym = Symmetry(e.symmetry.dihedral[owner], e.symmetry.colours[owner])
     further = None if e.further is None else e.further[owner]
-    *demos, far = paint(tasks, e.demos[owner, place], sym, e.shift[owner, 1 + place], canvas, raster, further)
+    shown_in, shown_out, shown_at, far = paint(tasks, e.demos[owner, place], sym, e.shift[owner, 1 + place], canvas, raster, further)
     area = canvas.prod(1)
     by_slot = torch.argsort(owner.repeat_interleave(area), stable=True)
     cells_of = torch.zeros(len(e.query), dtype=torch.int64).index_add_(0, owner, area)
@@ -458,7 +458,7 @@ def batch(tasks: Tasks, e: Episodes, cfg: DataConfig, raster: int = MAX_SIDE) ->
     return Batch(
         x, y.masked_fill(y == PAD, IGNORE), at, tuple(e.canvas.prod(1).tolist()),
         Demos(
-            *demos, tuple(area.tolist()), tuple(gaps.int().tolist()), owner.to(device), place.to(device), e.demos.shape[1],
+            shown_in, shown_out, shown_at, tuple(area.tolist()), tuple(gaps.int().tolist()), owner.to(device), place.to(device), e.demos.shape[1],
             by_slot.to(device), tuple(cells_of.tolist()), far,
         ),
         borders,

@@ -431,8 +431,8 @@ def only(batch: Batch, read: Any, carry: Carry, slots: Sequence[int]) -> tuple[B
     """Some slots alone, as if the others had never been there; demos are not taken along, what was read stands for them."""
     rows = torch.tensor(slots, device=batch.inputs.device)
     cells, tokens = [batch.cells[i] for i in slots], [carry.tokens[i] for i in slots]
-    of_cells = {k: part_of(getattr(batch, k), batch.cells, slots) for k in ("inputs", "labels", "at", "borders")}
-    own = batch._replace(**of_cells, cells=tuple(cells))
+    inputs, labels, at, borders = (part_of(x, batch.cells, slots) for x in (batch.inputs, batch.labels, batch.at, batch.borders))
+    own = batch._replace(inputs=inputs, labels=labels, at=at, borders=borders, cells=tuple(cells))
     said = None
     if isinstance(read, Context) and read.cells is not None:
         said, read = part_of(read.cells, batch.cells, slots), read._replace(cells=None)
