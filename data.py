@@ -458,8 +458,8 @@ def batch(tasks: Tasks, e: Episodes, cfg: DataConfig, raster: int = MAX_SIDE) ->
     return Batch(
         x, y.masked_fill(y == PAD, IGNORE), at, tuple(e.canvas.prod(1).tolist()),
         Demos(
-            shown_in, shown_out, shown_at, tuple(area.tolist()), tuple(gaps.int().tolist()), owner.to(device), place.to(device), e.demos.shape[1],
-            by_slot.to(device), tuple(cells_of.tolist()), far,
+            shown_in, shown_out, shown_at, tuple(area.tolist()), tuple(gaps.int().tolist()), owner.to(device), place.to(device),
+            e.demos.shape[1], by_slot.to(device), tuple(cells_of.tolist()), far,
         ),
         borders,
         rows=None if e.row is None else e.row.to(device),
