@@ -78,9 +78,9 @@ def rates(
     checkpoint: str, tasks: Sequence[data.Task], views: int, act_steps: int, dtype: str, limit: int, slow: int, repeats: int
 ) -> dict[str, float]:
     """Views/s of each rung of the ladder, the median of the repeats; slow: views in the published layout (0: none)."""
-    train.keep_pages()
     params, cfg, padded = model_of(checkpoint, act_steps)
     kind = train.dtype_of(dtype, torch.device("cpu"))
+    train.keep_pages(kind)
     cast, encode = etrm.tree_map(lambda x: x.to(kind), params), encoders.encoder_of(cfg.model)
     steps = cfg.model.halt_max_steps
     ours = [b for b, _ in batches(cfg, tasks, views, limit)]

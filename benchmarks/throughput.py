@@ -352,7 +352,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
         rows = found["growth"][kind]
         values = [v["samples_per_s"] if isinstance(v, dict) else v for v in rows.values()]
         axis.plot([int(k) for k in rows], values, "o-", color="#0074D9")
-        axis.set(title=f"samples/s against {kind}", ylim=(0, None), xscale="log" if kind == "tasks" else "linear")
+        axis.set(title=f"samples/s against {kind}", ylim=(0, 1.1 * max(values)), xscale="log" if kind == "tasks" else "linear")
     figure.savefig(path, dpi=110)
 
 
