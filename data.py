@@ -109,10 +109,18 @@ def inverse(s: Symmetry) -> Symmetry:
 
 def apply(s: Symmetry, grid: np.ndarray) -> np.ndarray:
     """One symmetry applied to one grid (h, w)."""
-    k, x = int(s.dihedral), s.colours.numpy().astype(np.uint8)[grid]
-    x = x[::-1] if FLIP_R[k] else x
-    x = x[:, ::-1] if FLIP_C[k] else x
-    return np.ascontiguousarray(x.T if SWAP[k] else x)
+    return turn(int(s.dihedral), s.colours.numpy().astype(np.uint8)[grid])
+
+
+TURNS = tuple(zip(SWAP.tolist(), FLIP_R.tolist(), FLIP_C.tolist(), strict=True))
+
+
+def turn(k: int, grid: np.ndarray) -> np.ndarray:
+    """The k-th element of D8 applied to one grid (h, w)."""
+    swap, flip_r, flip_c = TURNS[k]
+    x = grid[::-1] if flip_r else grid
+    x = x[:, ::-1] if flip_c else x
+    return np.ascontiguousarray(x.T if swap else x)
 
 
 # ---------------------------------------------------------------- packed tasks and queries

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from . import compose
-from .data import MAX_SIDE, DataConfig, Symmetry, Task, UserError, apply, histogram, nearest, pack, queries
+from .data import MAX_SIDE, DataConfig, Task, UserError, histogram, nearest, pack, queries, turn
 
 DEV_TASKS = 80
 MAX_COMPOSED = 1_000_000
@@ -210,15 +210,12 @@ def pair_digest(pair: tuple[np.ndarray, np.ndarray]) -> bytes:
     """Equal for two pairs exactly when a symmetry (D8 x colours, one for both grids) takes one to the other."""
     forms = []
     for k in range(8):
-        flat = []
-        for grid in pair:
-            x = apply(Symmetry(torch.tensor(k), torch.arange(10)), grid)
-            flat.append((bytes(x.shape), x.reshape(-1)))
-        cells = np.concatenate([f[1] for f in flat])
+        turned = [turn(k, grid) for grid in pair]
+        cells = np.concatenate([x.reshape(-1) for x in turned])
         seen, at = np.unique(cells, return_index=True)
         rank = np.zeros(10, np.uint8)
         rank[seen[at.argsort()]] = np.arange(len(seen))
-        forms.append(flat[0][0] + flat[1][0] + rank[cells].tobytes())
+        forms.append(b"".join(bytes(x.shape) for x in turned) + rank[cells].tobytes())
     return hashlib.blake2b(min(forms), digest_size=16).digest()
 
 

@@ -1,8 +1,8 @@
-"""Are the demos read? python -m benchmarks.foreign CHECKPOINT [--data SOURCE] [--views 32] [--json]
+"""Are the demos read? python -m benchmarks.foreign CHECKPOINT [--data SOURCE] [--views 32] [--set solve.adapt=context] [--json]
 
-pass@2 of a checkpoint, without adaptation, when every task keeps its own demos and when it is shown those of another task,
-fixed by the seed of the checkpoint's config; 95 % intervals (Wilson over tasks). A look at held-out tasks is counted as
-`etrm eval` counts it.
+pass@2 of a checkpoint when every task keeps its own demos and when it is shown those of another task, fixed by the seed of the
+checkpoint's config, and adapts to them where adaptation is set; 95 % intervals (Wilson over tasks). A look at held-out tasks
+is counted as `etrm eval` counts it.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ def main() -> None:
     options.add_argument("checkpoint")
     options.add_argument("--data", default="arc1:dev")
     options.add_argument("--views", type=int, default=32)
+    options.add_argument("--set", action="append", default=[], help="as of etrm eval")
     options.add_argument("--json", action="store_true")
     args = options.parse_args()
-    s = solve.opened(args.checkpoint)
+    s = solve.opened(args.checkpoint, args.set)
     hidden, known = (sources.load(args.data, hide=hide) for hide in (True, False))
     donor = train.donors(torch.arange(len(hidden)), s.cfg.run.seed).tolist()
     shown = {"own": hidden, "foreign": [t._replace(demos=hidden[d].demos) for t, d in zip(hidden, donor, strict=True)]}
