@@ -106,7 +106,8 @@ def explained(params: Params, cfg: Config, encode: Encode, asked: Asked, said: C
         if not len(asked.owner):
             return torch.zeros(len(said.tokens))
         cells = None if said.cells is None else encode.read(params.encoder, asked.batch).cells
-        return likelihood(params, cfg, asked, Context(said.tokens[asked.owner], cells=cells), len(said.tokens))[1]
+        found = likelihood(params, cfg, asked, Context(said.tokens[asked.owner], cells=cells), len(said.tokens))[1]
+        return found.nan_to_num(-1e9)
 
 
 def search(params: Params, cfg: Config, encode: Encode, asked: Asked, said: Context, until: float) -> Context:
@@ -146,7 +147,9 @@ def recipe(cfg: Config, folder: str = "") -> Config:
         run=replace(cfg.run, dir=folder, track=""),
         init_from=InitConfig(),
         data=replace(cfg.data, query="leave_one_out", min_demos=0, turn_outputs=0.0),
-        optimizer=replace(cfg.optimizer, lr=how.adapt_lr or 1e-3, warmup=0, final_lr=0.1, freeze=(*cfg.optimizer.freeze, *rest)),
+        optimizer=replace(
+            cfg.optimizer, lr=how.adapt_lr or 1e-3, warmup=0, final_lr=0.1, freeze=(*cfg.optimizer.freeze, *rest), freeze_until={}
+        ),
         train=replace(
             cfg.train, batch=how.adapt_batch, shards=min(4, how.adapt_batch), steps=how.adapt_steps, save_every=100, keep_every=0
         ),
@@ -193,6 +196,8 @@ def tuned_jointly(params: Params, cfg: Config, tasks: Sequence[Task], folder: Pa
     """(weights trained on the demos of all tasks together, seconds that took): a run of its own, which goes on where it was
     interrupted and ends early when all demos are solved or after `limit` seconds. limit 0: what it has so far."""
     cfg, last = recipe(cfg, str(folder)), folder / "last.safetensors"
+    if limit <= 0 and not last.exists():
+        raise UserError(f"{folder}: absent, though weights that it had have voted: put it there, or start another --predictions file")
     if not (last.exists() and (limit <= 0 or described(folder)["state"] in ("done", "eval.stop_at"))):
         s = prepared(params, cfg, [several(t) for t in tasks])
         ran = train.fit(cfg, resume=bool(checkpoint.manifests(folder)), limit=limit, s=s)

@@ -162,9 +162,9 @@ def turn_in(cfg: ModelConfig, position: Tensor, like: Tensor) -> Turn:
     return turn_of(position, cfg.heads, cfg.hidden // cfg.heads, like.dtype)
 
 
-def to_slots(x: Tensor, demos: Demos, fill: float = 0.0) -> Tensor:
-    """Per-demo values (N, ...) to (B, K, ...): each demo at its owner and place, `fill` elsewhere."""
-    out = x.new_full((len(demos.cells_of), demos.most, *x.shape[1:]), fill)
+def to_slots(x: Tensor, demos: Demos) -> Tensor:
+    """Per-demo values (N, ...) to (B, K, ...): each demo at its owner and place, 0 elsewhere."""
+    out = x.new_zeros((len(demos.cells_of), demos.most, *x.shape[1:]))
     return out.index_put((demos.owner, demos.place), x)  # (owner, place) is unique: no accumulation, no order
 
 

@@ -3,6 +3,7 @@ state of a run, from which it goes on as if it had never stopped."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -56,8 +57,9 @@ def commit(path: Path, write: Callable[[Path], Any]) -> None:
         sync(aside)
         aside.replace(path)
         sync(path.parent)
-    except (OSError, safetensors.SafetensorError) as e:
-        aside.unlink(missing_ok=True)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as e:  # torch.save: RuntimeError
+        with contextlib.suppress(OSError):
+            aside.unlink()
         raise UserError(f"{path}: cannot be written: {getattr(e, 'strerror', None) or e}") from None
 
 

@@ -196,7 +196,8 @@ def train_one(cfg: Any, resume: bool, several: bool, source: str, limit: float, 
     rank, world = launch.place_of()
     folder = Path(cfg.run.dir)
     begun = bool(checkpoint.manifests(folder))
-    if several and resume and begun and (row := runs.described(folder))["state"] not in ("running", "stopped"):
+    row = runs.described(folder) if several and resume and begun else {"state": ""}
+    if row["state"] in ("eval.stop_at", "eval.patience") or (row["state"] == "done" and row["step"] >= cfg.train.steps):
         if rank == 0:
             typer.echo(f"{folder} has ended: {row['state']}")
         return row
@@ -206,7 +207,7 @@ def train_one(cfg: Any, resume: bool, several: bool, source: str, limit: float, 
         typer.echo(plan.pop("text"))
     if dry_run:
         return plan
-    go_on = resume and (begun or not several)
+    go_on = resume and (begun or not (several or (folder / "run.json").exists()))  # what was killed before its first state begins
     forked = Path(source) if source and not go_on else None
     result = fit_aloud(cfg, resume=go_on, limit=limit, source=forked, s=setup)
     if rank == 0:

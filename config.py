@@ -16,10 +16,12 @@ import tomli
 from .data import DataConfig, UserError, nearest
 from .etrm import Count, ModelConfig
 
+Beta = Annotated[float, msgspec.Meta(ge=0, lt=1)]
+
 
 class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dir: str = "runs/etrm"
-    seed: int = 0
+    seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
     track: Literal["", "tensorboard", "wandb"] = ""  # beside metrics.jsonl, offline
 
 
@@ -27,11 +29,11 @@ class OptimizerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Patterns are regular expressions that match a whole parameter path, e.g. "encoder\\..*"; the first match counts."""
 
     kind: Literal["adamw", "muon", "adam_atan2"] = "muon"  # muon: matrices only, AdamW beside it
-    lr: float = 1e-3
+    lr: Annotated[float, msgspec.Meta(ge=0)] = 1e-3
     warmup: int = 100
     final_lr: float = 0.1  # share of lr at the last step, reached by a cosine; 1: constant after warm-up
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.1
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    weight_decay: Annotated[float, msgspec.Meta(ge=0)] = 0.1
     clip: float = 1.0  # of the global norm, after the all-reduce; 0: none
     lr_scale: dict[str, float] = {}
     decay_scale: dict[str, float] = {}
@@ -176,7 +178,7 @@ def load_config(path: str | Path, sets: Sequence[str] = (), fast: bool = False) 
     """Read a TOML recipe, ours by name; --fast applies its [fast] table, then each 'a.b=value' (TOML, else a plain string)."""
     shipped = {p.relative_to(SHIPPED).with_suffix("").as_posix(): p for p in sorted(SHIPPED.rglob("*.toml"))}
     path = Path(path)
-    if not path.exists():
+    if not path.is_file():
         path = shipped.get(path.as_posix().removesuffix(".toml").removeprefix("configs/"), path)
     raw = read_recipe(path, [k for k in shipped if "/" not in k])
     if fast:

@@ -34,7 +34,7 @@ class DataConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     guard_min_cells: int = 20  # fewer cells in the pairs that two tasks share are taken for chance
     query: Literal["leave_one_out", "test"] = "leave_one_out"
     max_demos: Annotated[int, msgspec.Meta(ge=1)] = 10
-    min_demos: int = 0  # 0: all demos; else each episode draws a subset of at least that many
+    min_demos: Annotated[int, msgspec.Meta(ge=0)] = 0  # 0: all demos; else each episode draws a subset of at least that many
     canvases: tuple[int, ...] = ()  # sides a canvas may have; none: all, so that a canvas fits its task exactly
     demo_canvases: tuple[int, ...] = ()  # the same of the demos
     dihedral: bool = True
@@ -43,8 +43,8 @@ class DataConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     turn_outputs: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0  # share of the episodes whose outputs an element of D8 turns further
     symmetries: Annotated[int, msgspec.Meta(ge=0)] = 0  # of a task, fixed by the seed, the first: none; 0: every episode draws anew
     composed: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0  # share of the sample-steps for composed:N; 0: a task is a task
-    max_train_tasks: int = 0  # 0: all
-    max_eval_tasks: int = 0
+    max_train_tasks: Annotated[int, msgspec.Meta(ge=0)] = 0  # 0: all
+    max_eval_tasks: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
 class Task(NamedTuple):

@@ -54,7 +54,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     hidden: Count = 128
     heads: Count = 2
-    expansion: float = 4.0
+    expansion: Annotated[float, msgspec.Meta(gt=0)] = 4.0
     layers: Count = 2
     H_cycles: Count = 3
     L_cycles: Count = 4

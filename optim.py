@@ -105,6 +105,8 @@ def update(
     opts: Sequence[torch.optim.Optimizer], trained: Sequence[Tensor], grads: Sequence[Tensor], lr: float, clip: float,
 ) -> Tensor:  # fmt: skip
     """Clip by the global norm, then step, in place; the norm before clipping. A non-finite norm changes nothing."""
+    if not grads:
+        return torch.zeros(())
     norm = torch.stack(torch._foreach_norm(list(grads))).norm()
     if not math.isfinite(float(norm)):
         return norm

@@ -246,7 +246,9 @@ def gallery(solver: solve.Solver, file: Path, known: dict[str, list[Task]]) -> t
     if not here:
         return [], f"no gallery: no task of {', '.join(known) or 'a dev split'} stands in {file.name}; name their source with --data"
     of = {t.name: t for t in tasks}
-    lines = show.timelines(solver.params, solver.cfg, [show.asked_pair(of[p.task], p.query, None) for p in here])
+    asking = [show.asked_pair(of[p.task], p.query, None) for p in here]
+    table = solver.cfg.model.encoder.kind == "table"  # says nothing of a task that is shown as it is
+    lines = [None] * len(here) if table else show.timelines(solver.params, solver.cfg, asking)
     found = [entry(of[p.task], p, rule, line.steps if line else ()) for p, line in zip(here, lines, strict=True)]
     cast = f"votes of {who}{'' if who == solver.source else ' (not these weights, or adapted)'}, ranked by {rule}"
     others = len({p.source for p in made}) - 1

@@ -15,13 +15,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 from torch import Tensor
 
 from . import checkpoint
+from .config import OptimizerConfig
 from .data import UserError
 from .etrm import Carry
-from .optim import load_optimizers, optimizer_tensors
+from .optim import load_optimizers, optimizer_tensors, optimizers
 
 if TYPE_CHECKING:
     from .train import Setup
@@ -106,6 +108,16 @@ def carry_from(saved: dict[int, dict[str, Tensor]], slots: Tensor, device: torch
     return Carry(**joined, tokens=tuple(len(s["z_H"]) for s in mine))
 
 
+def reached(folder: Path) -> int:
+    """The step of the last weights in a run folder, 0 before those that its first state follows at once."""
+    try:
+        about = json.loads((folder / "run.json").read_text())["config"]["train"]
+        step = int(checkpoint.inspect(folder / "last.safetensors")["step"])
+    except (OSError, ValueError, KeyError, TypeError, UserError):
+        return 0
+    return step if step > about["save_every"] else 0
+
+
 class Run:
     """A run folder held by one process (or one group of processes): its lock, its metrics, what ends it early."""
 
@@ -121,7 +133,12 @@ class Run:
             raise UserError(f"run.dir: {folder} is held by a live process") from None
         except OSError as e:
             raise UserError(f"run.dir: {folder}: {e.strerror}") from None
-        if not resume and checkpoint.manifests(folder):
+        states = checkpoint.manifests(folder)
+        if not states and (step := reached(folder)):
+            raise UserError(
+                f"run.dir: {folder} holds the weights of step {step}, whose states are gone: choose another --set run.dir=..."
+            )
+        if not resume and states:
             raise UserError(f"run.dir: {folder} holds a run already: go on with --resume, or choose another --set run.dir=...")
         self.writer = ThreadPoolExecutor(1)
         self.writing: Future[None] | None = None
@@ -275,14 +292,23 @@ def take_up(s: Setup, state: State, source: Path, forked: bool, rank: int, world
     state.facts = {k: manifest.get(k, v) for k, v in state.facts.items()}
     if any(manifest["config"]["eval"].get(k) != s.meta["config"]["eval"][k] for k in ("on", "weights", "act_steps", "best")):
         state.facts |= {"best": None, "waited": 0}  # measured by another yardstick
+    if forked:
+        state.facts |= {"best": None, "waited": 0}  # the best weights stay where they are
     state.facts["ended"] = ""
     with torch.no_grad():
         for k, p in s.params.items():
             p.copy_(parts[0][f"params.{k}"])
             state.ema[k].copy_(parts[0][f"ema.{k}"])
-    load_optimizers(state.opts, parts[0])
+    was = optimizers(msgspec.convert(manifest["config"]["optimizer"], OptimizerConfig), s.params)  # grouped as they were saved
+    load_optimizers(was, parts[0])
+    for old, new in zip(was, state.opts, strict=True):
+        new.state.update(old.state)
     slots = saved_slots(parts)
     state.carries = [carry_from(slots, mine, s.device) for mine in s.shards]
+    if manifest["config"]["run"]["seed"] != s.meta["config"]["run"]["seed"]:  # its episodes are not those of the carry
+        if s.meta["config"]["data"]["symmetries"]:
+            raise UserError("--from: run.seed: it decides which symmetry a row of the table is of")
+        state.carries = [c._replace(halted=torch.ones_like(c.halted)) for c in state.carries]
     if len(parts) == world:
         state.sums = parts[rank]["sums"].to(s.device)
     elif rank == 0:

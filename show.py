@@ -80,7 +80,7 @@ def watched(
         for i, logits in enumerate(out.logits.split(batch.cells)):
             log_p = etrm.log_prob(cfg.model, logits)
             tokens, grid = decoded(log_p.argmax(-1).view(*sizes[i]).cpu().numpy())
-            entropy = -(log_p.exp() * log_p).sum(-1).cpu().numpy() / math.log(2)
+            entropy = torch.special.entr(log_p.exp()).sum(-1).cpu().numpy() / math.log(2)
             here = entropy if grid is None else entropy[tokens.flatten() != PAD]
             steps[i].append(Step(tokens, grid, float(out.q_halt[i].sigmoid()), float(here.mean()), step * each))
 
@@ -115,15 +115,17 @@ def timeline(params: Params, cfg: Config, task: Task, query: int = 0, demo: int 
 
 def find_task(chosen: Sequence[str], name: str | None) -> Task:
     """The task of that id among the sources, or their only one. Raises UserError naming the nearest ids."""
-    tasks = {t.name: t for t in sources.load(chosen)}
+    tasks: dict[str, Task] = {}
+    for source in sorted(chosen, key=lambda s: s.startswith("composed")):  # what takes long comes last
+        tasks |= {t.name: t for t in sources.load([source])}
+        if name in tasks:
+            return tasks[name]
     if name is None and len(tasks) == 1:
         return next(iter(tasks.values()))
     if name is None:
         raise UserError(f"--task: which of the {len(tasks)} tasks of {', '.join(chosen)}? For instance {min(tasks)}")
-    if name not in tasks:
-        close = ", ".join(difflib.get_close_matches(name, tasks, cutoff=0))
-        raise UserError(f"--task {name}: not among the {len(tasks)} tasks of {', '.join(chosen)}; the nearest: {close}")
-    return tasks[name]
+    close = ", ".join(difflib.get_close_matches(name or "", tasks, cutoff=0))
+    raise UserError(f"--task {name}: not among the {len(tasks)} tasks of {', '.join(chosen)}; the nearest: {close}")
 
 
 def marks(t: Timeline, i: int) -> tuple[np.ndarray, np.ndarray]:

@@ -61,9 +61,10 @@ def jitter(std: float, keys: Sequence[tuple[int, ...]]) -> Callable[[int, Sequen
 
 def vote_of(cfg: Config, logits: Tensor, canvas: tuple[int, int], back: Symmetry) -> Vote:
     """The answer on a canvas, in the task's own frame, and its log-probability: of its cells and of its border. No answer
-    where no whole grid was given, or something else than numbers."""
+    where no whole grid was given, or something else than numbers (but -inf, for a token that a model cannot say)."""
     tokens = logits.float().argmax(-1).view(*canvas).cpu().numpy()
-    grid = data.untokenise(tokens) if bool(logits.isfinite().all()) else None
+    numbers = bool(logits.amax(-1).isfinite().all())  # the maximum of a row with a NaN is NaN
+    grid = data.untokenise(tokens) if numbers else None
     if grid is None:
         return Vote(None)
     label = torch.from_numpy(data.tokenise(grid.astype("uint8"), canvas)).long().flatten().to(logits.device)
@@ -290,12 +291,13 @@ def answer(solver: Solver, ask: Question, say: Callable[[float], None]) -> None:
     alone = solver.cfg.solve.adapt == "full"
     groups = [[t] for t in todo] if alone else [todo] if todo else []
     for n, group in enumerate(groups):
-        begun, params, spent = time.monotonic(), solver.params, solver.spent
-        if alone:
-            until = begun + 0.8 * (ask.deadline - begun) / (len(groups) - n)
-            params = adapt.tuned(params, solver.cfg, group[0], until)
-            spent = (time.monotonic() - begun) / len(group[0].queries)
-        for part, share in predictions(params, solver.cfg, group, ask.views, solver.source, done, ask.deadline):
+        begun, params, spent, until = time.monotonic(), solver.params, solver.spent, ask.deadline
+        if alone and data.queries(data.pack(group), "test", solver.cfg.data.canvases).canvas[:, 0].any():
+            # each task has its share of the time, learning at most four fifths of that
+            share_of = (until - begun) / (len(groups) - n)
+            params = adapt.tuned(params, solver.cfg, group[0], begun + 0.8 * share_of)
+            spent, until = (time.monotonic() - begun) / len(group[0].queries), begun + share_of
+        for part, share in predictions(params, solver.cfg, group, ask.views, solver.source, done, until):
             part = [p._replace(seconds=p.seconds + spent * (p.canvas is not None)) for p in part]  # once a query
             votes.append(ask.file, part)
             ask.made.extend(part)
@@ -305,7 +307,7 @@ def answer(solver: Solver, ask: Question, say: Callable[[float], None]) -> None:
 def wanted(chosen: Sequence[str], limit: int, hide: bool) -> dict[str, list[Task]]:
     """Tasks source by source; ids that an earlier source has are left out of the later ones (ARC-2 repeats six of ARC-1)."""
     found: dict[str, list[Task]] = {}
-    for source in chosen:
+    for source in dict.fromkeys(chosen):
         seen = {t.name for tasks in found.values() for t in tasks}
         found[source] = [t for t in sources.load([source], limit, hide) if t.name not in seen]
     return found
@@ -322,6 +324,13 @@ def shard_of(tasks: Sequence[Task], shard: str) -> list[Task]:
 def place_of(path: Path) -> Path:
     """The folder of a checkpoint, or this one where nothing can be written there."""
     return path.parent if os.access(path.parent, os.W_OK) else Path()
+
+
+def lines_file(option: str, path: str | Path) -> Path:
+    """Where predictions can be kept: what has another ending is read as a submission."""
+    if Path(path).suffix != ".jsonl":
+        raise UserError(f"{option} {path}: must end in .jsonl")
+    return Path(path)
 
 
 def evaluate(
@@ -346,7 +355,7 @@ def evaluate(
     tasks = [t for ts in named.values() for t in shard_of(ts, shard)]
     if not tasks:
         raise UserError(f"--shard {shard}: no task is left")
-    file = Path(predictions_file or place_of(first.path) / "predictions.jsonl")
+    file = lines_file("--predictions", predictions_file or place_of(first.path) / "predictions.jsonl")
     ask = Question(tasks, range(how.views), file, votes.read(file) if file.exists() else [], deadline)
 
     def heard() -> list[Prediction]:
@@ -392,7 +401,8 @@ def judged(solvers: Sequence[Solver], known: dict[str, list[Task]], here: Sequen
     if len(known) > 1:
         names = {k: {t.name for t in ts} for k, ts in known.items()}
         own = {k: [p for p in here if p.task in names[k]] for k in known}
-        result["by_source"] = {k: votes.score(ts, own[k], rule) for k, ts in known.items() if ts}
+        scored = [k for k, ts in known.items() if any(y is not None for t in ts for _, y in t.queries)]
+        result["by_source"] = {k: votes.score(known[k], own[k], rule) for k in scored}
     clean = [held_out(s.cfg, s.meta, tasks) for s in solvers]
     result["held_out"] = False if False in clean else None if None in clean else True
     kept_out = [x for s in solvers for x in s.cfg.data.held_out]
@@ -454,6 +464,7 @@ def merge(files: Sequence[Path], chosen: Sequence[str], rule: str, out: str = ""
     """Join predictions and submissions into one file; for tasks of the sources given, into a submission and scores."""
     if submit and not chosen:
         raise UserError("--submission: name the tasks with --data")
+    target = lines_file("--output", out) if out else None
     made = [p for f in files for p in votes.read(f)]
     hidden = [t for ts in wanted(chosen, 0, True).values() for t in ts]
     here = votes.joined(hidden, made) if chosen else list(votes.union(made).values())
@@ -461,8 +472,8 @@ def merge(files: Sequence[Path], chosen: Sequence[str], rule: str, out: str = ""
         raise UserError(f"{', '.join(map(str, files))}: no vote for any of the tasks")
     result: dict[str, Any] = {"files": [str(f) for f in files], "votes": sum(len(p.votes) for p in here), "queries": len(here)}
     result["unanswered"] = sum(not p.votes for p in here)
-    if out:
-        checkpoint.write_text(Path(out), "".join(votes.to_line(p) + "\n" for p in votes.by_source(here)))
+    if target:
+        checkpoint.write_text(target, "".join(votes.to_line(p) + "\n" for p in votes.by_source(votes.union(made).values())))
     if submit:
         checkpoint.write_text(Path(submit), json.dumps(votes.submission(hidden, here, rule)))
     known = wanted(chosen, 0, False)

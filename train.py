@@ -140,7 +140,7 @@ def side_by_side(f: Callable[[One], Other], items: Iterable[One], device: torch.
 def next_batch(s: Setup, cfg: Config, slots: Tensor, carry: Carry) -> tuple[Carry, data.Batch, Tensor]:
     """Halted slots go on to their next episode; the batch of all slots, and their exploration.
 
-    The one wait for the device in a step: which slots have halted decides the shapes of what comes.
+    The wait for the device in a step: which slots have halted decides the shapes of what comes.
     """
     halted, steps, n = (x.cpu() for x in (carry.halted, carry.steps, carry.n))
     n = n + halted
@@ -424,7 +424,7 @@ def one_step(s: Setup, cfg: Config, carries: Sequence[Carry], scale: float = 1.0
         share = scale / cfg.train.batch
         carry, g, sums, context = train_step(s.params, s.like, cfg.model, s.encode, s.dtype, carry, batch, least, share)
         rows = regimes.spread(shard[0], batch, g.pop(), cfg.train.batch) if regimes.TABLE in s.params else []
-        return carry, [g[0].new_tensor([float(ask)]), *rows, *g], sums, context  # the vote travels with the gradients
+        return carry, [sums.new_tensor([float(ask)]), *rows, *g], sums, context  # the vote travels with the gradients
 
     new, grads, sums, contexts = zip(*side_by_side(work, zip(s.shards, carries, strict=True), s.device), strict=True)
     vote, *total = reduce(grads)
@@ -523,9 +523,10 @@ def loop(
         awake = [i for i, k in enumerate(names) if not is_asleep(cfg.optimizer, k, step)]
         norm = float(update(state.opts, [trained[i] for i in awake], [grads[i] for i in awake], lr, cfg.optimizer.clip))
         if math.isfinite(norm):
-            torch._foreach_lerp_([state.ema[k] for k in names], trained, 1 - cfg.train.ema)
+            if trained:  # not where rows of a table alone are
+                torch._foreach_lerp_([state.ema[k] for k in names], trained, 1 - cfg.train.ema)
             if touched:
-                (rows, ids), share = touched, lr / cfg.optimizer.lr
+                (rows, ids), share = touched, lr / (cfg.optimizer.lr or 1.0)
                 regimes.sign_step(s.params[regimes.TABLE], rows, ids, share * cfg.optimizer.table_lr, cfg.optimizer.table_decay)
         elif facts["scale"] > 1:
             facts["scale"] /= 2

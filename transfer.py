@@ -54,7 +54,7 @@ def published_names(path: str, cfg: ModelConfig) -> tuple[str, ...]:
     first, last, n = rest[0], rest[-1], rest[1] if len(rest) > 2 else ""
     found = ""
     if module == "core":
-        found = f"L_level.layers.{n}.{LAYER[last]}" if first == "blocks" else CORE.get(first, "")
+        found = CORE.get(first, "") if first != "blocks" else f"L_level.layers.{n}.{LAYER[last]}" if last in LAYER else ""
         return (f"inner.{found}",) if found else ()
     if first == "table":
         return ("inner.puzzle_emb.weights",)
@@ -82,10 +82,13 @@ def published_names(path: str, cfg: ModelConfig) -> tuple[str, ...]:
         found = "grid_encoder.color_embed.weight"
     else:
         found = ENCODER.get(".".join(rest), "")
-    return (f"encoder.{found}",) if found and kind not in OURS else ()
+    return (f"encoder.{found}",) if found and kind in PUBLISHED else ()
 
 
-OURS = ("perceiver", "set_transformer", "cross_attention", "hierarchical")  # of the encoders, no published one
+PUBLISHED = (
+    "standard", "variational", "lpn_standard", "lpn_variational", "lpn_variational_v2", "hybrid_standard", "hybrid_variational",
+    "recurrent", "trm_style", *PAPER,
+)  # fmt: skip
 
 
 def stripped(sd: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -208,13 +211,17 @@ def start(init: InitConfig, cfg: ModelConfig, like: dict[str, Tensor]) -> Start:
         unused = [k for k in found.tensors if k not in used]
     skipped = dict.fromkeys(unused, "no such parameter here")
     taken: dict[str, Tensor] = {}
+    try:
+        take = [re.compile(p) for p in init.take]
+    except re.error as e:
+        raise UserError(f"init_from.take: {', '.join(init.take)}: no regular expression: {e}") from None
     rows = torch.equal(tensors.get("encoder.keys", torch.zeros(0)), like.get("encoder.keys", torch.ones(0, 3)))
     for path, x in tensors.items():
         if path in skipped:
             continue
         if path in ("encoder.table", "encoder.keys") and not rows:
             skipped[path] = "rows of another training set's tasks"
-        elif not any(re.fullmatch(p, path) for p in init.take):
+        elif not any(p.fullmatch(path) for p in take):
             skipped[path] = "init_from.take leaves it out"
         elif x.shape == like[path].shape:
             taken[path] = x
@@ -244,7 +251,7 @@ def convert(source: str | Path, target: Path, cfg: Config | None = None, weights
     if found.ours:
         if target.suffix == ".safetensors":
             meta = {k: v for k, v in found.ours.meta.items() if k != "format"}
-            checkpoint.save(target, {f"params.{k}": v.bfloat16() for k, v in found.tensors.items()}, meta)
+            checkpoint.save(target, {f"params.{k}": v if k == "encoder.keys" else v.bfloat16() for k, v in found.tensors.items()}, meta)
             return f"{target}: {weights} weights of {found.path} in bfloat16, {target.stat().st_size / 1e6:.1f} MB"
         sd = {f"_orig_mod.model.{k}": v.contiguous() for k, v in split(found.tensors, found.ours.model).items()}
         checkpoint.commit(target, lambda aside: torch.save(sd, aside))

@@ -84,7 +84,7 @@ def of_line(text: str, where: str) -> Prediction:
         canvas = None if rows is None else np.array([[SIGNS.index(c) for c in row] for row in rows], np.uint8)
         rest = int(line.get("too_large", 0)), float(line.get("seconds", 0)), str(line["source"])
         return Prediction(str(line["task"]), int(line["query"]), str(line["hash"]), votes, canvas, *rest)
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
         raise UserError(f"{where}: no line of predictions: {type(e).__name__}: {e}") from None
 
 
@@ -121,7 +121,7 @@ def append(path: Path, made: Iterable[Prediction]) -> None:
 
 def task_hash(task: Task) -> str:
     """Content of a task but for the outputs of its queries."""
-    return sources.task_digest(task._replace(queries=[(x, None) for x, _ in task.queries])).hex()
+    return sources.asked_digest(task).hex()
 
 
 def union(made: Iterable[Prediction], keep: Callable[[Vote], bool] = lambda v: True) -> dict[tuple[str, int], Prediction]:
@@ -141,7 +141,8 @@ def union(made: Iterable[Prediction], keep: Callable[[Vote], bool] = lambda v: T
         canvas = min(shown, key=lambda p: p.source).canvas if shown else None
         large = 0 if votes else max(p.too_large for p in ps)
         spent = math.fsum(p.seconds * sum(map(keep, p.votes)) / len(p.votes) for p in ps if p.votes)
-        found[key] = Prediction(ps[0].task, ps[0].query, ps[0].hash, [votes[k] for k in sorted(votes)], canvas, large, spent)
+        who = "" if votes else min(p.source for p in ps)
+        found[key] = Prediction(ps[0].task, ps[0].query, ps[0].hash, [votes[k] for k in sorted(votes)], canvas, large, spent, who)
     return found
 
 
@@ -160,7 +161,7 @@ def by_source(made: Iterable[Prediction]) -> list[Prediction]:
     """As lines on disk: each of one source."""
     found = []
     for p in made:
-        for n, source in enumerate(sorted({v.source for v in p.votes}) or [""]):
+        for n, source in enumerate(sorted({v.source for v in p.votes}) or [p.source]):
             votes = [v for v in p.votes if v.source == source]
             found.append(p._replace(votes=votes, source=source, canvas=None if n else p.canvas, seconds=0.0 if n else p.seconds))
     return found

@@ -27,7 +27,9 @@ def main() -> None:
     hidden, known = (sources.load(args.data, hide=hide) for hide in (True, False))
     donor = train.donors(torch.arange(len(hidden)), s.cfg.run.seed).tolist()
     shown = {"own": hidden, "foreign": [t._replace(demos=hidden[d].demos) for t, d in zip(hidden, donor, strict=True)]}
-    found = {whose: votes.score(known, solve.predict(s.params, s.cfg, tasks, args.views)) for whose, tasks in shown.items()}
+    found = {
+        whose: votes.score(known, solve.predict(s.params, s.cfg, tasks, args.views), s.cfg.solve.vote) for whose, tasks in shown.items()
+    }
     look = solve.looked({solve.place_of(s.path)}, s.cfg.data.held_out, {args.data: known}, found["own"]["pass@2"])
     for whose, scores in found.items():
         low, high = scores["interval95"]["pass@2"]

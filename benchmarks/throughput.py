@@ -38,7 +38,6 @@ from etrm_arc.optim import optimizers, update
 
 DTYPES = ("bf16", "fp32")
 PUBLISHED = {"fp32": 0.37, "bf16": 0.52}  # samples/s of the published trainer on two cores with AMX
-PUBLISHED_TRM = 2.5  # samples/s of the published TRM in bf16, 900 tokens, no encoder
 
 
 def recipe(sets: list[str], **changes: Any) -> config.Config:
@@ -340,7 +339,8 @@ def plot(found: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     kinds = [k for k in ("tasks", "canvas", "demos", "hidden") if k in found["growth"]]
-    figure, axes = plt.subplots(1, 1 + len(kinds), figsize=(3.2 * (1 + len(kinds)), 3), constrained_layout=True)
+    figure, axes = plt.subplots(1, 1 + len(kinds), figsize=(3.2 * (1 + len(kinds)), 3), squeeze=False, constrained_layout=True)
+    axes = axes[0]
     names, bars = [], []
     for dtype in (d for d in DTYPES if d in found):
         row = found[dtype]

@@ -365,3 +365,27 @@ def test_an_unwritable_run_folder_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     result = call("train", "cpu", *SETS, "--set", f"run.dir={tmp_path / 'file' / 'run'}", code=2)
     assert "run.dir" in result.stderr
+
+
+def test_a_run_killed_before_its_first_state_begins_and_ended_ones_may_be_prolonged(tmp_path):
+    sources = [f'data.train=["{HERE / "set"}"]', f'data.dev=["{HERE / "set" / "mirror.json"}"]', "data.held_out=[]"]
+    items = [*sources, f"run.dir={tmp_path / 'a'}", "data.canvases=[6, 10]", "eval.foreign=false"]
+    more = [x for item in items for x in ("--set", item)]
+    assert "holds no whole state" in call("train", "cpu", *SETS, *more, "--resume", code=2).stderr
+    (tmp_path / "a").mkdir(exist_ok=True)
+    (tmp_path / "a" / "run.json").write_text("{}")  # what is there from a run's first moment
+    assert last_json(call("train", "cpu", *SETS, *more, "--resume", "--json"))["step"] == 3
+    several = ["train", "cpu", *SETS, *more, "--seeds", "2", "--resume"]
+    call(*several)
+    assert call(*several).stdout.count("has ended: done") == 2
+    assert call(*several, "--set", "train.steps=4").stdout.count("after 4 steps") == 2
+
+
+@pytest.mark.parametrize(
+    "item",
+    ["model.expansion=0", "run.seed=-1", "run.seed=1e30", "optimizer.betas=[0.9, 1.0]", "optimizer.lr=-1", "optimizer.weight_decay=-1",
+     "data.min_demos=-1", "data.max_train_tasks=-3"],
+)  # fmt: skip
+def test_a_number_out_of_bounds_is_one_line(item):
+    said = call("train", "cpu", "--set", item, "--dry-run", code=2).stderr
+    assert item.partition("=")[0] in said and said.count("\n") == 1

@@ -170,3 +170,24 @@ def test_composed_tasks_get_their_share_of_the_slots(g, share, slots):
     for some in (ours, ~ours):
         with pytest.raises(UserError, match=r"^data\.composed: a share"):
             sources.weights([t for t, mine in zip(tasks, some.tolist(), strict=True) if mine], share)
+
+
+def test_many_composed_tasks_are_kept_and_read_back(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(sources, "STORED", 5)
+    want = {name: sources.load(name) for name in ("composed:4", "composed:6", "composed-held-out:6")}
+    files = [*tmp_path.glob("etrm-arc/*.npz")]
+    assert len(files) == 2
+    with monkeypatch.context() as m:
+        m.setattr(compose, "tasks", None)
+        for name in ("composed:6", "composed-held-out:6"):
+            for hide in (False, True):
+                found = sources.load(name, hide=hide)
+                assert [t.name for t in found] == [t.name for t in want[name]] and len(found[0].queries) == 1
+                assert hide or sources.set_hash(found) == sources.set_hash(want[name])
+    for file in files:
+        file.write_bytes(file.read_bytes()[:100])  # a broken one is made anew
+    assert sources.set_hash(sources.load("composed:6")) == sources.set_hash(want["composed:6"])
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # where nothing can be written nothing is kept
+    assert sources.set_hash(sources.load("composed:6")) == sources.set_hash(want["composed:6"])

@@ -3,12 +3,13 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from etrm_arc import checkpoint, config, data, etrm, regimes, report, solve, sources, train
+from etrm_arc import checkpoint, config, data, etrm, regimes, report, show, solve, sources, train, transfer, votes
 from etrm_arc.data import UserError
 from etrm_arc.encoders import encoder_of, init_params
 from etrm_arc.etrm import Encode, ModelConfig, Params, act_loss, fresh_carry, leaves, rebuild
@@ -119,6 +120,28 @@ def test_what_a_table_cannot_answer_is_one_line(table, tmp_path, file, sets, sai
     with pytest.raises(UserError) as e:
         solve.evaluate([table], [str(SET / f"{file}.json")], ["solve.views=2", *sets], predictions_file=str(tmp_path / "p.jsonl"))
     assert str(e.value).startswith(said)
+
+
+def test_a_page_of_a_table_shows_its_answers_without_steps(table, tmp_path):
+    solve.evaluate([table], [str(SET / "border.json")], ["solve.views=2"])
+    page = report.page(table, [str(SET / "border.json")])
+    assert [row["task"] for row in page["gallery"]] == ["border"]
+
+
+def test_the_lean_copy_of_a_table_still_knows_its_tasks(table, tmp_path):
+    lean, file = tmp_path / "lean.safetensors", str(tmp_path / "p.jsonl")
+    transfer.convert(table, lean)
+    assert solve.evaluate([lean], [str(SET / "border.json")], ["solve.views=2"], predictions_file=file)["votes"] == 2
+
+
+@pytest.mark.parametrize("how", [{"freeze": (r"core\..*",)}, {"freeze_until": {r"core\..*": 9}}])
+def test_rows_can_be_trained_alone(tmp_path, how):
+    options = TABLE | {"eval__on": "train", "data__dev": (), **{f"optimizer__{k}": v for k, v in how.items()}}
+    cfg = tiny(tmp_path, **options)
+    before = train.setup(cfg).params
+    train.fit(cfg)
+    after = etrm.leaves(checkpoint.load(tmp_path / "last.safetensors").params)
+    assert torch.equal(before["core.embed"], after["core.embed"]) and after["encoder.table"].any()
 
 
 def test_views_are_the_symmetries_of_the_rows(table, monkeypatch):
@@ -317,7 +340,11 @@ def test_a_feedback_run_stops_resumes_and_answers(tmp_path):
         steps.append(train.fit(cfg, resume=bool(steps), limit=-1))
     same(outcome(tmp_path / "whole"), outcome(tmp_path / "pieces"))
     found = solve.evaluate([tmp_path / "whole"], [str(SET)], ["solve.views=2"], predictions_file=str(tmp_path / "p.jsonl"))
-    assert found["votes"] > 0
+    cast = [v for p in votes.read(tmp_path / "p.jsonl") for v in p.votes]
+    assert found["votes"] == len(cast) > 0 and all(v.grid is not None for v in cast)  # it fills its canvas
+    task = sources.load([str(SET / "border.json")])[0]
+    s = solve.opened(tmp_path / "whole")
+    assert all(np.isfinite(step.entropy) for step in show.timeline(s.params, s.cfg, task).steps)
     assert report.page(tmp_path / "whole", [str(SET)])["space"]["said"] == "this system reads no demos: no contexts"
     with pytest.raises(UserError, match="no one context to search"):
         solve.evaluate([tmp_path / "whole"], [str(SET)], ['solve.adapt="context"'], predictions_file=str(tmp_path / "q.jsonl"))

@@ -503,3 +503,50 @@ def test_foreign_and_misshapen_checkpoints_are_refused(tmp_path):
     with pytest.raises(UserError, match="neither best"):
         (tmp_path / "empty").mkdir()
         checkpoint.load(tmp_path / "empty")
+
+
+# ---------------------------------------------------------------- forks, requeues, folders without states
+
+
+@pytest.mark.parametrize(
+    "changed", [{"run__seed": 1}, {"optimizer__decay_scale": {r"core\..*": 0.5}, "optimizer__lr_scale": {".*embed": 0.3}}]
+)
+def test_a_fork_may_change_its_seed_and_its_scales(tmp_path, changed):
+    cfg = tiny(tmp_path / "a", train__steps=3, model__halt_max_steps=4)
+    train.fit(cfg)
+    other = tiny(tmp_path / "b", train__steps=6, model__halt_max_steps=4, **changed)
+    s = train.setup(other)
+    state = train.fresh_state(other, s)
+    runs.take_up(s, state, tmp_path / "a", True, 0, 1, lambda row: None)
+    _, parts, _ = checkpoint.load_state(tmp_path / "a")
+    own = train.setup(cfg)
+    was = runs.optimizers(cfg.optimizer, own.params)
+    runs.load_optimizers(was, parts[0])
+    saved = {id(p): fields for opt in was for p, fields in opt.state.items()}
+    for opt in state.opts:
+        for p, fields in opt.state.items():
+            path = next(k for k, v in s.params.items() if v is p)
+            for name, x in fields.items():
+                assert torch.equal(x, saved[id(own.params[path])][name]), (path, name)
+    assert all(c.halted.all() for c in state.carries) == ("run__seed" in changed)
+    assert train.fit(other, source=tmp_path / "a")["step"] == 6
+    assert (tmp_path / "b" / "best.safetensors").exists()
+
+
+def test_a_table_does_not_change_the_seed_of_its_symmetries(tmp_path):
+    options = {"model__encoder__kind": "table", "data__symmetries": 2, "eval__on": "train", "data__dev": (), "train__steps": 2}
+    train.fit(tiny(tmp_path / "a", **options))
+    with pytest.raises(UserError, match="run.seed: it decides which symmetry"):
+        train.fit(tiny(tmp_path / "b", **options, run__seed=1), source=tmp_path / "a")
+
+
+def test_weights_whose_states_are_gone_are_not_overwritten(tmp_path):
+    cfg = tiny(tmp_path, train__save_every=2)
+    train.fit(cfg)
+    for file in tmp_path.glob("state-*"):
+        file.unlink()
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.name != "lock"}
+    for resume in (False, True):
+        with pytest.raises(UserError, match="holds the weights of step 6, whose states are gone"):
+            train.fit(cfg, resume=resume)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.name != "lock"} == before

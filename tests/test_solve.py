@@ -633,3 +633,91 @@ def test_every_option_that_the_page_on_solving_shows_is_one():
     assert {x for x in re.findall(r"solve\.(\w+)", text) if x not in ("opened", "predict")} <= fields
     known = {o for c in typer.main.get_command(cli.app).commands.values() for p in c.params for o in (*p.opts, *p.secondary_opts)}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - known <= {"--no-index", "--find-links", "--wheel-dir"}
+
+
+# ---------------------------------------------------------------- files and sources beside each other
+
+
+def test_a_source_without_outputs_takes_no_score_from_the_others(run, tmp_path):
+    hidden = tmp_path / "x_challenges.json"
+    hidden.write_text(json.dumps({"x": {"train": [{"input": [[1, 2]], "output": [[2, 1]]}] * 2, "test": [{"input": [[3, 4]]}]}}))
+    found = solve.evaluate([run], [str(SET), str(hidden)], predictions_file=str(tmp_path / "p.jsonl"))
+    alone = solve.evaluate([run], [str(SET)], predictions_file=str(tmp_path / "q.jsonl"))
+    assert [*found["by_source"]] == [str(SET)] and found["by_source"][str(SET)]["pass@2"] == alone["pass@2"] and found["look"] >= 1
+
+
+@pytest.mark.parametrize("name", ["votes.json", "votes"])
+def test_predictions_are_kept_where_they_can_be_read_again(run, tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=rf"^--predictions .*{name}: must end in .jsonl"):
+        solve.evaluate([run], [str(SET)], predictions_file=str(tmp_path / name))
+    solve.evaluate([run], [str(SET)], predictions_file=str(tmp_path / "p.jsonl"))
+    with pytest.raises(UserError, match=rf"^--output .*{name}: must end in .jsonl"):
+        solve.merge([tmp_path / "p.jsonl"], [], "count", str(tmp_path / name))
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_merge_keeps_votes_for_tasks_that_are_not_scored(run, tmp_path):
+    file = tmp_path / "p.jsonl"
+    solve.evaluate([run], [str(SET)], predictions_file=str(file))
+    before = lines(file)
+    solve.merge([file], [str(SET / "flip.json")], "count", str(file))
+    assert lines(file) == before
+
+
+def test_a_source_named_twice_is_asked_once(run, tmp_path):
+    found = solve.evaluate([run], [str(SET), str(SET / "flip.json"), str(SET)], predictions_file=str(tmp_path / "p.jsonl"))
+    assert found["votes"] == 18 and found["n_tasks"] == 6
+
+
+def test_a_task_has_one_name_whether_its_output_is_known_or_not(run, tmp_path):
+    """Challenges without solutions beside a file of the same task with them: the vote is scored by the output that is known."""
+    task = sources.load([str(SET / "flip.json")])[0]
+    pairs = lambda ps: [{"input": x.tolist()} | ({"output": y.tolist()} if y is not None else {}) for x, y in ps]  # noqa: E731
+    asked = [(x, None) for x, _ in task.queries]
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "a_challenges.json").write_text(json.dumps({"aa": {"train": pairs(task.demos), "test": pairs(asked)}}))
+    (folder / "b.json").write_text(json.dumps({"aa": {"train": pairs(task.demos), "test": pairs(task.queries)}}))
+    for hide in (True, False):
+        [found] = sources.load([str(folder)], hide=hide)
+        assert found.name == "aa" and (found.queries[0][1] is None) == hide
+    assert solve.evaluate([run], [str(folder)], predictions_file=str(tmp_path / "p.jsonl"))["n_queries"] == 1
+
+
+def test_votes_of_joint_weights_that_are_gone_are_not_joined_by_others(run, tmp_path):
+    sets, file = ['solve.adapt="joint"', "solve.adapt_steps=2", "solve.adapt_batch=6"], tmp_path / "p.jsonl"
+    solve.evaluate([run], [str(SET)], sets, predictions_file=str(file))
+    [folder] = tmp_path.glob("joint-*")
+    folder.rename(tmp_path / "elsewhere")
+    before = file.read_bytes()
+    with pytest.raises(UserError, match="joint-.*absent, though weights that it had have voted"):
+        solve.evaluate([run], [str(SET)], [*sets, "solve.views=4"], predictions_file=str(file))
+    assert file.read_bytes() == before and not folder.exists()
+
+
+def test_an_answered_no_is_kept_through_a_merge(run, tmp_path):
+    """A query that no canvas holds has no votes; who said so stands in the file, so that it is not asked again."""
+    large = [{"input": [[1] * 12], "output": [[2] * 12]}] * 2
+    (tmp_path / "large.json").write_text(json.dumps({"train": large, "test": large[:1]}))
+    file = tmp_path / "p.jsonl"
+    solve.evaluate([run], [str(tmp_path / "large.json")], predictions_file=str(file))
+    [before] = votes.read(file)
+    votes.append(tmp_path / "again.jsonl", votes.by_source(votes.union([before]).values()))
+    [after] = votes.read(tmp_path / "again.jsonl")
+    assert before.source == after.source != "" and after.too_large == before.too_large == 12
+
+
+def test_what_explains_no_demo_is_still_a_number(run, monkeypatch):
+    s = solve.opened(run)
+    monkeypatch.setattr(adapt, "likelihood", lambda params, cfg, asked, said, rows: (None, torch.full((rows,), torch.nan)))
+    found = solve.predict(s.params, with_solve(s.cfg, vote="demos"), tasks_of_all()[:1])
+    assert all(v.demos == -1e9 for p in found for v in p.votes)
+
+
+def test_adaptation_trains_what_slept_in_training(run):
+    s = solve.opened(run)
+    asleep = msgspec.structs.replace(s.cfg.optimizer, freeze_until={r"core\..*": 1000})
+    cfg = with_solve(msgspec.structs.replace(s.cfg, optimizer=asleep), adapt_steps=2, adapt_weights=r"core\..*")
+    found = adapt.tuned(s.params, cfg, tasks_of_all()[0], float("inf"))
+    assert not torch.equal(found.core.blocks[0].qkv, s.params.core.blocks[0].qkv)

@@ -197,3 +197,25 @@ def test_what_sleeps_is_not_trained_until_it_wakes(tmp_path):
     with pytest.raises(UserError, match="nothing is left to train"):
         train.setup(trained(tmp_path, optimizer__freeze_until={".*": 2}))
     assert json.loads((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()[0])["encoder/grad_norm"] > 0
+
+
+def test_what_was_never_published_has_no_published_name(tmp_path):
+    for kind in ("matching", "perceiver"):
+        cfg = tiny(tmp_path, model__encoder__kind=kind)
+        params = leaves(init_params(cfg.model, 0))
+        assert not any(transfer.published_names(k, cfg.model) for k in params if k.startswith("encoder."))
+    feedback = tiny(tmp_path, model__feedback="reset", model__context_tokens=0, model__loss="softmax").model
+    with pytest.raises(UserError, match="has no place in a published checkpoint"):
+        transfer.split(leaves(init_params(feedback, 0)), feedback)
+
+
+def test_a_malformed_pattern_and_an_absent_folder_are_one_line(tmp_path):
+    train.fit(tiny(tmp_path / "a"))
+    for pattern in ("core[.*", "("):
+        with pytest.raises(UserError, match="^init_from.take: .*no regular expression"):
+            train.setup(tiny(tmp_path / "b", init_from__path=str(tmp_path / "a"), init_from__take=[pattern]))
+    with pytest.raises(UserError, match="cannot be written"):
+        checkpoint.commit(tmp_path / "absent" / "step_1", lambda aside: torch.save({}, aside))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        checkpoint.write_text(tmp_path / "file" / "x.html", "")
