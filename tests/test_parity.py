@@ -371,4 +371,4 @@ def test_crop(golden):
 def test_to_slots_puts_each_demo_at_its_place():
     one = torch.zeros(2, dtype=torch.int64)
     demos = Demos(one, one, places(2, 1), (1, 1), (0, 0), torch.tensor([1, 0]), torch.tensor([0, 1]), 2, one, (1, 1), places(2, 1))
-    assert to_slots(torch.tensor([5.0, 7.0]), demos, -1).tolist() == [[-1, 7], [5, -1]]
+    assert to_slots(torch.tensor([5.0, 7.0]), demos).tolist() == [[0, 7], [5, 0]]
