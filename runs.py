@@ -290,10 +290,9 @@ def take_up(s: Setup, state: State, source: Path, forked: bool, rank: int, world
         if manifest[key] != s.meta[key]:
             raise UserError(f"--resume: the {name} is {s.meta[key]}, that of {source} is {manifest[key]}")
     state.facts = {k: manifest.get(k, v) for k, v in state.facts.items()}
-    if any(manifest["config"]["eval"].get(k) != s.meta["config"]["eval"][k] for k in ("on", "weights", "act_steps", "best")):
-        state.facts |= {"best": None, "waited": 0}  # measured by another yardstick
-    if forked:
-        state.facts |= {"best": None, "waited": 0}  # the best weights stay where they are
+    yardstick = ("on", "weights", "act_steps", "best")
+    if forked or any(manifest["config"]["eval"].get(k) != s.meta["config"]["eval"][k] for k in yardstick):
+        state.facts |= {"best": None, "waited": 0}  # the best weights stay in the folder that is forked, or were measured otherwise
     state.facts["ended"] = ""
     with torch.no_grad():
         for k, p in s.params.items():
