@@ -1,4 +1,4 @@
-"""Shared by all tests: the profiles of hypothesis and the golden vectors of the published code."""
+"""Shared by all tests: the profiles of hypothesis, the golden vectors of the published code, a run of a few steps."""
 
 import json
 import os
@@ -11,6 +11,11 @@ import torch
 from hypothesis import settings
 from safetensors import safe_open
 from torch import Tensor
+
+from etrm_arc import config, train
+
+pytest.register_assert_rewrite("etrm_arc.tests.puzzles")  # its `close` says both values
+from etrm_arc.tests.puzzles import SET  # noqa: E402
 
 Golden = tuple[dict[str, Tensor], dict[str, Any]]
 
@@ -39,3 +44,19 @@ def golden() -> Callable[[str], Golden]:
             return tensors, {key: decode(value) for key, value in file.metadata().items()}
 
     return load
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a few steps on five tasks; the sixth is held out."""
+    folder = tmp_path_factory.mktemp("run")
+    raw = {
+        "run": {"dir": str(folder / "run")},
+        "data": {"train": [str(SET)], "dev": [str(SET / "mirror.json")], "held_out": [str(SET / "flip.json")], "canvases": [6, 10]},
+        "model": {"hidden": 32, "heads": 2, "expansion": 1.0, "H_cycles": 1, "L_cycles": 1, "context_tokens": 4, "halt_max_steps": 2},
+        "train": {"batch": 6, "steps": 4, "dtype": "fp32"},
+        "eval": {"act_steps": 2, "foreign": False, "every": 2},
+        "solve": {"views": 3},
+    }  # fmt: skip
+    train.fit(config.parse_config(raw, "test"))
+    return folder / "run"

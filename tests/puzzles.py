@@ -1,11 +1,19 @@
-"""Random tasks for the property tests: everything is made from a torch.Generator, so a seed says it all."""
+"""Random tasks and small models for the property tests: everything is made from a torch.Generator, so a seed says it all.
+
+And the tasks of tests/data/set, with what was predicted of them.
+"""
+
+from pathlib import Path
 
 import hypothesis.strategies as st
+import msgspec
 import numpy as np
 import torch
 
-from etrm_arc import data
-from etrm_arc.data import Symmetry, Task
+from etrm_arc import data, encoders, sources, train, votes
+from etrm_arc.data import DataConfig, Symmetry, Task
+from etrm_arc.encoders import Widened, encoder_of, init_params
+from etrm_arc.etrm import EncoderConfig, ModelConfig, act_loss, act_step, fresh_carry, leaves, tree_map
 
 generators = st.integers(0, 2**32 - 1).map(lambda seed: torch.Generator().manual_seed(seed))
 
@@ -43,3 +51,133 @@ def symmetry(g: torch.Generator, *shape: int) -> Symmetry:
 
 def moved(s: Symmetry, pair: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return data.apply(s, pair[0]), data.apply(s, pair[1])
+
+
+# ---------------------------------------------------------------- small models
+
+SLOTS = 5
+KINDS = {kind: {"kind": kind} for kind in encoders.ENCODERS}
+OTHER = {
+    "standard, pre": {"kind": "standard", "pooling": "max", "norm": "pre", "layer_scale": 0.5},
+    "standard, QK norm": {"kind": "standard", "pooling": "attention", "set_layers": 2, "qk_norm": True},
+    "standard, weighted": {"kind": "standard", "pooling": "weighted"},
+    "perceiver, pre": {"kind": "perceiver", "norm": "pre", "layer_scale": 0.5, "difference": True},
+    "perceiver, wide": {"kind": "perceiver", "width": 48, "heads": 3, "qk_norm": True},
+    "perceiver, query": {"kind": "perceiver", "query": True},
+    "matching, wide": {"kind": "matching", "width": 48, "heads": 3, "qk_norm": True, "set_layers": 2},
+    "lpn_var, wide": {"kind": "lpn_var", "width": 16, "latent": 8, "query": True},
+    "recurrent, wide": {"kind": "recurrent", "width": 16, "norm": "pre", "set_layers": 2},
+}
+ENCODERS = list({**KINDS, **OTHER})
+VARIATIONAL = [kind for kind, e in encoders.ENCODERS.items() if e.variational]
+RECURRENT = [kind for kind, e in encoders.ENCODERS.items() if e.recur]
+
+
+def config(encoder="perceiver", published=False, **options):
+    e = EncoderConfig(**{"layers": 1, "published": published, **{**KINDS, **OTHER}[encoder]})
+    small = {"hidden": 32, "heads": 2, "expansion": 1.0, "layers": 1, "H_cycles": 2, "L_cycles": 1, "context_tokens": 4}
+    return ModelConfig(**{**small, "halt_max_steps": 4, "encoder": e, **options})
+
+
+class World:
+    """Random parameters and a batch of random tasks on canvases of several sizes."""
+
+    def __init__(self, g, cfg, **options):
+        self.cfg, self.encode = cfg, encoder_of(cfg)
+        self.params = init_params(cfg, integer(g, 0, 10**6))
+        # Some demos and queries small, some large; no output larger than what its task shows.
+        some = [task(g, low=high - 1, high=high) for high in (2, 3, 4, 6, 7, 7)]
+        self.packed = data.pack(some)
+        self.data = DataConfig(**{"min_demos": 1, **options})
+        self.deck = data.deck(data.queries(self.packed, "leave_one_out", self.data.canvases), SLOTS)
+        self.episodes = self.draw(torch.zeros(SLOTS, dtype=torch.int64))
+        self.batch = self.paint(self.episodes)
+
+    def draw(self, n):
+        return data.draw(self.packed, self.deck, self.data, 7, torch.arange(SLOTS), n)
+
+    def paint(self, episodes):
+        return data.batch(self.packed, episodes, self.data, self.cfg.raster)
+
+    def context(self, batch=None, params=None):
+        """Of slots that begin."""
+        p, batch = (params or self.params).encoder, batch or self.batch
+        context, carry = self.encode.read(p, batch), self.start(batch)
+        return (self.encode.recur(p, context, carry.z_E, carry.halted) if self.encode.recur else context).tokens
+
+    def trainable(self):
+        return tree_map(lambda x: x.clone().requires_grad_(), self.params)
+
+    def start(self, batch=None):
+        return fresh_carry(self.cfg, (batch or self.batch).cells, torch.float32)
+
+    def step(self, carry, params=None, batch=None, min_steps=None):
+        return act_step(params or self.params, self.cfg, self.encode, carry, batch or self.batch, min_steps)
+
+    def noise(self, step):
+        lanes, zeros = encoders.latent_of(self.cfg), torch.zeros(SLOTS, dtype=torch.int64)
+        return None if lanes is None else train.noise(lanes, self.batch.demos.most + 1, 7, torch.arange(SLOTS), zeros, zeros + step)
+
+    def owner(self, batch=None):
+        """(N,) whose token it is."""
+        tokens = torch.tensor((batch or self.batch).cells) + self.cfg.context_tokens
+        return torch.arange(len(tokens)).repeat_interleave(tokens)
+
+    def running(self, g):
+        """A carry in the midst of things: some slots halted, some not."""
+        fresh = self.start()
+        z = torch.randn(2, *fresh.z_H.shape, generator=g)
+        steps = torch.randint(1, self.cfg.halt_max_steps, (SLOTS,), generator=g)
+        halted = torch.rand(SLOTS, generator=g) < 0.5
+        start = getattr(own(self.params.encoder), "start", None)
+        z_E = fresh.z_E if start is None else torch.randn(SLOTS, *start.shape, generator=g)
+        return fresh._replace(z_H=z[0], z_L=z[1], steps=steps, halted=halted, n=torch.zeros_like(steps), z_E=z_E)
+
+    def of(self, slot, out, batch=None):
+        """What one slot gets: its logits, q and KL, its states."""
+        (carry, out), batch = out, batch or self.batch
+        token = self.owner(batch) == slot
+        states = carry.z_H[token], carry.z_L[token], carry.z_E[slot]
+        kl = () if out.kl is None else (out.kl[slot],)
+        return out.logits.split(batch.cells)[slot], out.q_halt[slot], out.q_continue[slot], *kl, *states
+
+
+def own(encoder):
+    return encoder.own if isinstance(encoder, Widened) else encoder
+
+
+def close(a, b, tolerance=1e-5):
+    for x, y in zip(a, b, strict=True):
+        assert x.shape == y.shape
+        assert ((x - y).abs() / (1 + y.abs())).max() <= tolerance
+
+
+def gradients(params):
+    return {k: v.grad for k, v in leaves(params).items()}
+
+
+def total(world, out, batch=None):
+    batch = batch or world.batch
+    return act_loss(world.cfg, out, batch.labels, batch.cells).total
+
+
+# ---------------------------------------------------------------- tasks on disk
+
+SET = Path(__file__).parent / "data" / "set"
+
+
+def tasks_of_all():
+    return sources.load([str(SET)])
+
+
+def with_solve(cfg, **fields):
+    return msgspec.structs.replace(cfg, solve=msgspec.structs.replace(cfg.solve, **fields))
+
+
+def told(predictions):
+    return [(p.task, p.query, [(v.view, v.step, v.q, v.logp, votes.written(v.grid)) for v in p.votes]) for p in predictions]
+
+
+def lines(file):
+    """What stands in a file of predictions, the clock aside."""
+    return told(votes.union(votes.read(file)).values())
