@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Optional = Annotated[int, msgspec.Meta(ge=0)]
+NonNegative = Annotated[float, msgspec.Meta(ge=0)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
 class EncoderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -32,12 +34,12 @@ class EncoderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kind: str = "perceiver"
     width: Optional = 0  # of its tokens; 0: the core's
     heads: Optional = 0  # 0: the core's
-    layers: int = 2  # blocks over the cells of one demo
-    set_layers: int = 1  # blocks in which the context tokens attend to the demos, or demos to each other
+    layers: Optional = 2  # blocks over the cells of one demo
+    set_layers: Count = 1  # blocks in which the context tokens attend to the demos, or demos to each other
     pooling: Literal["mean", "max", "attention", "weighted"] = "mean"  # cells to a vector, where there is no class token
     norm: Literal["post", "pre"] = "post"  # lpn* and hybrid*: of what follows the cells, there it is always pre
     qk_norm: bool = False
-    layer_scale: float = 0.0  # 0: none
+    layer_scale: NonNegative = 0.0  # 0: none
     attend_padding: bool = False  # published: the empty cells of a canvas attend and are attended
     cached: bool = False  # published, and failing: read at an episode's first step alone; later steps have no gradient for it
     query: bool = False  # reads the test input too, as one more demo, without an output
@@ -45,7 +47,7 @@ class EncoderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     H_cycles: Count = 2  # trm_style
     L_cycles: Count = 3
     latent: Optional = 0  # of a variational encoder; 0: its width
-    kl_weight: float = 1e-3
+    kl_weight: NonNegative = 1e-3
     published: bool = False  # contexts not normed, states smoothed and without gradient, KL divided by the batch once more
 
 
@@ -54,20 +56,20 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     hidden: Count = 128
     heads: Count = 2
-    expansion: Annotated[float, msgspec.Meta(gt=0)] = 4.0
+    expansion: Annotated[float, msgspec.Meta(ge=0.25, le=100)] = 4.0
     layers: Count = 2
     H_cycles: Count = 3
     L_cycles: Count = 4
-    context_tokens: Optional = 16
+    context_tokens: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 16
     positions: Literal["rope", "rope2d", "learned", "both", "borders", "none"] = "rope2d"  # both: and learned; borders: and codes
-    raster: Count = 30  # position codes are those of a raster x raster canvas, whatever the pool
+    raster: Annotated[int, msgspec.Meta(ge=1, le=50)] = 30  # position codes are those of a raster x raster canvas, whatever the pool
     tied_head: bool = True  # logits from the query's own token embedding
     context_scale: Literal["gain", "published"] = "gain"
     halt_max_steps: Count = 16
-    exploration: float = 0.1
+    exploration: Share = 0.1
     fixed_steps: bool = False  # every episode takes halt_max_steps, all slots in step (ETRM-FCT); no q, no exploration
     loss: Literal["stablemax", "softmax"] = "stablemax"
-    q_weight: float = 0.5
+    q_weight: NonNegative = 0.5
     published_halting: bool = False  # a row without a valid label counts as correct and trains the halting head
     mixer: bool = False  # tokens meet by an MLP over their places instead of attention: one canvas, the raster
     feedback: Literal["", "reset", "kept"] = ""  # argmax-feedback TRM, whose z begins anew in each cycle or is kept
@@ -329,6 +331,14 @@ class Encode(NamedTuple):
     step: Callable[..., tuple[Carry, Output]] | None = None  # another core, as `act_step` without encoder
 
 
+SURE = math.log(9)  # the logit of 0.9
+
+
+def sure(cfg: ModelConfig, q: Tensor) -> Tensor:
+    """Whether the halting head ends a slot's thought: above 0, in the argmax-feedback TRM from 0.9 on."""
+    return q >= SURE if cfg.feedback else q > 0
+
+
 def act_step(
     params: Params, cfg: ModelConfig, encode: Encode, carry: Carry, batch: Batch, min_steps: Tensor | None
 ) -> tuple[Carry, Output]:
@@ -354,7 +364,7 @@ def act_step(
     steps = torch.where(carry.halted, 0, carry.steps) + 1
     halted = steps >= cfg.halt_max_steps
     if min_steps is not None and not cfg.fixed_steps:
-        halted = (halted | (q[:, 0] > 0)) & (steps >= min_steps)
+        halted = (halted | sure(cfg, q[:, 0])) & (steps >= min_steps)
     z_E = carry.z_E if context.z_E is None else context.z_E.detach()
     new = Carry(z_H.detach(), z_L.detach(), steps, halted, carry.n, z_E, carry.tokens)
     return new, Output(logits, q[:, 0], q[:, 1], context.kl, context.tokens.detach())
@@ -467,7 +477,7 @@ def think(
             look(step, here, out)
             going = torch.zeros(len(here), dtype=torch.bool, device=device)
             if leave == "q":
-                going = out.q_halt > 0
+                going = sure(cfg, out.q_halt)
             elif leave == "stable":
                 answer = out.logits.argmax(-1)
                 changed = per_slot(answer != last, batch.cells) > 0

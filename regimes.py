@@ -107,7 +107,6 @@ def sign_step(table: Tensor, grads: Tensor, ids: Tensor, lr: float, decay: float
 # ---------------------------------------------------------------- the argmax-feedback TRM
 
 COLOURS = 10
-SURE = math.log(9)  # the logit of 0.9: all slots above it end the thought
 
 
 class Gains(NamedTuple):
@@ -142,6 +141,8 @@ def feedback_step(params: Params, cfg: ModelConfig, carry: Carry, batch: Batch, 
 
     z <- net(x + y + z), y <- net(y + z), each read as the embedding of its likeliest colour: no gradient passes from one call
     to the next, so only the last has any. States begin as the first colour. z begins anew in each cycle ("reset") or is kept.
+    Described: the cycles end when all grids are surer than 0.9. Here a slot's own end there, where it keeps y, z and q, so that
+    no answer depends on what else is in the batch; of a grid alone it is the same.
     """
     p: Feedback = params.core
     x = torch.where(batch.inputs >= data.FIRST_COLOUR, batch.inputs - data.FIRST_COLOUR, COLOURS)
@@ -150,6 +151,7 @@ def feedback_step(params: Params, cfg: ModelConfig, carry: Carry, batch: Batch, 
     begins = carry.halted[of_cell][:, None]
     start = torch.eye(1, COLOURS, dtype=carry.z_H.dtype, device=x.device)  # whose likeliest is the first colour
     y, z = (torch.where(begins, start, s.detach()) for s in (carry.z_H, carry.z_L))
+    q = torch.full(carry.steps.shape, -math.inf, device=x.device)
 
     def net(*read: Tensor) -> Tensor:
         h = torch.stack([F.embedding(c, p.embed) for c in read]).sum(0)
@@ -157,7 +159,11 @@ def feedback_step(params: Params, cfg: ModelConfig, carry: Carry, batch: Batch, 
             h = block(b.block, cfg.heads, h, runs, turn, (b.norm_1, b.norm_2))
         return h
 
-    for _ in range(cfg.H_cycles):
+    for cycle in range(cfg.H_cycles):
+        before, done = (y, z, q), etrm.sure(cfg, q)
+        ended = int(done.sum()) if cycle and not q.is_meta else 0
+        if ended == len(done):
+            break
         z = start.expand_as(z) if cfg.feedback == "reset" else z
         with torch.no_grad():
             for _ in range(cfg.L_cycles):
@@ -166,11 +172,12 @@ def feedback_step(params: Params, cfg: ModelConfig, carry: Carry, batch: Batch, 
         y = h @ p.head.T
         pooled = torch.stack([part.float().mean(0) for part in h.split(batch.cells)])
         q = (pooled @ p.halt.float().T).squeeze(-1)
-        if cfg.H_cycles > 1 and not q.is_meta and bool((q >= SURE).all()):
-            break
+        if ended:
+            mine = done[of_cell][:, None]
+            y, z, q = (torch.where(of, old, new) for of, old, new in zip((mine, mine, done), before, (y, z, q), strict=True))
     steps = torch.where(carry.halted, 0, carry.steps) + 1
     halted = steps >= cfg.halt_max_steps
     if min_steps is not None:
-        halted = (halted | (q >= SURE)) & (steps >= min_steps)
+        halted = (halted | etrm.sure(cfg, q)) & (steps >= min_steps)
     logits = F.pad(y, (data.FIRST_COLOUR, 0), value=-math.inf)  # it cannot say where a grid ends
     return carry._replace(z_H=y.detach(), z_L=z.detach(), steps=steps, halted=halted), Output(logits, q, q)

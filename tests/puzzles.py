@@ -100,10 +100,11 @@ class World:
         return data.batch(self.packed, episodes, self.data, self.cfg.raster)
 
     def context(self, batch=None, params=None):
-        """Of slots that begin."""
+        """What is said to slots that begin: each slot's context tokens (T, D), then, where there are, each one's cells (c, D)."""
         p, batch = (params or self.params).encoder, batch or self.batch
-        context, carry = self.encode.read(p, batch), self.start(batch)
-        return (self.encode.recur(p, context, carry.z_E, carry.halted) if self.encode.recur else context).tokens
+        said, carry = self.encode.read(p, batch), self.start(batch)
+        said = self.encode.recur(p, said, carry.z_E, carry.halted) if self.encode.recur else said
+        return [*said.tokens, *(() if said.cells is None else said.cells.split(batch.cells))]
 
     def trainable(self):
         return tree_map(lambda x: x.clone().requires_grad_(), self.params)
@@ -150,6 +151,11 @@ def close(a, b, tolerance=1e-5):
     for x, y in zip(a, b, strict=True):
         assert x.shape == y.shape
         assert ((x - y).abs() / (1 + y.abs())).max() <= tolerance
+
+
+def apart(a, b):
+    """(1 or 2, B) how far two contexts are from each other, slot by slot: their tokens and, where there are, their cells."""
+    return torch.stack([(x - y).norm() for x, y in zip(a, b, strict=True)]).view(-1, SLOTS)
 
 
 def gradients(params):

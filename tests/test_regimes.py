@@ -227,8 +227,14 @@ def test_the_feedback_model_has_the_parameters_it_is_said_to_have():
     assert not any("bias" in k for k in leaves(p))
 
 
+def doubtful(cfg, g, halt=1.0):
+    """Parameters whose halting head is `halt` times as large; of doubles, so that no two colours are as likely."""
+    p = etrm.tree_map(torch.Tensor.double, init_params(cfg, puzzles.integer(g, 0, 99)))
+    return p._replace(core=p.core._replace(halt=p.core.halt * halt))
+
+
 def naive(p, cfg, grid, reset):
-    """One grid by itself, all calls of the net one after the other, as described."""
+    """One grid by itself, all calls of the net one after the other, as described, until it is surer than 0.9."""
     x = torch.where(grid >= 2, grid - 2, 10).flatten()
     at = torch.cartesian_prod(torch.arange(grid.shape[0]), torch.arange(grid.shape[1]))
     turn = etrm.turn_of(at + 1, cfg.heads, cfg.hidden // cfg.heads, p.embed.dtype)
@@ -247,15 +253,20 @@ def naive(p, cfg, grid, reset):
             z = (net(e[x] + e[y] + e[z]) @ p.head.T).argmax(-1)
         h = net(e[y] + e[z])
         logits = h @ p.head.T
-        y = logits.argmax(-1)
-    return logits, (h.mean(0) @ p.halt.T).squeeze()
+        y, q = logits.argmax(-1), (h.mean(0) @ p.halt.T).squeeze()
+        if q.sigmoid() >= 0.9:
+            break
+    return logits, q
+
+
+HALTS = st.sampled_from([1.0, 4.0, -4.0])  # never sure, and sure at times
 
 
 @settings(max_examples=20)
-@given(generators, st.sampled_from(["reset", "kept"]))
-def test_feedback_is_as_described(g, kind):
+@given(generators, st.sampled_from(["reset", "kept"]), HALTS)
+def test_feedback_is_as_described(g, kind, halt):
     cfg = feedback(feedback=kind)
-    p = etrm.tree_map(torch.Tensor.double, init_params(cfg, puzzles.integer(g, 0, 99)))  # so that no two colours are as likely
+    p = doubtful(cfg, g, halt)
     grids = torch.randint(0, 12, (2, 16), generator=g)
     batch = batch_of(grids, grids)
     carry = fresh_carry(cfg, batch.cells, torch.float64)
@@ -265,6 +276,36 @@ def test_feedback_is_as_described(g, kind):
         close(out.logits[i * 16 : i * 16 + 16, 2:], logits)
         close(out.q_halt[i], q)
     assert (out.logits[:, :2] == -math.inf).all() and not new.z_H.requires_grad
+
+
+@settings(max_examples=10)
+@given(generators, st.sampled_from(["reset", "kept"]), HALTS)
+def test_a_grid_alone_is_the_grid_in_the_batch(g, kind, halt):
+    """Its answer, the step at which it is sure and leaves, and its gradient, whoever is sure before or after it."""
+    cfg = feedback(feedback=kind)
+    p, encode = doubtful(cfg, g, halt), encoder_of(cfg)
+    grids = torch.randint(2, 12, (4, 9), generator=g)
+
+    def thought(grids, leave):
+        batch, said = batch_of(grids, grids), []
+        out, spent = etrm.think(p, cfg, encode, batch, torch.float64, 2, leave, lambda step, slots, out: said.append(out.q_halt))
+        return out.logits[:, 2:].split(batch.cells), out.q_halt, spent, said[0]
+
+    def slopes(grids, slot):
+        batch, params = batch_of(grids, grids), etrm.tree_map(lambda x: x.clone().requires_grad_(), p)
+        out = etrm.act_step(params, cfg, encode, fresh_carry(cfg, batch.cells, torch.float64), batch, torch.zeros(len(grids)))[1]
+        return torch.autograd.grad(act_loss(cfg, out, batch.labels, batch.cells).total[slot], list(leaves(params).values()))
+
+    for leave in ("never", "q"):
+        together = thought(grids, leave)
+        for i in range(4):
+            alone = thought(grids[i : i + 1], leave)
+            close(together[0][i], alone[0][0])
+            close(together[1][i], alone[1][0])
+            assert together[2][i] == alone[2][0] == (1 if leave == "q" and together[3][i].sigmoid() >= 0.9 else 2)
+    slot = puzzles.integer(g, 0, 3)
+    for ours, mine in zip(slopes(grids, slot), slopes(grids[slot : slot + 1], 0), strict=True):
+        close(ours, mine)
 
 
 def test_resetting_z_makes_a_difference_and_only_colours_are_asked():
@@ -301,7 +342,7 @@ def test_feedback_ends_when_all_are_sure(monkeypatch):
         calls.clear()
         new, out = etrm.act_step(Params((), sure), cfg, encoder_of(cfg), carry, batch, torch.zeros(2))
         assert new.halted.tolist() == [halts, halts] and len(calls) == nets * cfg.layers
-        assert bool((out.q_halt >= regimes.SURE).all()) == halts
+        assert bool((out.q_halt >= etrm.SURE).all()) == halts
 
 
 @pytest.mark.parametrize("taken", [3, 1])
