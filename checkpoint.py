@@ -155,7 +155,7 @@ def load(path: str | Path) -> Checkpoint:
         model = msgspec.convert(meta["config"]["model"], ModelConfig)
         msgspec.convert(meta["finding"], Finding)
         like = init_params(model, 0)
-    except (ValueError, KeyError, TypeError, msgspec.ValidationError) as e:
+    except (ValueError, KeyError, TypeError, RecursionError, msgspec.ValidationError) as e:
         raise UserError(f"{file}: its config cannot be read: {e}") from None
     trees: list[Params] = []
     lean = not any(k.startswith("ema.") for k in tensors)
@@ -171,6 +171,14 @@ def load(path: str | Path) -> Checkpoint:
     if tensors:
         raise UserError(f"{file}: unknown tensor {min(tensors)}")
     return Checkpoint(file, trees[0], trees[-1], model, meta)
+
+
+def warned(meta: dict[str, Any]) -> str:
+    """What of the guard's finding belongs on every score: held-out demos trained on, weights started from; else ""."""
+    if not meta.get("finding"):
+        return ""
+    found = msgspec.convert(meta["finding"], Finding)
+    return str(Finding(found.policy, admitted=found.admitted, started=found.started)).partition("; ")[2]
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
@@ -260,6 +268,6 @@ def load_state(folder: Path) -> tuple[dict[str, Any] | None, list[dict[str, Tens
                 if digest(folder / name) != want:
                     raise UserError(f"{name} differs from its checksum")
             return manifest, [read_file(folder / name)[0] for name in manifest["files"]], skipped
-        except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             skipped.append(f"{path.name}: {e}")
     return None, [], skipped

@@ -63,8 +63,9 @@ def percent(x: float) -> str:
 
 
 def interval(result: dict[str, Any], key: str, n: int) -> str:
-    low, high = result["interval95"][key]
-    return f"{percent(result[key])} (n = {n}, 95 % {100 * low:.1f} to {100 * high:.1f})"
+    from .votes import with_interval
+
+    return with_interval(result[key], n, result["interval95"][key])
 
 
 @app.command(name="data")
@@ -86,19 +87,21 @@ def data_command(sources: list[str], as_json: Json = False) -> None:
     last_line(as_json, found)
 
 
-def progress(total: int) -> Callable[[dict[str, Any]], None]:
-    """A live line on a terminal, a plain line per row elsewhere."""
+def progress(total: int, warning: str) -> Callable[[dict[str, Any]], None]:
+    """A live line on a terminal, a plain line per row elsewhere; the warning stands on every evaluation."""
     from rich.console import Console
     from rich.live import Live
 
-    console = Console(stderr=True)
+    from .votes import with_interval
+
+    console = Console(stderr=True, markup=False)
     live = Live(console=console, refresh_per_second=4, transient=False) if console.is_terminal else None
     if live:
         live.start()
 
     def say(row: dict[str, Any]) -> None:
         if "skipped" in row:
-            console.print(f"skipped {row['skipped']}")
+            console.print(f"skipped {row['skipped']}", soft_wrap=True)
         elif "all/lm_loss" in row:
             rate = row["samples_per_s"]
             left = (total - row["step"]) * row["samples"] / row["step"] / rate
@@ -108,9 +111,11 @@ def progress(total: int) -> Callable[[dict[str, Any]], None]:
             )
             live.update(text) if live else console.print(text, soft_wrap=True)
         else:
-            own = {k: v for k, v in row.items() if "/" in k and not k.endswith("/n")}
             n = next((int(v) for k, v in row.items() if k.endswith("/n")), 0)
-            console.print(f"step {row['step']}  n {n}  " + "  ".join(f"{k} {v:.3f}" for k, v in own.items()), soft_wrap=True)
+            plain = lambda k: not k.endswith("/exact") or k.startswith("gap/")  # noqa: E731
+            own = {k: f"{v:.3f}" if plain(k) else with_interval(v, n) for k, v in row.items() if "/" in k and not k.endswith("/n")}
+            said = [f"step {row['step']}  n {n}", *(f"{k} {v}" for k, v in own.items()), *filter(None, [warning])]
+            console.print("  ".join(said), soft_wrap=True)
 
     say.stop = live.stop if live else (lambda: None)  # type: ignore[attr-defined]
     return say
@@ -126,12 +131,13 @@ def seconds(text: str) -> float:
     return sum(int(n or 0) * unit for n, unit in zip(found.groups(), (3600, 60, 1), strict=True))
 
 
-def fit_aloud(cfg: Any, **options: Any) -> dict[str, Any]:
-    from . import train
+def fit_aloud(cfg: Any, s: Any = None, **options: Any) -> dict[str, Any]:
+    from . import checkpoint, train
 
-    say = progress(cfg.train.steps)
+    s = s or train.setup(cfg, *launch.place_of())
+    say = progress(cfg.train.steps, checkpoint.warned(s.meta))
     try:
-        return train.fit(cfg, say, **options)
+        return train.fit(cfg, say, s=s, **options)
     finally:
         say.stop()  # type: ignore[attr-defined]
 
@@ -210,6 +216,7 @@ def train_one(cfg: Any, resume: bool, several: bool, source: str, limit: float, 
     go_on = resume and (begun or not (several or (folder / "run.json").exists()))  # what was killed before its first state begins
     forked = Path(source) if source and not go_on else None
     result = fit_aloud(cfg, resume=go_on, limit=limit, source=forked, s=setup)
+    result["guard"] = checkpoint.warned(setup.meta)
     if rank == 0:
         why = f"stopped ({result['stopped']})" if "stopped" in result else "done"
         typer.echo(f"{why}: {cfg.run.dir} after {result['step']} steps, {result['seconds']:.0f} s")
@@ -225,13 +232,14 @@ def runs_command(
     from pathlib import Path
 
     from .runs import listing
+    from .votes import with_interval
 
     found = listing(Path(folder))
     for row in found:
-        best = "" if row.get("best") is None else f"{row['watched']} {row['best']:.4f}"
-        typer.echo(
-            f"{row['run']:40} {row['state']:14} {row.get('step', 0):>7}/{row.get('steps', 0):<7} {best:36} {row['age_s'] / 60:.0f} min"
-        )
+        value, n = row.get("best"), row.get("n")
+        best = "" if value is None else f"{row['watched']} {with_interval(value, n) if n else f'{value:.4f}'}"
+        at = f"{row.get('step', 0):>7}/{row.get('steps', 0):<7} {best:36} {row['age_s'] / 60:.0f} min  {row.get('guard', '')}"
+        typer.echo(f"{row['run']:40} {row['state']:14} {at}".rstrip())
     last_line(as_json, {"runs": found})
 
 
@@ -318,19 +326,20 @@ def done_so_far(what: str) -> Callable[[float], None]:
 
 def table(result: dict[str, Any]) -> str:
     """Scores with their intervals, by size and number of demos, and how far the votes' confidence can be trusted."""
+    from .votes import PASS, with_interval
+
     n, q = result["n_tasks"], result["n_queries"]
-    rows = [f"pass@{k} {interval(result, f'pass@{k}', n)}" for k in (1, 2)]
-    rows.append(", ".join(f"pass@{k} {percent(result[f'pass@{k}'])}" for k in (5, 10, 100, 1000)))
+    rows = [f"pass@{k} {interval(result, f'pass@{k}', n)}" for k in PASS]
     for key, name, of in (("all_queries", "all of a task's queries", n), ("per_output", "per output", q)):
         rows.append(f"{name}: " + ", ".join(f"pass@{k} {interval(result, f'{key}/pass@{k}', of)}" for k in (1, 2)))
     rows.append(f"some vote right {interval(result, 'oracle', q)}")
     names = (("exact_match", "exact match"), ("cell_accuracy", "cell accuracy"), ("shape_accuracy", "shape accuracy"))
     rows += [f"{name}, one view {interval(result, key, q)}" for key, name in names]
     for key, name in (("by_side", "largest side"), ("by_demos", "demos")):
-        by = (f"{k} {percent(v['pass@2'])} (n = {v['n_tasks']})" for k, v in result[key].items())
+        by = (f"{k} {interval(v, 'pass@2', v['n_tasks'])}" for k, v in result[key].items())
         rows.append(f"pass@2 by {name}: {', '.join(by)}")
     for key, name in (("share", "share of votes for"), ("q", "mean q of")):
-        curve = (f"{percent(r['confidence'])} -> {percent(r['right'])} (n = {r['n']})" for r in result["reliability"][key])
+        curve = (f"{percent(r['confidence'])} -> {with_interval(r['right'], r['n'])}" for r in result["reliability"][key])
         rows.append(f"{name} the first answer -> right: {', '.join(curve)}")
     if "look" in result:
         count = "could not be counted (folder not writable)" if result["look"] is None else f"number {result['look']}"
@@ -366,6 +375,7 @@ def convert(
     recipe: Annotated[str, typer.Option("--config", help="Of the published model: its sizes, heads and cycles.")] = "",
     raw: Annotated[bool, typer.Option("--raw", help="Raw weights instead of their average (EMA).")] = False,
     sets: Set = None,
+    as_json: Json = False,
 ) -> None:
     """Write a published checkpoint as ours, ours as a published one, or ours lean: one set of weights in bfloat16."""
     from pathlib import Path
@@ -373,7 +383,9 @@ def convert(
     from . import config, transfer
 
     cfg = config.load_config(recipe, sets or []) if recipe else None
-    typer.echo(transfer.convert(source, Path(target), cfg, "raw" if raw else "ema"))
+    text = transfer.convert(source, Path(target), cfg, "raw" if raw else "ema")
+    typer.echo(text)
+    last_line(as_json, {"output": target, "text": text})
 
 
 @app.command()

@@ -14,7 +14,7 @@ import msgspec
 import tomli
 
 from .data import DataConfig, UserError, nearest
-from .etrm import Count, ModelConfig
+from .etrm import Count, ModelConfig, NonNegative, Optional, Share
 
 Beta = Annotated[float, msgspec.Meta(ge=0, lt=1)]
 
@@ -29,18 +29,18 @@ class OptimizerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Patterns are regular expressions that match a whole parameter path, e.g. "encoder\\..*"; the first match counts."""
 
     kind: Literal["adamw", "muon", "adam_atan2"] = "muon"  # muon: matrices only, AdamW beside it
-    lr: Annotated[float, msgspec.Meta(ge=0)] = 1e-3
-    warmup: int = 100
-    final_lr: float = 0.1  # share of lr at the last step, reached by a cosine; 1: constant after warm-up
+    lr: NonNegative = 1e-3
+    warmup: Optional = 100
+    final_lr: Share = 0.1  # share of lr at the last step, reached by a cosine; 1: constant after warm-up
     betas: tuple[Beta, Beta] = (0.9, 0.95)
-    weight_decay: Annotated[float, msgspec.Meta(ge=0)] = 0.1
-    clip: float = 1.0  # of the global norm, after the all-reduce; 0: none
-    lr_scale: dict[str, float] = {}
-    decay_scale: dict[str, float] = {}
+    weight_decay: NonNegative = 0.1
+    clip: NonNegative = 1.0  # of the global norm, after the all-reduce; 0: none
+    lr_scale: dict[str, NonNegative] = {}
+    decay_scale: dict[str, NonNegative] = {}
     freeze: tuple[str, ...] = (r"core\.[HL]_init",)
-    table_lr: float = 1e-2  # of the rows of a table of tasks, with lr's schedule
-    table_decay: float = 0.1
-    freeze_until: dict[str, int] = {}  # frozen for so many steps
+    table_lr: NonNegative = 1e-2  # of the rows of a table of tasks, with lr's schedule
+    table_decay: NonNegative = 0.1
+    freeze_until: dict[str, Optional] = {}  # frozen for so many steps
 
 
 class InitConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -58,10 +58,10 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shards: Count = 4  # parts of a step, worked on one after the other (less memory) or by 1, 2 or 4 processes: the same bits
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    ema: float = 0.999
+    ema: Beta = 0.999
     log_every: Count = 10
     save_every: Count = 200
-    keep_every: int = 0  # steps after which the weights are kept for good; 0: last and best only
+    keep_every: Optional = 0  # steps after which the weights are kept for good; 0: last and best only
     non_finite: Literal["stop", "skip"] = "stop"  # a gradient that is not finite ends the run, or its step is left out
 
 
@@ -74,9 +74,9 @@ class EvalConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     act_steps: Count = 16
     foreign: bool = True  # also with another task's demos: is the encoder used?
     best: Literal["loss", "cell_accuracy", "exact"] = "loss"  # with the task's own demos: what the best checkpoint is best in
-    min_gain: float = 0.0  # by which the best must be beaten
-    patience: int = 0  # evaluations without such a gain after which training ends; 0: never
-    stop_at: float = 0.0  # exact match with the task's own demos at which training ends; 0: never
+    min_gain: NonNegative = 0.0  # by which the best must be beaten
+    patience: Optional = 0  # evaluations without such a gain after which training ends; 0: never
+    stop_at: Share = 0.0  # exact match with the task's own demos at which training ends; 0: never
     tokens: Count = 16384  # of a batch
 
 
@@ -146,6 +146,8 @@ def set_item(raw: dict[str, Any], item: str) -> None:
         value = tomli.loads(f"x = {text}")["x"]
     except tomli.TOMLDecodeError:
         value = text
+    except RecursionError as e:
+        raise UserError(f"--set {key}: {e}") from None
     override(raw, key.strip(), value)
 
 
@@ -164,7 +166,7 @@ def read_recipe(path: Path, names: Sequence[str], above: tuple[Path, ...] = ()) 
         raw = tomli.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}; shipped configs: {', '.join(names)}") from None
-    except (tomli.TOMLDecodeError, UnicodeDecodeError) as e:
+    except (tomli.TOMLDecodeError, UnicodeDecodeError, RecursionError) as e:
         raise UserError(f"{path}: broken TOML: {e}") from None
     base = raw.pop("extends", None)
     if base is None:

@@ -24,6 +24,9 @@ class UserError(Exception):
     """A mistake of the user's, said in one line that names the file, task, key or step."""
 
 
+Side = Annotated[int, msgspec.Meta(ge=1)]
+
+
 class DataConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where tasks come from and how episodes are drawn from them."""
 
@@ -31,12 +34,12 @@ class DataConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dev: tuple[str, ...] = ("arc1:dev",)  # all choices are made on it; never trained on
     held_out: tuple[str, ...] = ("arc1:evaluation",)  # for the final word; never trained on
     policy: Literal["refuse", "drop", "demos"] = "drop"
-    guard_min_cells: int = 20  # fewer cells in the pairs that two tasks share are taken for chance
+    guard_min_cells: Annotated[int, msgspec.Meta(ge=0)] = 20  # fewer cells in the pairs that two tasks share are taken for chance
     query: Literal["leave_one_out", "test"] = "leave_one_out"
     max_demos: Annotated[int, msgspec.Meta(ge=1)] = 10
     min_demos: Annotated[int, msgspec.Meta(ge=0)] = 0  # 0: all demos; else each episode draws a subset of at least that many
-    canvases: tuple[int, ...] = ()  # sides a canvas may have; none: all, so that a canvas fits its task exactly
-    demo_canvases: tuple[int, ...] = ()  # the same of the demos
+    canvases: tuple[Side, ...] = ()  # sides a canvas may have; none: all, so that a canvas fits its task exactly
+    demo_canvases: tuple[Side, ...] = ()  # the same of the demos
     dihedral: bool = True
     colours: Literal["fixed", "keep_black", "all"] = "keep_black"
     translate: bool = True

@@ -30,6 +30,7 @@ class Run(NamedTuple):
     about: dict[str, Any]  # run.json
     rows: list[Row]
     own: str  # the evaluation that decides what is best, e.g. "dev/ema/own"
+    guard: str = ""  # see checkpoint.warned
 
 
 def opened(folder: str | Path) -> Run:
@@ -38,9 +39,9 @@ def opened(folder: str | Path) -> Run:
     about = sources.read_json(folder / "run.json")
     try:
         watched = about["config"]["eval"]
-        own = f"{watched['on']}/{watched['weights'][0]}/own"
+        own, guard = f"{watched['on']}/{watched['weights'][0]}/own", checkpoint.warned(about)
         text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
-    except (KeyError, TypeError, IndexError) as e:
+    except (KeyError, TypeError, IndexError, msgspec.ValidationError) as e:
         raise UserError(f"{folder / 'run.json'}: no run of ours: {e!r}") from None
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{folder / 'metrics.jsonl'}: {getattr(e, 'strerror', None) or e}") from None
@@ -48,9 +49,9 @@ def opened(folder: str | Path) -> Run:
     for n, line in enumerate(text.split("\n")[:-1], 1):
         try:
             rows.append({"step": 0} | json.loads(line))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             raise UserError(f"{folder / 'metrics.jsonl'}: line {n}: broken JSON") from None
-    return Run(folder, about, rows, own)
+    return Run(folder, about, rows, own, guard)
 
 
 def flat(table: dict[str, Any], path: str = "") -> dict[str, Any]:
@@ -257,7 +258,9 @@ def gallery(solver: solve.Solver, file: Path, known: dict[str, list[Task]]) -> t
         return found, f"{cast}; no output is known"
     score = solve.judged([solver], {k: [t for t in ts if t.name in asked] for k, ts in known.items()}, here, rule)
     held = {True: "held out", False: "NOT held out", None: "unknown whether held out"}[score["held_out"]]
-    said = f"{len(asked)} tasks of {', '.join(known)}, {held}: pass@1 {score['pass@1']:.1%}, pass@2 {score['pass@2']:.1%}"
+    guard, n = checkpoint.warned(solver.meta), score["n_tasks"]
+    shares = ", ".join(f"pass@{k} {votes.with_interval(score[f'pass@{k}'], n)}" for k in (1, 2))
+    said = f"{len(asked)} tasks of {', '.join(known)}, {held}{f'; {guard}' if guard else ''}: {shares}"
     return found, f"{said}; {cast}" + (f"; {others} other voters in the file" if others else "")
 
 
@@ -321,7 +324,8 @@ def space(solver: solve.Solver, tasks: Sequence[Task], trained: Sequence[Task]) 
 def facts(run: Run) -> str:
     last = run.rows[-1] if run.rows else {}
     said = f"step {last.get('step', 0):,} of {run.about['config']['train']['steps']:,}, {last.get('samples', 0):,} sample-steps"
-    return f"{said}, {last.get('seconds', 0) / 60:.0f} min; {run.about.get('tasks', '?')} training tasks, {run.about.get('dtype', '')}"
+    said += f", {last.get('seconds', 0) / 60:.0f} min; {run.about.get('tasks', '?')} training tasks, {run.about.get('dtype', '')}"
+    return said + (f"; {run.guard}" if run.guard else "")
 
 
 def page(folder: str | Path, chosen: Sequence[str] = ()) -> dict[str, Any]:
@@ -396,8 +400,11 @@ def compared(folders: Sequence[str | Path]) -> tuple[list[Run], list[dict[str, A
         for name, best in (("loss", min), ("cell_accuracy", max), ("exact", max)):
             values = [r[f"{run.own}/{name}"] for r in evaluated]
             row |= {name: values[-1] if values else None, f"best_{name}": best(values, default=None)}
+        row["n"] = n = (evaluated[-1] if evaluated else {}).get(f"{run.own}/n")
+        row |= {f"{k}95": list(votes.wilson(row[k], n)) if n else None for k in ("exact", "best_exact")}
         foreign = (evaluated[-1] if evaluated else {}).get(f"{run.own.removesuffix('own')}foreign/loss")
         row["foreign_gap"] = None if foreign is None else foreign - row["loss"]
+        row["guard"] = run.guard
         row["marks"] = ", ".join(dict.fromkeys(m.kind for m in marks(run)))
         table.append(row | {k: json.dumps(config[k]) if k in config else None for k in changed})
     return runs, table
@@ -437,10 +444,13 @@ def plot(runs: Sequence[Run], path: Path, dpi: int = 100) -> int:
 def columns(table: Sequence[dict[str, Any]]) -> str:
     """The table as text: a line for each value, a column for each run."""
 
-    def said(value: Any) -> str:
+    def said(row: dict[str, Any], key: str) -> str:
+        value: Any = row.get(key)
+        if sure := row.get(f"{key}95"):
+            return votes.with_interval(value, row["n"], sure)
         return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
-    lines = [[key, *(said(row.get(key)) for row in table)] for key in table[0]]
+    lines = [[key, *(said(row, key) for row in table)] for key in table[0] if key not in ("exact95", "best_exact95")]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.ljust(n) for cell, n in zip(line, widths, strict=True)).rstrip() for line in lines)
 

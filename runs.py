@@ -113,7 +113,7 @@ def reached(folder: Path) -> int:
     try:
         about = json.loads((folder / "run.json").read_text())["config"]["train"]
         step = int(checkpoint.inspect(folder / "last.safetensors")["step"])
-    except (OSError, ValueError, KeyError, TypeError, UserError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, UserError):
         return 0
     return step if step > about["save_every"] else 0
 
@@ -152,7 +152,7 @@ class Run:
                 try:
                     if json.loads(line)["step"] <= step:
                         kept.append(line + "\n")
-                except ValueError:
+                except (ValueError, RecursionError):
                     break  # the line being written when the run was killed
         checkpoint.write_text(self.folder / "metrics.jsonl", "".join(kept))
         checkpoint.write_text(self.folder / "run.json", json.dumps({**about, **origin()}, indent=1))
@@ -332,15 +332,18 @@ def is_held(folder: Path) -> bool:
 def described(folder: Path) -> dict[str, Any]:
     """A run: its state, step, best value of what it watches, and seconds since its last row."""
     try:
-        cfg = json.loads((folder / "run.json").read_text())["config"]
+        about = json.loads((folder / "run.json").read_text())
+        cfg, guard = about["config"], checkpoint.warned(about)
         saved = checkpoint.manifests(folder)
         facts = json.loads(saved[-1].read_text()) if saved else fresh_facts(1.0)
         age = time.time() - (folder / "metrics.jsonl").stat().st_mtime
         state = "running" if is_held(folder) else facts["ended"] or "stopped"
-        watched = f"{cfg['eval']['on']}/{cfg['eval']['weights'][0]}/own/{cfg['eval']['best']}"
-        row = {"step": facts["step"], "steps": cfg["train"]["steps"], "best": facts["best"], "watched": watched}
+        own = f"{cfg['eval']['on']}/{cfg['eval']['weights'][0]}/own"
+        row = {"step": facts["step"], "steps": cfg["train"]["steps"], "best": facts["best"], "watched": f"{own}/{cfg['eval']['best']}"}
+        row |= {"guard": guard} if guard else {}
+        row |= {"n": facts["last"].get(f"{own}/n")} if cfg["eval"]["best"] == "exact" else {}  # of which the best is a share
         return {"run": str(folder), "state": state, **row, "age_s": round(age)}
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as e:
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, msgspec.ValidationError) as e:
         return {"run": str(folder), "state": f"unreadable: {e!r}", "age_s": 0}
 
 

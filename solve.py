@@ -455,7 +455,7 @@ def looked(folders: Collection[Path], kept_out: Sequence[str], known: dict[str, 
                 f.seek(0)
                 so_far = Counter(key for line in f for key in json.loads(line)["tasks"])
             counts.append(max(so_far[key] for key in seen))
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, RecursionError):
             return {"look": None}
     return {"look": max(counts)} if counts else {}
 
@@ -512,16 +512,17 @@ def overfit(cfg: Config, fit: Callable[[Config], dict[str, Any]]) -> dict[str, A
     dtype = train.dtype_of(cfg.train.dtype, device)
     raw, ema = (train.probe(p, cfg, packed, cfg.data.query, dtype) for p in (c.params, c.ema))
     wrong = [f"{tasks[t].name}[{p - int(packed.first[t])}]" for p, t in ((p, int(packed.task_of[p])) for p in raw["wrong"])]
-    sizes = data.histogram(asked.canvas.amax(1))
+    sizes, guard = data.histogram(asked.canvas.amax(1)), checkpoint.warned(c.meta)
     text = (
         f"{len(tasks)} tasks, {raw['n']} pairs asked, canvases {', '.join(f'{k}: {v}' for k, v in sizes.items())}\n"
-        f"raw weights: exact match {100 * raw['exact']:.1f} %, cells {100 * raw['cell_accuracy']:.2f} %; "
-        f"EMA: {100 * ema['exact']:.1f} %, {100 * ema['cell_accuracy']:.2f} %\n"
+        f"raw weights: exact match {votes.with_interval(raw['exact'], raw['n'])}, cells {100 * raw['cell_accuracy']:.2f} %; "
+        f"EMA: {votes.with_interval(ema['exact'], ema['n'])}, {100 * ema['cell_accuracy']:.2f} %\n"
         f"{ran['step']} steps, {ran['samples']:,} sample-steps, {ran['seconds']:.0f} s\n"
         f"wrong: {', '.join(wrong) or 'none'}\n{PUBLISHED}"
-    )
+    ) + (f"\nguard: {guard}" if guard else "")
     return {
         "exact_match": raw["exact"], "cell_accuracy": raw["cell_accuracy"], "steps": ran["step"],
+        "interval95": {"exact_match": votes.wilson(raw["exact"], raw["n"])},
         "seconds": ran["seconds"], "samples": ran["samples"], "pairs": raw["n"], "wrong": wrong,
         "ema": {"exact_match": ema["exact"], "cell_accuracy": ema["cell_accuracy"]}, "text": text,
     }  # fmt: skip

@@ -84,7 +84,7 @@ def of_line(text: str, where: str) -> Prediction:
         canvas = None if rows is None else np.array([[SIGNS.index(c) for c in row] for row in rows], np.uint8)
         rest = int(line.get("too_large", 0)), float(line.get("seconds", 0)), str(line["source"])
         return Prediction(str(line["task"]), int(line["query"]), str(line["hash"]), votes, canvas, *rest)
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
         raise UserError(f"{where}: no line of predictions: {type(e).__name__}: {e}") from None
 
 
@@ -229,6 +229,12 @@ def wilson(share: float, n: int) -> tuple[float, float]:
     return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
 
+def with_interval(share: float, n: int, sure: Sequence[float] | None = None) -> str:
+    """A share of n as it is printed: 7.0 % (n = 86, 95 % 3.2 to 14.4); Wilson's interval where no other is given."""
+    low, high = sure or wilson(share, n)
+    return f"{100 * share:.1f} % (n = {n}, 95 % {100 * low:.1f} to {100 * high:.1f})"
+
+
 def bootstrap(per_task: Sequence[Sequence[float]], draws: int = 2000) -> tuple[float, float]:
     """95 % interval of the mean over all queries when tasks are drawn anew (fixed seed); Wilson's where all are 0 or all 1,
     for drawing those anew tells nothing."""
@@ -277,13 +283,14 @@ def passed(rows: Sequence[Sequence[Judged]], k: int) -> float:
     return math.fsum(sum(solved(task, k)) / len(task) for task in rows) / len(rows)
 
 
-def groups(rows: Sequence[Sequence[Judged]], of: Callable[[Judged], int], edges: Sequence[int]) -> dict[str, dict[str, float]]:
-    """pass@2 and number of tasks up to each edge, each counted once."""
+def groups(rows: Sequence[Sequence[Judged]], of: Callable[[Judged], int], edges: Sequence[int]) -> dict[str, dict[str, Any]]:
+    """pass@2 with its interval and number of tasks up to each edge, each counted once."""
     found, low = {}, 0
     for edge in edges:
         here = [task for task in rows if low < max(map(of, task)) <= edge]
         if here:
-            found[f"<={edge}"] = {"n_tasks": len(here), "pass@2": passed(here, 2)}
+            share = passed(here, 2)
+            found[f"<={edge}"] = {"n_tasks": len(here), "pass@2": share, "interval95": {"pass@2": wilson(share, len(here))}}
         low = edge
     return found
 

@@ -1,7 +1,7 @@
 """Mutated files: python -m tests.fuzz --mutations 1000 [--json]
 
-Bytes of checkpoints, states, manifests, configs, task files, predictions and submissions are changed, cut out, doubled or
-cut off at random. A mutated checkpoint or state must be refused (or be, byte for byte, what it was); the others are
+Bytes of checkpoints, states, manifests, configs, task files, predictions and submissions are changed, cut out, doubled,
+nested deeply or cut off at random. A mutated checkpoint or state must be refused (or be, byte for byte, what it was); the others are
 refused or valid. Anything but a UserError is a finding.
 """
 
@@ -32,7 +32,7 @@ def mutate(content: bytes, draw: random.Random) -> bytes:
     made = bytearray(content)
     for _ in range(draw.randint(1, 3)):
         at = draw.randrange(max(1, len(made)))
-        kind = draw.choice(("flip", "set", "cut", "double", "end", "digit"))
+        kind = draw.choice(("flip", "set", "cut", "double", "end", "digit", "nest"))
         if kind == "flip":
             made[at : at + 1] = bytes([made[at] ^ (1 << draw.randrange(8))]) if made else b"x"
         elif kind == "set":
@@ -43,6 +43,8 @@ def mutate(content: bytes, draw: random.Random) -> bytes:
             made[at:at] = made[at : at + draw.randint(1, 40)]
         elif kind == "end":
             del made[at:]
+        elif kind == "nest":
+            made[at:at] = draw.choice((b"[", b'{"a":', b"{a=")) * 100_000
         else:
             digits = [i for i, b in enumerate(made[at : at + 4000], at) if chr(b).isdigit()]
             if digits:

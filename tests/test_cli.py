@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from etrm_arc import cli, launch
@@ -51,6 +54,13 @@ def test_help_needs_neither_torch_nor_numpy():
     subprocess.run([sys.executable, "-c", probe], check=True, cwd=os.sep)
 
 
+def test_every_command_takes_json():
+    named = typer.main.get_command(cli.app).commands
+    assert len(named) == len(cli.app.registered_commands) > 10
+    for name, command in named.items():
+        assert "--json" in {o for p in command.params for o in p.opts}, name
+
+
 def words(folder, *more):
     sources = [f'data.train=["{HERE / "set"}"]', "data.dev=[]", "data.held_out=[]", "eval.on=train", f"run.dir={folder}", *more]
     return [*SETS, *(x for item in sources for x in ("--set", item))]
@@ -76,7 +86,8 @@ def test_convert_writes_either_format(tmp_path):
 
     shape = ["model.tied_head=false", "model.context_scale=published", "model.encoder.kind=standard", "model.positions=rope"]
     call("train", "cpu", *words(tmp_path / "run", *shape, "eval.foreign=false"))
-    assert "step_3: " in call("convert", tmp_path / "run", tmp_path / "step_3", "--raw").output
+    said = call("convert", tmp_path / "run", tmp_path / "step_3", "--raw", "--json")
+    assert last_json(said) == {"output": str(tmp_path / "step_3"), "text": said.stdout.splitlines()[0]} and "step_3: " in said.stdout
     sets = [x for item in [*SMALL, *shape] for x in ("--set", item)]
     call("convert", tmp_path / "step_3", tmp_path / "a.safetensors", "--config", "cpu", *sets)
     ours, back = checkpoint.load(tmp_path / "run"), checkpoint.load(tmp_path / "a.safetensors")
@@ -210,6 +221,26 @@ def test_eval_prints_scores_with_intervals(run):
     assert "no adaptation" in result.stdout and "predictions.jsonl" in result.stdout
 
 
+SCORE = r"\d+\.\d % \(n = \d+, 95 % \d+\.\d to \d+\.\d\)"
+
+
+def test_every_score_has_its_interval_and_says_whether_held_out_demos_were_trained_on(tmp_path):
+    own = [f'data.held_out=["{HERE / "set" / "flip.json"}"]', "data.policy=demos", "eval.foreign=false", "eval.best=exact"]
+    warned = "DEMOS of 1 held-out tasks TRAINED ON"
+    trained = call("train", "cpu", *words(tmp_path / "run", *own, "train.log_every=1")).stderr.splitlines()
+    [row] = [line for line in trained if "own/exact" in line]
+    assert re.search(f"train/ema/own/exact {SCORE}", row) and warned in row
+    assert sum(bool(re.search(f" exact {SCORE}", line)) for line in trained) == 3  # of the steps
+    said = call("eval", tmp_path / "run", "--data", HERE / "set", "--views", 2).stdout
+    assert warned in said and all(re.search(f"^pass@{k} {SCORE}$", said, re.M) for k in (1, 2, 5, 10, 100, 1000))
+    assert len(re.findall(f"<=\\d+ {SCORE}", said)) == said.count("<=") > 1
+    shown = call("report", tmp_path / "run", "--data", HERE / "set").stdout
+    assert re.search(f"{warned}: pass@1 {SCORE}, pass@2 {SCORE}", shown) and warned in (tmp_path / "run" / "report.html").read_text()
+    beside = call("compare", tmp_path / "run").stdout
+    assert all(re.search(f"^{k} +{SCORE}$", beside, re.M) for k in ("exact", "best_exact")) and warned in beside
+    assert re.search(f"own/exact {SCORE}.*{warned}", call("runs", tmp_path).stdout)
+
+
 def test_submissions_are_written_checked_and_merged(run, tmp_path):
     challenges, solutions = tmp_path / "arc_challenges.json", tmp_path / "arc_solutions.json"
     raw = {p.stem: json.loads(p.read_text()) for p in (HERE / "set").glob("*.json")}
@@ -241,6 +272,7 @@ def test_overfit_reports_what_is_wrong(tmp_path):
     result = call("overfit", "--groups", 2, *SETS, "--set", f"run.dir={tmp_path}", "--json")
     out = last_json(result)
     assert {"exact_match", "cell_accuracy", "steps", "seconds"} <= out.keys()
+    assert re.search(f"raw weights: exact match {SCORE}, cells .*; EMA: {SCORE}", result.stdout)
     assert len(out["wrong"]) == round((1 - out["exact_match"]) * out["pairs"]) and "published" in result.stdout
 
 
@@ -253,6 +285,7 @@ def bad(tmp_path, text, name="bad.json"):
     ("content", "said"),
     [
         ('{"train": [', "broken JSON"),
+        ("[" * 200_000, "broken JSON"),
         ({"train": [{"input": [[1], [1, 2]], "output": [[1]]}]}, "task bad, train[0].input: ragged grid"),
         ({"train": [PAIR, {"input": [[12]], "output": [[1]]}]}, "train[1].input: colour 12 outside 0..9"),
         ({"train": [{"input": [[0] * 31] * 31, "output": [[1]]}]}, "grid of 31 x 31"),
@@ -306,6 +339,29 @@ def test_a_bad_task_file_is_one_line(tmp_path, content, said):
 def test_a_mistake_is_one_line_and_code_2(args, said):
     result = call(*args, code=2)
     assert said in result.stderr and result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
+
+
+def test_what_is_nested_too_deeply_is_one_line_that_names_it(run, tmp_path):
+    deep, copy = "[" * 200_000, tmp_path / "run"
+    shutil.copytree(run, copy)
+    one = lambda *args: call(*args, code=2).stderr  # noqa: E731
+    said = [(one("train", bad(tmp_path, f"x = {deep}", "c.toml")), "c.toml: broken TOML")]
+    said.append((one("train", "cpu", "--set", f"train.steps={deep}"), "--set train.steps: "))
+    said.append((one("merge", bad(tmp_path, deep + "\n", "p.jsonl")), "p.jsonl: line 1: no line of predictions"))
+    said.append((one("check-submission", bad(tmp_path, deep, "s.json")), "s.json: broken JSON"))
+    bad(copy, deep + "\n", "metrics.jsonl")
+    said.append((one("compare", copy), "metrics.jsonl: line 1: broken JSON"))
+    bad(copy, deep, next(copy.glob("state-*.json")).name)
+    args = ["train", "cpu", *words(copy, "eval.foreign=false"), "--resume"]
+    skipped, line = one(*args).splitlines(True)
+    assert skipped.startswith("skipped state-")
+    said.append((line, "holds no whole state; skipped: state-"))
+    assert "unreadable: RecursionError" in call("runs", tmp_path).stdout
+    bad(copy, deep, "run.json")
+    said.append((one("report", copy), "run.json: broken JSON"))
+    assert "unreadable: RecursionError" in call("runs", tmp_path).stdout
+    for line, words_ in said:
+        assert words_ in line and line.count("\n") == 1 and len(line) < 1000, words_
 
 
 def test_only_where_a_checkpoint_runs_can_be_set(run):
@@ -384,7 +440,13 @@ def test_a_run_killed_before_its_first_state_begins_and_ended_ones_may_be_prolon
 @pytest.mark.parametrize(
     "item",
     ["model.expansion=0", "run.seed=-1", "run.seed=1e30", "optimizer.betas=[0.9, 1.0]", "optimizer.lr=-1", "optimizer.weight_decay=-1",
-     "data.min_demos=-1", "data.max_train_tasks=-3"],
+     "data.min_demos=-1", "data.max_train_tasks=-3", "model.expansion=0.001", "model.expansion=inf", "model.context_tokens=5000",
+     "model.raster=65", "model.exploration=7", "model.encoder.layers=-1", "model.encoder.set_layers=0", "model.encoder.kl_weight=-1",
+     "model.encoder.layer_scale=-1", "model.q_weight=-1", "train.ema=5", "train.ema=1.0", "train.keep_every=-1",
+     "optimizer.warmup=-5", "optimizer.clip=-1", "optimizer.final_lr=-1", "optimizer.table_lr=-1", "optimizer.table_decay=-1",
+     "optimizer.lr_scale={'.*' = -1}", "optimizer.decay_scale={'.*' = -1}", "optimizer.freeze_until={'.*' = -1}", "eval.patience=-1",
+     "eval.min_gain=-1", "eval.stop_at=-1", "eval.stop_at=2", "data.canvases=[0]", "data.demo_canvases=[-1, 30]",
+     "data.guard_min_cells=-1"],
 )  # fmt: skip
 def test_a_number_out_of_bounds_is_one_line(item):
     said = call("train", "cpu", "--set", item, "--dry-run", code=2).stderr

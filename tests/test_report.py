@@ -86,7 +86,8 @@ def test_the_gallery_counts_what_predictions_hold(run):
         assert [a["grid"] == e["target"] for a in e["answers"]] == [a["right"] for a in e["answers"]]
         assert len(e["steps"]) == 3
     note = found["notes"][0]
-    assert "pass@1 20.0%, pass@2 40.0%" in note and "NOT held out" in note and "1 other voters" in note
+    assert "pass@1 20.0 % (n = 5, 95 % 3.6 to 62.4), pass@2 40.0 % (n = 5, 95 % 11.8 to 76.9)" in note
+    assert "NOT held out" in note and "1 other voters" in note
     assert {name: len(d) for name, d in found["demos"].items()} == {t.name: len(t.demos) for t in tasks}
     drawn = show.timeline(solve.opened(run).params, solve.opened(run).cfg, tasks[0])
     assert [s["tokens"] for s in entries[tasks[0].name]["steps"]] == [report.signs(s.tokens) for s in drawn.steps]
@@ -278,6 +279,7 @@ def test_runs_side_by_side(run, tmp_path):
     assert len(losses) == 2 and (one["loss"], one["best_loss"]) == (losses[-1], min(losses))
     assert (one["step"], one["samples"], two["samples"]) == (4, 32, 16) and one["foreign_gap"] is None
     last = report.opened(other).rows[-1]
+    assert two["n"] == last["train/ema/own/n"] and two["exact95"] == list(votes.wilson(two["exact"], two["n"]))
     assert two["foreign_gap"] == last["train/ema/foreign/loss"] - last["train/ema/own/loss"] and two["watched"] == "train/ema/own"
     assert two["best_cell_accuracy"] >= two["cell_accuracy"] == last["train/ema/own/cell_accuracy"]
     assert {k for k in one if "." in k} == {"train.batch", "model.L_cycles", "eval.foreign", "data.dev", "eval.on"}

@@ -151,12 +151,17 @@ def test_groups_and_bins_hold_everyone_once(shape):
 def test_a_task_is_as_large_as_its_largest_query():
     wide = np.ones((1, 20), np.uint8)
     task = Task("t", [(ONE, ONE)], [(ONE, ONE), (wide, ONE)])
-    assert votes.score([task], [])["by_side"] == {"<=20": {"n_tasks": 1, "pass@2": 0.0}}
+    assert votes.score([task], [])["by_side"] == {"<=20": {"n_tasks": 1, "pass@2": 0.0, "interval95": {"pass@2": votes.wilson(0.0, 1)}}}
 
 
 @pytest.mark.parametrize(("k", "n", "low", "high"), [(0, 400, 0.0, 0.00951), (5, 400, 0.00535, 0.02892), (200, 400, 0.4512, 0.5488)])
 def test_wilson(k, n, low, high):
     assert votes.wilson(k / n, n) == pytest.approx((low, high), abs=2e-4)
+
+
+def test_a_score_is_printed_with_its_number_and_interval():
+    assert votes.with_interval(6 / 86, 86) == "7.0 % (n = 86, 95 % 3.2 to 14.4)"
+    assert votes.with_interval(0.5, 2, (0.25, 0.75)) == "50.0 % (n = 2, 95 % 25.0 to 75.0)"
 
 
 def test_bootstrap_is_about_as_wide_as_it_should_be():
@@ -193,6 +198,7 @@ def test_what_a_kill_left_of_a_line_is_cut_off(tmp_path):
         '{"task": 3}\n',
         "[]\n",
         "no\n",
+        "[" * 200_000 + "\n",
         votes.to_line(p).replace("11/11", "1x/11") + "\n",
         votes.to_line(p).replace("11/11", "1/11") + "\n",
         votes.to_line(p._replace(votes=[Vote(ONE, math.nan)])) + "\n",
