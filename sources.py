@@ -76,7 +76,7 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: no such file") from None
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
         raise UserError(f"{path}: broken JSON: {e}") from None
 
 
@@ -145,7 +145,7 @@ def _read(path: Path, hide: bool) -> Iterator[Task]:
     if path.is_dir():
         files = [p for p in sorted(path.rglob("*")) if p.suffix in (".json", ".jsonl") and p.is_file()]
         for file in files:
-            if not any(word in file.stem for word in ("solutions", "submission", "predictions", "looks")):
+            if not any(word in file.stem for word in ("solutions", "submission", "predictions", "looks", "metadata")):
                 yield from _read(file, hide)
     elif path.suffix == ".jsonl":
         try:
@@ -156,7 +156,7 @@ def _read(path: Path, hide: bool) -> Iterator[Task]:
             if line.strip():
                 try:
                     raw = msgspec.json.decode(line)
-                except msgspec.DecodeError as e:
+                except (msgspec.DecodeError, RecursionError) as e:
                     raise UserError(f"{path}: line {number}: broken JSON: {e}") from None
                 named = raw if isinstance(raw, dict) else {}
                 name = str(next((named[k] for k in ("id", "task_id", "name") if k in named), f"{path.stem}:{number}"))
@@ -279,7 +279,8 @@ def guard(
     unless they are all the pairs there are.
 
     refuse: raise UserError on a collision with a held-out task. drop: leave such tasks out. demos (the published
-    protocol): admit what collides with held-out demos only and train on those demos too; colliding queries still drop.
+    protocol): admit what collides with held-out demos only and train on those demos too, also where one is equal to a query
+    of its own task; what collides with another's query still drops.
     Dev tasks are left out under every policy, also where they are held-out tasks.
     """
     rough: dict[tuple, list] = defaultdict(list)
@@ -293,7 +294,7 @@ def guard(
     admitted = [Task(f"{t.name}#demos", t.demos, []) for t in held_out] if policy == "demos" else []
     names = {t.name for t in admitted}
     for task in (*train, *admitted):
-        pairs = list(_known((*task.demos, *task.queries)))
+        pairs, own = list(_known((*task.demos, *task.queries))), {task.name.removesuffix("#demos")} if task.name in names else set()
         shared: dict[str, list[tuple[bytes, int]]] = defaultdict(list)  # other task: the equal pairs and their cells
         for pair in pairs:
             key = _rough(pair)
@@ -303,7 +304,7 @@ def guard(
                     for other, name in rough[key]:
                         exact[key][pair_digest(other)].add(name)
                 digest = pair_digest(pair)
-                for name in exact[key].get(digest, ()):
+                for name in exact[key].get(digest, set()) - own:
                     shared[name].append((digest, pair[0].size + pair[1].size))
         # one tiny pair is equal by chance, several or all are not: ARC-1 has tasks of nothing but 3 x 3 grids
         hits = {n for n, found in shared.items() if sum(dict(found).values()) >= min_cells or len(found) == len(pairs)}
@@ -339,7 +340,9 @@ def prepare(cfg: DataConfig) -> tuple[list[Task], list[Task], Finding]:
         raise UserError("data.policy: held-out demos are asked one by one, which needs data.query = leave_one_out")
     dev, held_out = (load(names) if names else [] for names in (cfg.dev, cfg.held_out))
     train, finding = guard(load(cfg.train), dev, held_out, cfg.policy, cfg.guard_min_cells)
-    return train[: cfg.max_train_tasks or None], dev[: cfg.max_eval_tasks or None], finding
+    kept = train[: cfg.max_train_tasks or None]  # what was admitted stands at the end
+    finding = msgspec.structs.replace(finding, admitted=max(0, finding.admitted - len(train) + len(kept)))
+    return kept, dev[: cfg.max_eval_tasks or None], finding
 
 
 # ---------------------------------------------------------------- description

@@ -146,7 +146,7 @@ class Found(NamedTuple):
     path: Path
     tensors: dict[str, Tensor]  # leaves of ours by path, or a stripped state dict
     ours: checkpoint.Checkpoint | None
-    cycles: tuple[int, int] | None  # H, L; None: it does not say
+    says: dict[str, Any]  # as `meaning`, as far as it says so
 
 
 def read_published(path: Path) -> dict[str, Tensor]:
@@ -165,10 +165,33 @@ def read(path: str | Path, weights: str = "ema") -> Found:
     file = checkpoint.find(path)
     if file.suffix == ".safetensors" or not file.is_file():
         c = checkpoint.load(file)
-        return Found(file, leaves(c.ema if weights == "ema" else c.params), c, (c.model.H_cycles, c.model.L_cycles))
+        return Found(file, leaves(c.ema if weights == "ema" else c.params), c, meaning(c.model))
     beside = file.with_name("all_config.yaml")
-    said = dict(re.findall(r"^\s*([HL])_cycles: *(\d+)", beside.read_text(encoding="utf-8"), re.M)) if beside.is_file() else {}
-    return Found(file, read_published(file), None, (int(said["H"]), int(said["L"])) if len(said) == 2 else None)
+    said = (
+        re.findall(r"^\s*(H_cycles|L_cycles|num_heads|L_layers): *(\d+)", beside.read_text("utf-8"), re.M) if beside.is_file() else []
+    )
+    return Found(file, read_published(file), None, {{"num_heads": "heads", "L_layers": "layers"}.get(k, k): int(v) for k, v in said})
+
+
+def meaning(cfg: ModelConfig) -> dict[str, Any]:
+    """What no tensor says: under another value the same weights are another model."""
+    e = cfg.encoder
+    core = {k: getattr(cfg, k) for k in ("H_cycles", "L_cycles", "heads", "layers", "positions")}
+    encoder = {"kind": e.kind, "heads": e.heads or cfg.heads, "layers": e.layers, "set_layers": e.set_layers}
+    encoder |= {"H_cycles": e.H_cycles, "L_cycles": e.L_cycles} if e.kind == "trm_style" else {}
+    return core | {f"encoder.{k}": v for k, v in encoder.items()}
+
+
+def other_meaning(found: Found, cfg: ModelConfig, taken: Iterable[str]) -> str:
+    """In words, what the checkpoint says otherwise of the modules that are taken; "" where nothing. It must say its cycles.
+
+    Another kind of encoder shares no more than tables of embeddings with ours."""
+    here, modules = meaning(cfg), {k.split(".")[0] for k in taken}
+    if "core" in modules and not {"H_cycles", "L_cycles"} <= found.says.keys():
+        return f"does not say its cycles, the model has {(cfg.H_cycles, cfg.L_cycles)}"
+    modules -= {"encoder"} if found.says.get("encoder.kind") != here["encoder.kind"] else set()
+    other = [k for k in here if k in found.says and found.says[k] != here[k] and ("encoder" if "." in k else "core") in modules]
+    return f"has {', '.join(f'{k} = {found.says[k]}, the model {here[k]}' for k in other)}" if other else ""
 
 
 def history(found: Found) -> tuple[dict[str, Any], str]:
@@ -202,7 +225,7 @@ def grouped(paths: Iterable[str]) -> str:
 
 
 def start(init: InitConfig, cfg: ModelConfig, like: dict[str, Tensor]) -> Start:
-    """The leaves of a checkpoint that match a pattern. Raises UserError on other cycles or sizes, unless init.force."""
+    """The leaves of a checkpoint that match a pattern. Raises UserError on other cycles, heads, depths or sizes, unless init.force."""
     found = read(init.path, init.weights)
     if found.ours:
         tensors, unused = dict(found.tensors), [k for k in found.tensors if k not in like]
@@ -231,10 +254,8 @@ def start(init: InitConfig, cfg: ModelConfig, like: dict[str, Tensor]) -> Start:
             raise UserError(f"init_from: {path} is {tuple(x.shape)} in {found.path}, {tuple(like[path].shape)} here (init_from.force)")
     if not taken:
         raise UserError(f"init_from: nothing of {found.path} is taken; it holds {grouped(found.tensors)}")
-    here = (cfg.H_cycles, cfg.L_cycles)
-    if found.cycles != here and not init.force and any(k.startswith("core.") for k in taken):
-        theirs = "does not say its cycles" if found.cycles is None else f"has H_cycles, L_cycles = {found.cycles}"
-        raise UserError(f"init_from: {found.path} {theirs}, the model has {here}; init_from.force takes it all the same")
+    if (other := other_meaning(found, cfg, taken)) and not init.force:
+        raise UserError(f"init_from: {found.path} {other}; init_from.force takes it all the same")
     missing = [k for k in like if k not in taken]
     text = f"init_from {found.path}: taken {grouped(taken)}; skipped {grouped(skipped)}; missing, so drawn anew: {grouped(missing)}"
     return Start(taken, text, *history(found))
@@ -271,8 +292,8 @@ def convert(source: str | Path, target: Path, cfg: Config | None = None, weights
             raise UserError(
                 f"{found.path}: {k} is {'missing' if got is None else tuple(got.shape)}, the config wants {tuple(want.shape)}"
             )
-    if found.cycles not in (None, (cfg.model.H_cycles, cfg.model.L_cycles)):
-        raise UserError(f"{found.path} has H_cycles, L_cycles = {found.cycles}, the config {(cfg.model.H_cycles, cfg.model.L_cycles)}")
+    if found.says and (other := other_meaning(found, cfg.model, tensors)):
+        raise UserError(f"{found.path} {other.replace('the model', 'the config')}")
     ancestor, words = history(found)
     meta = {"config": msgspec.to_builtins(cfg), "step": 0, "data": "", "tasks": 0, "ancestors": [ancestor]}
     meta |= {"finding": msgspec.to_builtins(Finding("unknown", started=words)), "dtype": "torch.float32", "score": {}}

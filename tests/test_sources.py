@@ -77,7 +77,14 @@ def as_jsonl(root, some):
     return write(root / "all.jsonl", "\n".join(json.dumps({"id": t.name} | raw_task(t)) + "\n" for t in some))
 
 
-FORMS = [as_folder, as_nested_folder, as_one_file, as_kaggle, as_hyphenated_kaggle, as_kaggle_folder, as_jsonl]
+def as_written_by_re_arc(root, some):
+    for t in some:
+        write(root / "re_arc" / "tasks" / f"{t.name}.json", raw_task(t))
+    write(root / "re_arc" / "metadata.json", {t.name: {"n_examples": 1, "runtime": 0.5} for t in some})
+    return root / "re_arc"
+
+
+FORMS = [as_written_by_re_arc, as_folder, as_nested_folder, as_one_file, as_kaggle, as_hyphenated_kaggle, as_kaggle_folder, as_jsonl]
 
 
 def generator(seed=0):
@@ -201,6 +208,7 @@ BAD = {
     "null output": ({"train": [{"input": [[1]], "output": None}], "test": []}, ["task bad", "train[0]", '"output"']),
     "number": (7, ["bad.json", "neither a task"]),
     "text": ('{"train": [', ["bad.json", "broken JSON"]),
+    "nested": ("[" * 200_000, ["bad.json", "broken JSON"]),
     "no task": ({}, ["no task found"]),
 }
 
@@ -218,6 +226,12 @@ def test_bad_files_are_refused_by_name(name, tmp_path):
     value, words = BAD[name]
     said = complaint(write(tmp_path / "bad.json", value))
     assert all(word in said for word in words), said
+
+
+def test_a_bad_line_is_named(tmp_path):
+    good = json.dumps(raw_task(puzzles.task(generator())))
+    for broken in ("{", "[" * 200_000):
+        assert "x.jsonl: line 2: broken JSON" in complaint(write(tmp_path / "x.jsonl", f"{good}\n{broken}\n"))
 
 
 def test_missing_and_empty_sources(tmp_path):
@@ -342,6 +356,17 @@ def test_no_pair_of_a_held_out_or_dev_task_is_trained_on(g, part):
 
 @given(generators)
 @settings(max_examples=30)
+def test_a_held_out_task_whose_demo_is_its_query_is_admitted_all_the_same(g):
+    twice, copied, train = large(g, "h0"), large(g, "h1"), large(g, "t")
+    twice = twice._replace(queries=[puzzles.moved(puzzles.symmetry(g), twice.demos[0])])
+    copied = copied._replace(demos=[*copied.demos, puzzles.moved(puzzles.symmetry(g), twice.queries[0])])
+    kept, found = sources.guard([train], [], [twice, copied], "demos", 20)
+    assert names(kept) == ["t", "h0#demos"]  # that of another task still drops
+    assert found.dropped == (("h1#demos", "h0"),) and found.admitted == 1
+
+
+@given(generators)
+@settings(max_examples=30)
 def test_dev_tasks_are_never_trained_on_whatever_the_policy(g):
     dev, train = [large(g, f"d{i}") for i in range(3)], [large(g, "t")]
     for policy in ("refuse", "drop", "demos"):
@@ -389,8 +414,19 @@ def test_the_guard_on_arc():
     assert not forbidden & {sources.pair_digest(p) for t in train for p in (*t.demos, *t.queries)}
     with pytest.raises(UserError, match="40853293 shares a pair with held-out task 070dd51e"):
         sources.prepare(msgspec.structs.replace(cfg, policy="refuse"))
+    train, _, found = sources.prepare(msgspec.structs.replace(cfg, dev=(), policy="demos"))
+    assert (len(train), found.admitted) == (400 - 2 + 400, 400)  # seven of which have a demo equal to their query
     few, dev, _ = sources.prepare(msgspec.structs.replace(cfg, max_train_tasks=3, max_eval_tasks=2))
-    assert names(few) == names(train)[:3] and len(dev) == 2
+    assert len(few) == 3 and len(dev) == 2
+
+
+def test_admitted_tasks_that_are_cut_off_are_not_counted(tmp_path):
+    some = [large(generator(i), f"t{i}") for i in range(5)]
+    shown, asked = (str(as_folder(tmp_path / n, part)) for n, part in (("a", some[:3]), ("b", some[3:])))
+    cfg = DataConfig(train=(shown,), dev=(), held_out=(asked,), policy="demos")
+    for most, admitted in ((0, 2), (5, 2), (4, 1), (3, 0), (2, 0)):
+        train, _, found = sources.prepare(msgspec.structs.replace(cfg, max_train_tasks=most))
+        assert found.admitted == admitted == sum(t.name.endswith("#demos") for t in train)
 
 
 def test_the_guard_on_arc_2():

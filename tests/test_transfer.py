@@ -100,9 +100,11 @@ def test_what_the_published_format_cannot_hold_is_refused(change, leaf):
         transfer.split(leaves(init_params(model, 0)), model)
 
 
+MODEL = {"hidden": 64, "heads": 4, "H_cycles": 2, "L_cycles": 2, "raster": 30, "tied_head": False, "context_scale": "published"}
+
+
 def trained(folder, **options):
-    model = {"hidden": 64, "heads": 4, "H_cycles": 2, "L_cycles": 2, "raster": 30, "tied_head": False, "context_scale": "published"}
-    options = {"model": {**model, "halt_max_steps": 2}, "train__steps": 2, "eval__every": 2, "eval__foreign": False} | options
+    options = {"model": {**MODEL, "halt_max_steps": 2}, "train__steps": 2, "eval__every": 2, "eval__foreign": False} | options
     return tiny(folder, **options)
 
 
@@ -130,12 +132,30 @@ def test_training_starts_from_a_published_core_and_says_what_it_took(golden, tmp
     )
     assert not s.params["core.H_init"].requires_grad and s.params["core.embed"].requires_grad
     (tmp_path / "all_config.yaml").write_text("arch:\n  H_cycles: 3\n  L_cycles: 6\n")
-    with pytest.raises(UserError, match=r"has H_cycles, L_cycles = \(3, 6\), the model has \(2, 2\)"):
+    with pytest.raises(UserError, match=r"has H_cycles = 3, the model 2, L_cycles = 6, the model 2;"):
         start(tmp_path / "a", file)
     assert "core.embed" in start(tmp_path / "a", file, init_from__force=True).meta["init_from"]
     one = start(tmp_path / "a", file, init_from__force=True, init_from__take=[r"core\.blocks\..*"])
     assert not torch.equal(one.params["core.embed"], s.params["core.embed"])
     assert torch.equal(one.params["core.blocks.0.qkv"], s.params["core.blocks.0.qkv"])
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"heads": 2}, "has heads = 4, the model 2, encoder.heads = 4, the model 2"),
+    ({"layers": 1}, "has layers = 2, the model 1"),
+    ({"positions": "rope"}, "has positions = rope2d, the model rope"),
+    ({"encoder": {"heads": 2}}, "has encoder.heads = 4, the model 2"),
+    ({"encoder": {"layers": 1}}, "has encoder.layers = 2, the model 1"),
+    ({"encoder": {"set_layers": 2}}, "has encoder.set_layers = 1, the model 2"),
+])  # fmt: skip
+def test_what_no_tensor_says_is_compared_too(tmp_path, change, said):
+    train.fit(trained(tmp_path / "a"))
+    model = {**MODEL, **change}
+    with pytest.raises(UserError, match=said):
+        start(tmp_path / "b", tmp_path / "a", model=model)
+    assert start(tmp_path / "b", tmp_path / "a", model=model, init_from__force=True)
+    if "encoder" in change:  # of a core alone it does not matter
+        assert start(tmp_path / "b", tmp_path / "a", model=model, init_from__take=[r"core\..*"])
 
 
 def test_other_sizes_are_refused_unless_told(golden, tmp_path):
