@@ -8,6 +8,7 @@ import pytest
 
 from etrm_arc import checkpoint, config, solve, sources, train
 from etrm_arc.data import UserError
+from etrm_arc.encoders import ENCODERS
 from etrm_arc.etrm import leaves
 
 SET = Path(__file__).parent / "data" / "set"
@@ -45,6 +46,21 @@ def test_every_recipe_takes_three_steps(name, tmp_path, decoder):
     if config.load_config(name).optimizer.freeze_until:  # the core sleeps
         first, now = (leaves(checkpoint.load(p).ema.core) for p in (decoder, tmp_path))
         assert all(now[k].equal(v) for k, v in first.items())
+
+
+def test_what_is_watched_in_training_takes_the_steps_that_it_was_trained_for():
+    for name in SHIPPED:
+        cfg = config.load_config(name)
+        assert cfg.eval.act_steps == cfg.model.halt_max_steps, name
+
+
+def test_every_encoder_has_a_recipe_and_a_line_in_the_table():
+    kinds = {n.removeprefix("encoders/") for n in SHIPPED if n.startswith("encoders/")}
+    assert kinds == {k for k in ENCODERS if k != "table"}
+    assert all(config.load_config(f"encoders/{k}").model.encoder.kind == k for k in kinds)
+    page = (config.SHIPPED.parent / "docs" / "encoders.md").read_text()
+    listed = {k for line in re.findall(r"^\| (`.*?) \|", page.split("## Regimes")[0], re.M) for k in re.findall(r"`(\w+)`", line)}
+    assert listed == kinds
 
 
 def test_the_book_has_a_row_for_every_experiment_and_they_differ():
