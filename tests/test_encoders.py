@@ -117,7 +117,8 @@ def test_every_parameter_of_every_encoder_gets_a_gradient(encoder):
         carry, out = w.step(carry, params, w.batch._replace(noise=w.noise(step)))
         loss = loss + total(w, out).sum()
     loss.backward()
-    assert [k for k, v in gradients(params.encoder).items() if v is None or not v.any()] == []
+    still = [k for k, v in gradients(params).items() if v is None or not v.any()]
+    assert still == ["core.H_init", "core.L_init"]  # drawn, not trained, as published
 
 
 @pytest.mark.parametrize("kind", RECURRENT)
