@@ -8,7 +8,6 @@ Effectiveness of Test-Time Training for Abstract Reasoning" (arXiv 2411.07279).
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from . import checkpoint, data, etrm, sources, train
 from .config import Config, InitConfig
 from .data import Symmetry, Task, UserError
 from .etrm import Context, Encode, Params
-from .optim import learning_rate, update
+from .optim import learning_rate, matched, update
 from .runs import described
 
 COPIES = 3  # of a single demo, under symmetries
@@ -159,12 +158,7 @@ def recipe(cfg: Config, folder: str = "") -> Config:
 
 def prepared(params: Params, cfg: Config, tasks: Sequence[Task]) -> train.Setup:
     """A setup whose weights are a copy of these and whose tasks have nothing but demos. Raises UserError on a pattern of no weights."""
-    try:
-        found = any(re.fullmatch(cfg.solve.adapt_weights, path) for path in etrm.leaves(params))
-    except re.error as e:
-        raise UserError(f"solve.adapt_weights: {cfg.solve.adapt_weights!r} is no regular expression: {e}") from None
-    if not found:
-        raise UserError(f"solve.adapt_weights: {cfg.solve.adapt_weights!r} matches no parameter, like {min(etrm.leaves(params))}")
+    matched("solve.adapt_weights", cfg.solve.adapt_weights, etrm.leaves(params))
     s = train.setup(cfg, given=tasks)
     own = {k: v.detach().to(s.device, torch.float32).clone() for k, v in etrm.leaves(params).items()}
     return s._replace(params={k: v.requires_grad_(s.params[k].requires_grad) for k, v in own.items()})

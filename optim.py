@@ -59,15 +59,24 @@ def is_asleep(cfg: OptimizerConfig, path: str, step: int) -> bool:
     return step <= first_match(cfg.freeze_until, path, 0)
 
 
+def matched(where: str, pattern: str, paths: Iterable[str]) -> list[str]:
+    """The paths that a pattern matches as a whole. Raises UserError where it is malformed or matches none."""
+    paths = list(paths)
+    try:
+        found = [path for path in paths if re.fullmatch(pattern, path)]
+    except re.error as e:
+        raise UserError(f"{where}: {pattern!r} is no regular expression: {e}") from None
+    if not found:
+        raise UserError(f"{where}: {pattern!r} matches no parameter; paths look like {min(paths)}")
+    return found
+
+
 def check_patterns(cfg: OptimizerConfig, params: Iterable[str]) -> None:
     """Raises UserError when a pattern is malformed or matches no parameter, or when everything is frozen."""
     params = list(params)
-    for pattern in (*cfg.freeze, *cfg.freeze_until, *cfg.lr_scale, *cfg.decay_scale):
-        try:
-            if not any(re.fullmatch(pattern, path) for path in params):
-                raise UserError(f"optimizer: pattern {pattern!r} matches no parameter; paths look like {min(params)}")
-        except re.error as e:
-            raise UserError(f"optimizer: pattern {pattern!r} is no regular expression: {e}") from None
+    for name in ("freeze", "freeze_until", "lr_scale", "decay_scale"):
+        for pattern in getattr(cfg, name):
+            matched(f"optimizer.{name}", pattern, params)
     if all(is_frozen(cfg, path) or is_asleep(cfg, path, 1) for path in params):
         raise UserError("optimizer.freeze, freeze_until: nothing is left to train")
 

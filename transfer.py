@@ -22,6 +22,7 @@ from .config import Config, InitConfig
 from .data import UserError
 from .encoders import init_params
 from .etrm import ModelConfig, leaves, rebuild
+from .optim import matched
 from .sources import Finding
 
 # ---------------------------------------------------------------- names
@@ -234,17 +235,14 @@ def start(init: InitConfig, cfg: ModelConfig, like: dict[str, Tensor]) -> Start:
         unused = [k for k in found.tensors if k not in used]
     skipped = dict.fromkeys(unused, "no such parameter here")
     taken: dict[str, Tensor] = {}
-    try:
-        take = [re.compile(p) for p in init.take]
-    except re.error as e:
-        raise UserError(f"init_from.take: {', '.join(init.take)}: no regular expression: {e}") from None
+    take = {path for pattern in init.take for path in matched("init_from.take", pattern, like)}
     rows = torch.equal(tensors.get("encoder.keys", torch.zeros(0)), like.get("encoder.keys", torch.ones(0, 3)))
     for path, x in tensors.items():
         if path in skipped:
             continue
         if path in ("encoder.table", "encoder.keys") and not rows:
             skipped[path] = "rows of another training set's tasks"
-        elif not any(p.fullmatch(path) for p in take):
+        elif path not in take:
             skipped[path] = "init_from.take leaves it out"
         elif x.shape == like[path].shape:
             taken[path] = x
