@@ -59,7 +59,7 @@ def test_every_encoder_has_a_recipe_and_a_line_in_the_table():
     assert kinds == {k for k in ENCODERS if k != "table"}
     assert all(config.load_config(f"encoders/{k}").model.encoder.kind == k for k in kinds)
     page = (config.SHIPPED.parent / "docs" / "encoders.md").read_text()
-    listed = {k for line in re.findall(r"^\| (`.*?) \|", page.split("## Regimes")[0], re.M) for k in re.findall(r"`(\w+)`", line)}
+    listed = {k for line in re.findall(r"^\| (`.*?) \|", page.split("Each has a recipe")[0], re.M) for k in re.findall(r"`(\w+)`", line)}
     assert listed == kinds
 
 
