@@ -12,9 +12,9 @@ from hypothesis import settings
 from safetensors import safe_open
 from torch import Tensor
 
-from etrm_arc import config, train
-
+torch.set_num_threads(1)  # before `train` counts them: tensors are tiny here, and a forked copy of a pool of threads hangs
 pytest.register_assert_rewrite("etrm_arc.tests.puzzles")  # its `close` says both values
+from etrm_arc import config, train  # noqa: E402
 from etrm_arc.tests.puzzles import SET  # noqa: E402
 
 Golden = tuple[dict[str, Tensor], dict[str, Any]]
@@ -22,7 +22,6 @@ Golden = tuple[dict[str, Tensor], dict[str, Any]]
 # No deadline: the first call of a torch function can take seconds.
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
-torch.set_num_threads(1)  # tensors are tiny here; two threads would only wait for each other
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
