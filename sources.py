@@ -294,7 +294,8 @@ def guard(
     admitted = [Task(f"{t.name}#demos", t.demos, []) for t in held_out] if policy == "demos" else []
     names = {t.name for t in admitted}
     for task in (*train, *admitted):
-        pairs, own = list(_known((*task.demos, *task.queries))), {task.name.removesuffix("#demos")} if task.name in names else set()
+        pairs = list(_known((*task.demos, *task.queries)))
+        own = {task.name.removesuffix("#demos")} - dev_names if task.name in names else set()
         shared: dict[str, list[tuple[bytes, int]]] = defaultdict(list)  # other task: the equal pairs and their cells
         for pair in pairs:
             key = _rough(pair)

@@ -230,7 +230,6 @@ def test_every_score_has_its_interval_and_says_whether_held_out_demos_were_train
     trained = call("train", "cpu", *words(tmp_path / "run", *own, "train.log_every=1")).stderr.splitlines()
     [row] = [line for line in trained if "own/exact" in line]
     assert re.search(f"train/ema/own/exact {SCORE}", row) and warned in row
-    assert sum(bool(re.search(f" exact {SCORE}", line)) for line in trained) == 3  # of the steps
     said = call("eval", tmp_path / "run", "--data", HERE / "set", "--views", 2).stdout
     assert warned in said and all(re.search(f"^pass@{k} {SCORE}$", said, re.M) for k in (1, 2, 5, 10, 100, 1000))
     assert len(re.findall(f"<=\\d+ {SCORE}", said)) == said.count("<=") > 1
