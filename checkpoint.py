@@ -174,11 +174,8 @@ def load(path: str | Path) -> Checkpoint:
 
 
 def warned(meta: dict[str, Any]) -> str:
-    """What of the guard's finding belongs on every score: held-out demos trained on, weights started from; else ""."""
-    if not meta.get("finding"):
-        return ""
-    found = msgspec.convert(meta["finding"], Finding)
-    return str(Finding(found.policy, admitted=found.admitted, started=found.started)).partition("; ")[2]
+    """The warning of the guard's finding in what a run or checkpoint says of itself; "" where there is no finding."""
+    return msgspec.convert(meta["finding"], Finding).warning if meta.get("finding") else ""
 
 
 def inspect(path: str | Path) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 import tomli
 
-from .data import DataConfig, UserError, nearest
-from .etrm import Count, ModelConfig, NonNegative, Optional, Share
+from .data import Count, DataConfig, NonNegative, Optional, Share, UserError, nearest
+from .etrm import ModelConfig
 
 Beta = Annotated[float, msgspec.Meta(ge=0, lt=1)]
 

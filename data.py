@@ -24,7 +24,10 @@ class UserError(Exception):
     """A mistake of the user's, said in one line that names the file, task, key or step."""
 
 
-Side = Annotated[int, msgspec.Meta(ge=1)]
+Count = Annotated[int, msgspec.Meta(ge=1)]
+Optional = Annotated[int, msgspec.Meta(ge=0)]
+NonNegative = Annotated[float, msgspec.Meta(ge=0)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
 class DataConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -34,20 +37,20 @@ class DataConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dev: tuple[str, ...] = ("arc1:dev",)  # all choices are made on it; never trained on
     held_out: tuple[str, ...] = ("arc1:evaluation",)  # for the final word; never trained on
     policy: Literal["refuse", "drop", "demos"] = "drop"
-    guard_min_cells: Annotated[int, msgspec.Meta(ge=0)] = 20  # fewer cells in the pairs that two tasks share are taken for chance
+    guard_min_cells: Optional = 20  # fewer cells in the pairs that two tasks share are taken for chance
     query: Literal["leave_one_out", "test"] = "leave_one_out"
-    max_demos: Annotated[int, msgspec.Meta(ge=1)] = 10
-    min_demos: Annotated[int, msgspec.Meta(ge=0)] = 0  # 0: all demos; else each episode draws a subset of at least that many
-    canvases: tuple[Side, ...] = ()  # sides a canvas may have; none: all, so that a canvas fits its task exactly
-    demo_canvases: tuple[Side, ...] = ()  # the same of the demos
+    max_demos: Count = 10
+    min_demos: Optional = 0  # 0: all demos; else each episode draws a subset of at least that many
+    canvases: tuple[Count, ...] = ()  # sides a canvas may have; none: all, so that a canvas fits its task exactly
+    demo_canvases: tuple[Count, ...] = ()  # the same of the demos
     dihedral: bool = True
     colours: Literal["fixed", "keep_black", "all"] = "keep_black"
     translate: bool = True
-    turn_outputs: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0  # share of the episodes whose outputs an element of D8 turns further
-    symmetries: Annotated[int, msgspec.Meta(ge=0)] = 0  # of a task, fixed by the seed, the first: none; 0: every episode draws anew
+    turn_outputs: Share = 0.0  # share of the episodes whose outputs an element of D8 turns further
+    symmetries: Optional = 0  # of a task, fixed by the seed, the first: none; 0: every episode draws anew
     composed: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0  # share of the sample-steps for composed:N; 0: a task is a task
-    max_train_tasks: Annotated[int, msgspec.Meta(ge=0)] = 0  # 0: all
-    max_eval_tasks: Annotated[int, msgspec.Meta(ge=0)] = 0
+    max_train_tasks: Optional = 0  # 0: all
+    max_eval_tasks: Optional = 0
 
 
 class Task(NamedTuple):

@@ -9,23 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .data import Batch, Count, NonNegative, Optional, Share
 from .layers import Runs, Turn, position_of, rms, runs_of, self_attention, swiglu, turn_of
-
-if TYPE_CHECKING:
-    from .data import Batch
-
-
-Count = Annotated[int, msgspec.Meta(ge=1)]
-Optional = Annotated[int, msgspec.Meta(ge=0)]
-NonNegative = Annotated[float, msgspec.Meta(ge=0)]
-Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
 class EncoderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

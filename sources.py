@@ -242,8 +242,13 @@ class Finding(msgspec.Struct, frozen=True):
         said += "".join(f"; {a} = {b}" for a, b in self.dropped[:4])
         said += f"; and {len(self.dropped) - 4} more" if self.dropped[4:] else ""
         said += f"; {self.tiny} equal tiny pairs ignored" if self.tiny else ""
-        said += f"; DEMOS of {self.admitted} held-out tasks TRAINED ON" if self.admitted else ""
-        return said + (f"; STARTED FROM {self.started}" if self.started else "")
+        return said + (f"; {self.warning}" if self.warning else "")
+
+    @property
+    def warning(self) -> str:
+        """What belongs on every score: held-out demos trained on, weights started from; else ""."""
+        said = [f"DEMOS of {self.admitted} held-out tasks TRAINED ON"] * bool(self.admitted)
+        return "; ".join(said + [f"STARTED FROM {self.started}"] * bool(self.started))
 
 
 def pair_digest(pair: tuple[np.ndarray, np.ndarray]) -> bytes:

@@ -168,9 +168,8 @@ def read(path: str | Path, weights: str = "ema") -> Found:
         c = checkpoint.load(file)
         return Found(file, leaves(c.ema if weights == "ema" else c.params), c, meaning(c.model))
     beside = file.with_name("all_config.yaml")
-    said = (
-        re.findall(r"^\s*(H_cycles|L_cycles|num_heads|L_layers): *(\d+)", beside.read_text("utf-8"), re.M) if beside.is_file() else []
-    )
+    text = beside.read_text(encoding="utf-8") if beside.is_file() else ""
+    said = re.findall(r"^\s*(H_cycles|L_cycles|num_heads|L_layers): *(\d+)", text, re.M)
     return Found(file, read_published(file), None, {{"num_heads": "heads", "L_layers": "layers"}.get(k, k): int(v) for k, v in said})
 
 
@@ -184,12 +183,10 @@ def meaning(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def other_meaning(found: Found, cfg: ModelConfig, taken: Iterable[str]) -> str:
-    """In words, what the checkpoint says otherwise of the modules that are taken; "" where nothing. It must say its cycles.
+    """In words, what the checkpoint says otherwise of the modules that are taken; "" where nothing.
 
     Another kind of encoder shares no more than tables of embeddings with ours."""
     here, modules = meaning(cfg), {k.split(".")[0] for k in taken}
-    if "core" in modules and not {"H_cycles", "L_cycles"} <= found.says.keys():
-        return f"does not say its cycles, the model has {(cfg.H_cycles, cfg.L_cycles)}"
     modules -= {"encoder"} if found.says.get("encoder.kind") != here["encoder.kind"] else set()
     other = [k for k in here if k in found.says and found.says[k] != here[k] and ("encoder" if "." in k else "core") in modules]
     return f"has {', '.join(f'{k} = {found.says[k]}, the model {here[k]}' for k in other)}" if other else ""
@@ -252,7 +249,10 @@ def start(init: InitConfig, cfg: ModelConfig, like: dict[str, Tensor]) -> Start:
             raise UserError(f"init_from: {path} is {tuple(x.shape)} in {found.path}, {tuple(like[path].shape)} here (init_from.force)")
     if not taken:
         raise UserError(f"init_from: nothing of {found.path} is taken; it holds {grouped(found.tensors)}")
-    if (other := other_meaning(found, cfg, taken)) and not init.force:
+    other = other_meaning(found, cfg, taken)
+    if any(k.startswith("core.") for k in taken) and not {"H_cycles", "L_cycles"} <= found.says.keys():
+        other = f"does not say its cycles, the model has {(cfg.H_cycles, cfg.L_cycles)}"
+    if other and not init.force:
         raise UserError(f"init_from: {found.path} {other}; init_from.force takes it all the same")
     missing = [k for k in like if k not in taken]
     text = f"init_from {found.path}: taken {grouped(taken)}; skipped {grouped(skipped)}; missing, so drawn anew: {grouped(missing)}"
@@ -290,8 +290,8 @@ def convert(source: str | Path, target: Path, cfg: Config | None = None, weights
             raise UserError(
                 f"{found.path}: {k} is {'missing' if got is None else tuple(got.shape)}, the config wants {tuple(want.shape)}"
             )
-    if found.says and (other := other_meaning(found, cfg.model, tensors)):
-        raise UserError(f"{found.path} {other.replace('the model', 'the config')}")
+    if other := other_meaning(found, cfg.model, tensors):
+        raise UserError(f"{found.path} {other}")
     ancestor, words = history(found)
     meta = {"config": msgspec.to_builtins(cfg), "step": 0, "data": "", "tasks": 0, "ancestors": [ancestor]}
     meta |= {"finding": msgspec.to_builtins(Finding("unknown", started=words)), "dtype": "torch.float32", "score": {}}
