@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .data import UserError
+from .data import UserError, parsed
 from .encoders import init_params
 from .etrm import ModelConfig, Params, leaves, rebuild
 from .sources import Finding
@@ -149,13 +149,13 @@ def load(path: str | Path) -> Checkpoint:
     if digest_of(tensors, raw["etrm"]) != raw.get("sha256"):
         raise UserError(f"{file}: differs from its checksum")
     try:
-        meta = json.loads(raw["etrm"])
+        meta = parsed(raw["etrm"])
         if meta["format"] != FORMAT:
             raise UserError(f"{file}: format {meta['format']}, this version reads {FORMAT}")
         model = msgspec.convert(meta["config"]["model"], ModelConfig)
         msgspec.convert(meta["finding"], Finding)
         like = init_params(model, 0)
-    except (ValueError, KeyError, TypeError, RecursionError, msgspec.ValidationError) as e:
+    except (ValueError, KeyError, TypeError, msgspec.ValidationError) as e:
         raise UserError(f"{file}: its config cannot be read: {e}") from None
     trees: list[Params] = []
     lean = not any(k.startswith("ema.") for k in tensors)
@@ -256,7 +256,7 @@ def load_state(folder: Path) -> tuple[dict[str, Any] | None, list[dict[str, Tens
     skipped: list[str] = []
     for path in reversed(manifests(folder)):
         try:
-            manifest = json.loads(path.read_text())
+            manifest = parsed(path.read_text())
             if signed(manifest) != manifest["sha256"] or path.stem != f"state-{manifest['step']:08d}":
                 raise UserError("differs from its checksum")
             for name, want in manifest["files"].items():
@@ -265,6 +265,6 @@ def load_state(folder: Path) -> tuple[dict[str, Any] | None, list[dict[str, Tens
                 if digest(folder / name) != want:
                     raise UserError(f"{name} differs from its checksum")
             return manifest, [read_file(folder / name)[0] for name in manifest["files"]], skipped
-        except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as e:
             skipped.append(f"{path.name}: {e}")
     return None, [], skipped

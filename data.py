@@ -7,8 +7,9 @@ Tokens as published: 0 PAD, 1 end of grid, 2..11 the colours 0..9.
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -22,6 +23,14 @@ PALETTE = ("#000000", "#0074D9", "#FF4136", "#2ECC40", "#FFDC00", "#AAAAAA", "#F
 
 class UserError(Exception):
     """A mistake of the user's, said in one line that names the file, task, key or step."""
+
+
+def parsed(text: str | bytes) -> Any:
+    """What JSON says, NaN too. Raises ValueError alone: also where it is nested too deep to be read."""
+    try:
+        return json.loads(text)
+    except RecursionError as e:
+        raise ValueError(str(e)) from None
 
 
 Count = Annotated[int, msgspec.Meta(ge=1)]

@@ -18,7 +18,7 @@ import torch
 
 from . import checkpoint, data, show, solve, sources, train, votes
 from .config import Config
-from .data import PALETTE, Task, UserError
+from .data import PALETTE, Task, UserError, parsed
 from .encoders import encoder_of, reads_demos
 from .etrm import Params, fresh_carry, tree_map
 
@@ -48,8 +48,8 @@ def opened(folder: str | Path) -> Run:
     rows = []
     for n, line in enumerate(text.split("\n")[:-1], 1):
         try:
-            rows.append({"step": 0} | json.loads(line))
-        except (ValueError, TypeError, RecursionError):
+            rows.append({"step": 0} | parsed(line))
+        except (ValueError, TypeError):
             raise UserError(f"{folder / 'metrics.jsonl'}: line {n}: broken JSON") from None
     return Run(folder, about, rows, own, guard)
 

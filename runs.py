@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import checkpoint
 from .config import OptimizerConfig
-from .data import UserError
+from .data import UserError, parsed
 from .etrm import Carry
 from .optim import load_optimizers, optimizer_tensors, optimizers
 
@@ -111,9 +111,9 @@ def carry_from(saved: dict[int, dict[str, Tensor]], slots: Tensor, device: torch
 def reached(folder: Path) -> int:
     """The step of the last weights in a run folder, 0 before those that its first state follows at once."""
     try:
-        about = json.loads((folder / "run.json").read_text())["config"]["train"]
+        about = parsed((folder / "run.json").read_text())["config"]["train"]
         step = int(checkpoint.inspect(folder / "last.safetensors")["step"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, UserError):
+    except (OSError, ValueError, KeyError, TypeError, UserError):
         return 0
     return step if step > about["save_every"] else 0
 
@@ -150,9 +150,9 @@ class Run:
         if step and (source / "metrics.jsonl").exists():
             for line in (source / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
                 try:
-                    if json.loads(line)["step"] <= step:
+                    if parsed(line)["step"] <= step:
                         kept.append(line + "\n")
-                except (ValueError, RecursionError):
+                except ValueError:
                     break  # the line being written when the run was killed
         checkpoint.write_text(self.folder / "metrics.jsonl", "".join(kept))
         checkpoint.write_text(self.folder / "run.json", json.dumps({**about, **origin()}, indent=1))
@@ -332,10 +332,10 @@ def is_held(folder: Path) -> bool:
 def described(folder: Path) -> dict[str, Any]:
     """A run: its state, step, best value of what it watches, and seconds since its last row."""
     try:
-        about = json.loads((folder / "run.json").read_text())
+        about = parsed((folder / "run.json").read_text())
         cfg, guard = about["config"], checkpoint.warned(about)
         saved = checkpoint.manifests(folder)
-        facts = json.loads(saved[-1].read_text()) if saved else fresh_facts(1.0)
+        facts = parsed(saved[-1].read_text()) if saved else fresh_facts(1.0)
         age = time.time() - (folder / "metrics.jsonl").stat().st_mtime
         state = "running" if is_held(folder) else facts["ended"] or "stopped"
         own = f"{cfg['eval']['on']}/{cfg['eval']['weights'][0]}/own"
@@ -343,7 +343,7 @@ def described(folder: Path) -> dict[str, Any]:
         row |= {"guard": guard} if guard else {}
         row |= {"n": facts["last"].get(f"{own}/n")} if cfg["eval"]["best"] == "exact" else {}  # of which the best is a share
         return {"run": str(folder), "state": state, **row, "age_s": round(age)}
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, msgspec.ValidationError) as e:
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, msgspec.ValidationError) as e:
         return {"run": str(folder), "state": f"unreadable: {e!r}", "age_s": 0}
 
 

@@ -453,9 +453,9 @@ def looked(folders: Collection[Path], kept_out: Sequence[str], known: dict[str, 
             with open(folder / "looks.jsonl", "a+", encoding="utf-8") as f:
                 f.write(json.dumps(row | {"tasks": seen}) + "\n")
                 f.seek(0)
-                so_far = Counter(key for line in f for key in json.loads(line)["tasks"])
+                so_far = Counter(key for line in f for key in data.parsed(line)["tasks"])
             counts.append(max(so_far[key] for key in seen))
-        except (OSError, ValueError, KeyError, RecursionError):
+        except (OSError, ValueError, KeyError):
             return {"look": None}
     return {"look": max(counts)} if counts else {}
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import sources
-from .data import MAX_SIDE, PAD, Task, UserError, nearest, tokenise, untokenise
+from .data import MAX_SIDE, PAD, Task, UserError, nearest, parsed, tokenise, untokenise
 
 SIGNS = " |0123456789"  # a token each
 
@@ -72,7 +72,7 @@ def to_line(p: Prediction) -> str:
 def of_line(text: str, where: str) -> Prediction:
     """What `to_line` wrote. Raises UserError on anything else."""
     try:
-        line = json.loads(text)
+        line = parsed(text)
         votes = []
         for v in line["votes"]:
             grid = None if v["grid"] is None else sources.check_grid([[int(c) for c in r] for r in v["grid"].split("/")], where)
@@ -84,7 +84,7 @@ def of_line(text: str, where: str) -> Prediction:
         canvas = None if rows is None else np.array([[SIGNS.index(c) for c in row] for row in rows], np.uint8)
         rest = int(line.get("too_large", 0)), float(line.get("seconds", 0)), str(line["source"])
         return Prediction(str(line["task"]), int(line["query"]), str(line["hash"]), votes, canvas, *rest)
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
         raise UserError(f"{where}: no line of predictions: {type(e).__name__}: {e}") from None
 
 

@@ -275,6 +275,28 @@ def test_overfit_reports_what_is_wrong(tmp_path):
     assert len(out["wrong"]) == round((1 - out["exact_match"]) * out["pairs"]) and "published" in result.stdout
 
 
+def test_overfit_under_symmetries_and_translation(tmp_path):
+    call("overfit", "--groups", 2, "--augment", *SETS, "--set", "init_from.path=", "--set", f"run.dir={tmp_path}")
+    drawn = json.loads((tmp_path / "run.json").read_text())["config"]["data"]
+    assert (drawn["dihedral"], drawn["colours"], drawn["translate"], drawn["max_train_tasks"]) == (True, "keep_black", True, 2)
+
+
+def test_a_fork_goes_on_where_another_run_stopped(run, tmp_path):
+    sources = [f'data.train=["{HERE / "set"}"]', f'data.dev=["{HERE / "set" / "mirror.json"}"]', "data.held_out=[]"]
+    more = [*sources, f"run.dir={tmp_path}", "data.canvases=[6, 10]", "eval.foreign=false", "train.steps=5"]
+    call("train", "cpu", *SETS, *(x for item in more for x in ("--set", item)), "--from", run)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [3, 3, 5, 5] and len((run / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_show_draws_in_the_terminal_and_moves(run, tmp_path):
+    shown = call("show", run, "--task", "mirror", "--terminal", "--json")
+    assert last_json(shown) == {"task": "mirror", "steps": 2} and len(shown.stdout.splitlines()) > 10
+    pytest.importorskip("matplotlib")
+    said = last_json(call("show", run, "--task", "mirror", "--cycles", "--gif", "-o", tmp_path / "a.gif", "--json"))
+    assert said["panels"] == 2 and (tmp_path / "a.gif").read_bytes().startswith(b"GIF8")
+
+
 def bad(tmp_path, text, name="bad.json"):
     (tmp_path / name).write_text(text if isinstance(text, str) else json.dumps(text))
     return tmp_path / name
