@@ -151,11 +151,11 @@ def load(path: str | Path) -> Checkpoint:
     try:
         meta = parsed(raw["etrm"])
         if meta["format"] != FORMAT:
-            raise UserError(f"{file}: format {meta['format']}, this version reads {FORMAT}")
+            raise ValueError(f"format {meta['format']}, this version reads {FORMAT}")
         model = msgspec.convert(meta["config"]["model"], ModelConfig)
         msgspec.convert(meta["finding"], Finding)
         like = init_params(model, 0)
-    except (ValueError, KeyError, TypeError, msgspec.ValidationError) as e:
+    except (UserError, ValueError, KeyError, TypeError, msgspec.ValidationError) as e:
         raise UserError(f"{file}: its config cannot be read: {e}") from None
     trees: list[Params] = []
     lean = not any(k.startswith("ema.") for k in tensors)

@@ -21,6 +21,7 @@ app = typer.Typer(
     help="Train and evaluate an encoder-based Tiny Recursive Model on ARC-AGI.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,  # what draws boxes around help takes longer to import than all else
     pretty_exceptions_enable=False,
 )
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]

@@ -5,6 +5,7 @@ The model's and the data's own tables are described beside their consumers, in e
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -183,12 +184,15 @@ def load_config(path: str | Path, sets: Sequence[str] = (), fast: bool = False) 
     if not path.is_file():
         path = shipped.get(path.as_posix().removesuffix(".toml").removeprefix("configs/"), path)
     raw = read_recipe(path, [k for k in shipped if "/" not in k])
-    if fast:
-        quick = raw.get("fast")
-        if not isinstance(quick, dict):
-            raise UserError(f"{path}: has no [fast] table, so --fast means nothing")
+    quick = raw.get("fast")
+    if isinstance(quick, dict):
+        faster = copy.deepcopy(raw)
         for key, value in {"run.dir": f"{raw.get('run', {}).get('dir', 'runs/etrm')}-fast", **quick}.items():
-            override(raw, key, value)
+            override(faster, key, value)
+        parse_config(faster, f"{path}, [fast]")  # what is wrong there is said before it is asked for
+        raw = faster if fast else raw
+    elif fast:
+        raise UserError(f"{path}: has no [fast] table, so --fast means nothing")
     for item in sets:
         set_item(raw, item)
     return parse_config(raw, str(path))

@@ -33,8 +33,9 @@ def parsed(text: str | bytes) -> Any:
         raise ValueError(str(e)) from None
 
 
-Count = Annotated[int, msgspec.Meta(ge=1)]
-Optional = Annotated[int, msgspec.Meta(ge=0)]
+Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+Optional = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+Side = Annotated[int, msgspec.Meta(ge=1, le=50)]  # of a canvas
 NonNegative = Annotated[float, msgspec.Meta(ge=0)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
@@ -50,8 +51,8 @@ class DataConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     query: Literal["leave_one_out", "test"] = "leave_one_out"
     max_demos: Count = 10
     min_demos: Optional = 0  # 0: all demos; else each episode draws a subset of at least that many
-    canvases: tuple[Count, ...] = ()  # sides a canvas may have; none: all, so that a canvas fits its task exactly
-    demo_canvases: tuple[Count, ...] = ()  # the same of the demos
+    canvases: tuple[Side, ...] = ()  # sides a canvas may have; none: all, so that a canvas fits its task exactly
+    demo_canvases: tuple[Side, ...] = ()  # the same of the demos
     dihedral: bool = True
     colours: Literal["fixed", "keep_black", "all"] = "keep_black"
     translate: bool = True

@@ -72,6 +72,8 @@ def numbers(params: Params, cfg: Config, tasks: Sequence[Task], views: int) -> T
         return None
     if views > cfg.data.symmetries:
         raise UserError(f"--views {views}: the table has rows for {cfg.data.symmetries} symmetries of a task")
+    if not len(params.encoder.keys):
+        raise UserError("this table was converted: whose its rows are is not known, so that no task can be asked")
     same = (keys_of(tasks)[:, None] == params.encoder.keys.cpu()).all(-1)
     for task, row in zip(tasks, same, strict=True):
         if not row.any():

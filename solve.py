@@ -305,11 +305,17 @@ def answer(solver: Solver, ask: Question, say: Callable[[float], None]) -> None:
 
 
 def wanted(chosen: Sequence[str], limit: int, hide: bool) -> dict[str, list[Task]]:
-    """Tasks source by source; ids that an earlier source has are left out of the later ones (ARC-2 repeats six of ARC-1)."""
+    """The first `limit` tasks (0: all), source by source. A task that an earlier source has is left out of the later ones;
+    another under the same id (six of ARC-2's are changed ones of ARC-1) gets a name of its own, as in `sources.load`."""
     found: dict[str, list[Task]] = {}
+    seen: dict[str, Task] = {}
     for source in dict.fromkeys(chosen):
-        seen = {t.name for tasks in found.values() for t in tasks}
-        found[source] = [t for t in sources.load([source], limit, hide) if t.name not in seen]
+        found[source] = []
+        for task in sources.load([source], hide=hide):
+            name = sources.free_name(task, seen)
+            if name not in seen and len(seen) < (limit or math.inf):
+                seen[name] = task._replace(name=name)
+                found[source].append(seen[name])
     return found
 
 

@@ -6,9 +6,10 @@ import contextlib
 import hashlib
 import importlib.util
 import os
+import re
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,11 +142,14 @@ def stored_tasks(n: int, held_out: bool = False) -> list[Task]:
 EMBEDDED = tuple(f"{v}:{s}" for v in ("arc1", "arc2") for s in ("training", "evaluation", "dev"))[:-1]
 
 
+BESIDE = re.compile(r"(^|[_-])(solutions|submission|predictions|looks|metadata)$")  # what lies beside tasks in a folder
+
+
 def _read(path: Path, hide: bool) -> Iterator[Task]:
     if path.is_dir():
         files = [p for p in sorted(path.rglob("*")) if p.suffix in (".json", ".jsonl") and p.is_file()]
         for file in files:
-            if not any(word in file.stem for word in ("solutions", "submission", "predictions", "looks", "metadata")):
+            if not BESIDE.search(file.stem):
                 yield from _read(file, hide)
     elif path.suffix == ".jsonl":
         try:
@@ -171,6 +175,8 @@ def _read(path: Path, hide: bool) -> Iterator[Task]:
             if not isinstance(solutions, dict):
                 raise UserError(f"{beside}: must map task ids to lists of grids")
             for name, task in raw.items():
+                if solutions and name not in solutions:
+                    raise UserError(f"{beside}: has no solution of task {name}")
                 yield check_task(name, task, str(path), solutions.get(name), hide)
         else:
             raise UserError(f"{path}: neither a task, nor tasks by id, nor a list of pairs")
@@ -193,14 +199,20 @@ def load(sources: str | Path | Sequence[str | Path], limit: int = 0, hide: bool 
                 raise UserError(f"{source}: no such file or folder{nearest(source, EMBEDDED)}")
             found = _read(Path(source), hide)
         for task in found:
-            name, again = task.name, 1
-            while name in tasks and asked_digest(tasks[name]) != asked_digest(task):
-                name, again = f"{task.name}#{again + 1}", again + 1  # another task under the same name
+            name = free_name(task, tasks)
             if name not in tasks or any(y is None for _, y in tasks[name].queries):
                 tasks[name] = task._replace(name=name)
     if not tasks:
         raise UserError(f"{', '.join(wanted) or 'no source'}: no task found")
     return [tasks[name] for name in sorted(tasks)][: limit or None]
+
+
+def free_name(task: Task, named: Mapping[str, Task]) -> str:
+    """The task's name, with #2 or more behind it where another task has that name."""
+    name, again = task.name, 1
+    while name in named and asked_digest(named[name]) != asked_digest(task):
+        name, again = f"{task.name}#{again + 1}", again + 1
+    return name
 
 
 def task_digest(task: Task) -> bytes:
@@ -344,6 +356,8 @@ def prepare(cfg: DataConfig) -> tuple[list[Task], list[Task], Finding]:
         raise UserError(f"data.demo_canvases: must hold {MAX_SIDE}, the largest demo")
     if cfg.policy == "demos" and cfg.query == "test":
         raise UserError("data.policy: held-out demos are asked one by one, which needs data.query = leave_one_out")
+    if not cfg.train:
+        raise UserError("data.train: names no source")
     dev, held_out = (load(names) if names else [] for names in (cfg.dev, cfg.held_out))
     train, finding = guard(load(cfg.train), dev, held_out, cfg.policy, cfg.guard_min_cells)
     kept = train[: cfg.max_train_tasks or None]  # what was admitted stands at the end

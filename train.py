@@ -26,7 +26,7 @@ from torch import Tensor
 from . import data, etrm, launch, regimes, sources, transfer
 from .config import Config
 from .data import UserError
-from .encoders import encoder_of, init_params, latent_of
+from .encoders import encoder_of, init_params, latent_of, lookup
 from .etrm import Carry, Encode, ModelConfig, Params, act_loss, act_step, fresh_carry, leaves, rebuild, tree_map
 from .optim import check_patterns, is_asleep, is_frozen, learning_rate, optimizers, update
 from .runs import Run, State, fresh_facts, save, take_up
@@ -371,6 +371,8 @@ def setup(cfg: Config, rank: int = 0, world: int = 1, given: Sequence[data.Task]
     tasks = data.pack(train, device)
     if cfg.eval.on == "dev" and not dev:
         raise UserError("eval.on: the dev split is to be watched but data.dev is empty")
+    if cfg.model.encoder.published and lookup(cfg.model.encoder.kind).variational and cfg.train.shards > 1:
+        raise UserError("train.shards: must be 1 where model.encoder.published divides the KL by the whole batch")
     if cfg.train.shards % world:
         raise UserError(f"train.shards: {cfg.train.shards} shards cannot be spread over {world} processes")
     asked = data.queries(tasks, cfg.data.query, cfg.data.canvases)
@@ -378,8 +380,8 @@ def setup(cfg: Config, rank: int = 0, world: int = 1, given: Sequence[data.Task]
     shards = deal(deck, cfg.model, cfg.train.shards)
     watched = tasks if cfg.eval.on == "train" else data.pack(dev, device)
     questions = data.queries(watched, rule_of(cfg), cfg.data.canvases)
-    if not questions.known.any():
-        raise UserError(f"eval.on: no task of the {cfg.eval.on} set has a query with a known output")
+    if not (questions.known & questions.fits).any():
+        raise UserError(f"eval.on: no task of the {cfg.eval.on} set has a query with a known output that fits a canvas")
     if cfg.eval.foreign:
         donors(questions.task[questions.known], cfg.run.seed)  # before an hour has gone by
     if (largest := max(cfg.data.canvases or (data.MAX_SIDE,))) > cfg.model.raster:

@@ -177,7 +177,8 @@ def meaning(cfg: ModelConfig) -> dict[str, Any]:
     """What no tensor says: under another value the same weights are another model."""
     e = cfg.encoder
     core = {k: getattr(cfg, k) for k in ("H_cycles", "L_cycles", "heads", "layers", "positions")}
-    encoder = {"kind": e.kind, "heads": e.heads or cfg.heads, "layers": e.layers, "set_layers": e.set_layers}
+    same = ("kind", "layers", "set_layers", "pooling", "norm", "qk_norm", "attend_padding", "query", "difference", "published")
+    encoder = {k: getattr(e, k) for k in same} | {"heads": e.heads or cfg.heads}
     encoder |= {"H_cycles": e.H_cycles, "L_cycles": e.L_cycles} if e.kind == "trm_style" else {}
     return core | {f"encoder.{k}": v for k, v in encoder.items()}
 

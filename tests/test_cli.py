@@ -346,6 +346,11 @@ def test_a_bad_task_file_is_one_line(tmp_path, content, said):
         (["train", "cpu", "--set", f'data.dev=["{HERE / "task.json"}"]'], "eval.foreign: needs two tasks"),
         (["train", "cpu", "--time-limit", "soon"], "--time-limit soon: must look like 8h50m"),
         (["train", "overfit", "--fast"], "has no [fast] table"),
+        (["train", "cpu", "--set", "data.train=[]"], "data.train: names no source"),
+        (
+            ["train", "cpu", "--set", "model.encoder.kind=variational", "--set", "model.encoder.published=true"],
+            "train.shards: must be 1",
+        ),
         (
             ["train", "cpu", "--set", 'data.train=["arc1:evaluation"]', "--set", "data.policy=refuse"],
             "shares a pair with",
@@ -360,6 +365,32 @@ def test_a_bad_task_file_is_one_line(tmp_path, content, said):
 def test_a_mistake_is_one_line_and_code_2(args, said):
     result = call(*args, code=2)
     assert said in result.stderr and result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
+
+
+def test_a_misspelt_key_of_the_quick_setting_is_said_before_it_is_asked_for(tmp_path):
+    said = call("train", bad(tmp_path, '[fast]\n"train.bach" = 3', "c.toml"), "--dry-run", code=2).stderr
+    assert "c.toml, [fast]" in said and "train.bach" in said and "batch" in said
+
+
+def test_outputs_that_fit_no_canvas_cannot_be_watched(tmp_path):
+    large = [{"input": [[1] * 5] * 5, "output": [[k] * 20] * 20} for k in (1, 2)]
+    for name in "ab":
+        bad(tmp_path, {"train": large, "test": large[:1]}, f"{name}.json")
+    sets = [f'data.train=["{HERE / "set"}"]', f'data.dev=["{tmp_path}"]', "data.held_out=[]", "data.canvases=[10]"]
+    result = call("train", "cpu", *SETS, *(x for item in sets for x in ("--set", item)), "--dry-run", code=2)
+    assert "eval.on: no task of the dev set has a query with a known output that fits a canvas" in result.stderr
+
+
+def test_a_checkpoint_of_an_unknown_encoder_is_named(run, tmp_path, monkeypatch):
+    from etrm_arc import encoders
+
+    kept = dict(encoders.ENCODERS)
+    monkeypatch.setitem(encoders.ENCODERS, "mine", kept["matching"])
+    more = [f'data.train=["{HERE / "set"}"]', "data.dev=[]", "data.held_out=[]", "eval.on=train", "eval.foreign=false", f"run.dir={tmp_path}"]
+    call("train", "cpu", *SETS, *(x for item in [*more, "model.encoder.kind=mine"] for x in ("--set", item)))
+    monkeypatch.delitem(encoders.ENCODERS, "mine")
+    said = call("inspect", tmp_path, code=2).stderr
+    assert f"{tmp_path}/best.safetensors: its config cannot be read: model.encoder.kind: unknown 'mine'" in said
 
 
 def test_what_is_nested_too_deeply_is_one_line_that_names_it(run, tmp_path):
@@ -467,7 +498,8 @@ def test_a_run_killed_before_its_first_state_begins_and_ended_ones_may_be_prolon
      "optimizer.warmup=-5", "optimizer.clip=-1", "optimizer.final_lr=-1", "optimizer.table_lr=-1", "optimizer.table_decay=-1",
      "optimizer.lr_scale={'.*' = -1}", "optimizer.decay_scale={'.*' = -1}", "optimizer.freeze_until={'.*' = -1}", "eval.patience=-1",
      "eval.min_gain=-1", "eval.stop_at=-1", "eval.stop_at=2", "data.canvases=[0]", "data.demo_canvases=[-1, 30]",
-     "data.guard_min_cells=-1"],
+     "data.guard_min_cells=-1", "train.batch=100000000000000000000", "train.shards=10000000000", "model.halt_max_steps=1e20",
+     "data.canvases=[99999999999999999999]", "data.canvases=[51]", "solve.views=100000000000000000000000"],
 )  # fmt: skip
 def test_a_number_out_of_bounds_is_one_line(item):
     said = call("train", "cpu", "--set", item, "--dry-run", code=2).stderr

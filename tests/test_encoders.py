@@ -255,12 +255,21 @@ def test_the_readme_adds_an_encoder_in_twenty_lines(g):
         patch.setitem(KINDS, "colours", {"kind": "colours"})
         patch.setitem(encoders.ENCODERS, "colours", None)  # so that it is taken out again
         exec(code, {"__name__": "readme"})
-        for law in (
-            test_model.test_every_slot_trains_the_encoder_in_every_step, test_model.test_a_row_alone_is_the_row_in_the_batch,
-            test_the_order_of_demos_does_not_matter, test_the_context_depends_on_every_demo, test_the_context_has_rms_one,
-        ):  # fmt: skip
-            law.hypothesis.inner_test("colours", g)
+        for law, *more in (
+            (test_model.test_no_gradient_reaches_an_earlier_step, 2),
+            (test_model.test_every_slot_trains_the_encoder_in_every_step,),
+            (test_model.test_evaluation_is_the_same_steps_with_the_context_computed_once,),
+            (test_model.test_a_slot_is_untouched_by_what_others_hold,),
+            (test_model.test_a_row_alone_is_the_row_in_the_batch,),
+            (test_the_order_of_demos_does_not_matter,),
+            (test_empty_places_do_not_matter, 2, 1),
+            (test_the_canvas_of_a_demo_does_not_matter, "rope2d"),
+            (test_the_context_depends_on_every_demo,),
+            (test_the_context_has_rms_one,),
+        ):
+            law.hypothesis.inner_test("colours", g, *more)
         test_every_parameter_of_every_encoder_gets_a_gradient("colours")
+        test_any_number_of_context_tokens("colours", 64)
 
 
 def test_a_variational_encoder_needs_a_weight_for_its_divergence():

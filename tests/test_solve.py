@@ -298,13 +298,16 @@ def test_checkpoints_that_vote_together_vote_by_the_rule_of_the_first(run, tmp_p
     assert result["votes"] == 36 and result["vote"] == "demos" and result["adaptation"] == "context search and no adaptation"
 
 
-def test_ids_of_an_earlier_source_are_left_out_of_later_ones(run, tmp_path):
+def test_a_task_of_an_earlier_source_is_left_out_of_later_ones_and_another_of_its_id_is_not(run, tmp_path):
     (tmp_path / "other").mkdir()
-    for name in ("flip.json", "new.json"):
+    for name in ("flip.json", "new.json", "mirror.json"):
         (tmp_path / "other" / name).write_text((SET / "mirror.json").read_text())
-    result = solve.evaluate([run], [str(SET), str(tmp_path / "other")], predictions_file=str(tmp_path / "p.jsonl"))
-    assert {k: v["n_tasks"] for k, v in result["by_source"].items()} == {str(SET): 6, str(tmp_path / "other"): 1}
-    assert result["n_tasks"] == 7
+    chosen = [str(SET), str(tmp_path / "other")]
+    result = solve.evaluate([run], chosen, predictions_file=str(tmp_path / "p.jsonl"))
+    assert {k: v["n_tasks"] for k, v in result["by_source"].items()} == {chosen[0]: 6, chosen[1]: 2}
+    assert result["n_tasks"] == 8
+    assert [t.name for t in solve.wanted(chosen, 0, True)[chosen[1]]] == ["flip#2", "new"]
+    assert [len(ts) for ts in solve.wanted(chosen, 7, True).values()] == [6, 1]  # a limit of all, as in training
 
 
 def test_tasks_without_solutions_are_predicted_and_not_scored(run, tmp_path):

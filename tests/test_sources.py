@@ -263,6 +263,17 @@ def test_solutions_must_match_their_queries(tmp_path):
     assert "task t1" in said and "test[0].output" in said and "colour 11" in said
     write(beside, [1])
     assert "solutions.json" in complaint(path)
+    write(beside, {"t0": answers["t0"]})
+    assert complaint(path) == f"{beside}: has no solution of task t1"
+
+
+def test_what_lies_beside_tasks_is_known_by_the_end_of_its_name(tmp_path):
+    some = puzzles.tasks(generator(), 3)
+    for t, name in zip(some, ("looks_like_a_star", "metadata_of_a_cat", "solutions-2"), strict=True):
+        write(tmp_path / f"{name}.json", raw_task(t))
+    for name in ("looks", "my-submission", "arc_solutions", "metadata"):
+        write(tmp_path / f"{name}.json", "no task")
+    assert [t.name for t in sources.load([str(tmp_path)])] == ["looks_like_a_star", "metadata_of_a_cat", "solutions-2"]
 
 
 def test_a_broken_line_is_named_by_its_number(tmp_path):

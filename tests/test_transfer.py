@@ -147,6 +147,11 @@ def test_training_starts_from_a_published_core_and_says_what_it_took(golden, tmp
     ({"encoder": {"heads": 2}}, "has encoder.heads = 4, the model 2"),
     ({"encoder": {"layers": 1}}, "has encoder.layers = 2, the model 1"),
     ({"encoder": {"set_layers": 2}}, "has encoder.set_layers = 1, the model 2"),
+    ({"encoder": {"norm": "pre"}}, "has encoder.norm = post, the model pre"),
+    ({"encoder": {"pooling": "max"}}, "has encoder.pooling = mean, the model max"),
+    ({"encoder": {"qk_norm": True}}, "has encoder.qk_norm = False, the model True"),
+    ({"encoder": {"attend_padding": True}}, "has encoder.attend_padding = False, the model True"),
+    ({"encoder": {"published": True}}, "has encoder.published = False, the model True"),
 ])  # fmt: skip
 def test_what_no_tensor_says_is_compared_too(tmp_path, change, said):
     train.fit(trained(tmp_path / "a"))
