@@ -44,9 +44,9 @@ def all_demos(inputs, outputs, mask):
     )  # fmt: skip
 
 
-def rows_loss(cfg, logits, q, labels):
+def rows_loss(cfg, logits, q, labels, kl=None):
     """Of a table of equally long rows."""
-    return act_loss(cfg, Output(logits.flatten(0, 1), q, q), labels.long().flatten(), [labels.shape[1]] * len(labels))
+    return act_loss(cfg, Output(logits.flatten(0, 1), q, q, kl), labels.long().flatten(), [labels.shape[1]] * len(labels))
 
 
 def published_sums(loss, steps, counted):
@@ -104,20 +104,25 @@ def test_core(golden):
     close(context.grad.flatten(1), t["grad.inner.puzzle_emb.local_weights"])
 
 
-@pytest.mark.parametrize("name", ["trm", "etrm_train", "etrm_eval"])
+@pytest.mark.parametrize("name", ["trm", "etrm_train", "etrm_train_kl", "etrm_eval"])
 def test_act_loss(golden, name):
     t, _ = golden("act_loss")
     logits, q = t["logits"].clone().requires_grad_(), t["q_halt_logits"].clone().requires_grad_()
-    loss = rows_loss(config(), logits, q, t["labels"])
-    counted = loss.labelled if name == "etrm_train" else loss.labelled & t["halted"]
+    kl = torch.full((len(q),), 7.25, requires_grad=True) if name == "etrm_train_kl" else None
+    cfg = config(encoder=EncoderConfig(kind="variational", kl_weight=0.01, published=True))
+    loss = rows_loss(cfg, logits, q, t["labels"], kl)
+    counted = loss.labelled if "train" in name else loss.labelled & t["halted"]
     steps = t["steps"]
     for key, value in published_sums(loss, steps, counted).items():
-        if key == "steps" and name == "etrm_train":
+        if key == "steps" and "train" in name:
             value = steps.sum()  # published: also of rows without a label
         close(value, t[f"{name}.{key}"])
     loss.total.sum().backward()
     close(logits.grad, t[f"{name}.grad_logits"])
     close(q.grad, t[f"{name}.grad_q_halt_logits"])
+    if kl is not None:  # published: a mean over the batch already, here a number for each row
+        close(loss.kl.mean(), t[f"{name}.kl_loss"])
+        close(kl.grad.sum(), t[f"{name}.grad_kl"])
 
 
 def test_unlabelled_row_trains_no_head_by_default(golden):
