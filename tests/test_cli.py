@@ -381,13 +381,11 @@ def test_outputs_that_fit_no_canvas_cannot_be_watched(tmp_path):
     assert "eval.on: no task of the dev set has a query with a known output that fits a canvas" in result.stderr
 
 
-def test_a_checkpoint_of_an_unknown_encoder_is_named(run, tmp_path, monkeypatch):
+def test_a_checkpoint_of_an_unknown_encoder_is_named(tmp_path, monkeypatch):
     from etrm_arc import encoders
 
-    kept = dict(encoders.ENCODERS)
-    monkeypatch.setitem(encoders.ENCODERS, "mine", kept["matching"])
-    more = [f'data.train=["{HERE / "set"}"]', "data.dev=[]", "data.held_out=[]", "eval.on=train", "eval.foreign=false", f"run.dir={tmp_path}"]
-    call("train", "cpu", *SETS, *(x for item in [*more, "model.encoder.kind=mine"] for x in ("--set", item)))
+    monkeypatch.setitem(encoders.ENCODERS, "mine", encoders.ENCODERS["matching"])
+    call("train", "cpu", *words(tmp_path, "eval.foreign=false", "model.encoder.kind=mine"))
     monkeypatch.delitem(encoders.ENCODERS, "mine")
     said = call("inspect", tmp_path, code=2).stderr
     assert f"{tmp_path}/best.safetensors: its config cannot be read: model.encoder.kind: unknown 'mine'" in said
