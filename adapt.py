@@ -140,6 +140,7 @@ def recipe(cfg: Config, folder: str = "") -> Config:
     if cfg.model.encoder.kind == "table":
         raise UserError("solve.adapt: a table's rows are its tasks': there is nothing to adapt")
     replace, how = msgspec.structs.replace, cfg.solve
+    shards = 1 if train.undivided(cfg.model) else min(4, how.adapt_batch)
     rest = () if how.adapt_weights == ".*" else (rf"(?!(?:{how.adapt_weights})$).*",)
     return replace(
         cfg,
@@ -149,9 +150,7 @@ def recipe(cfg: Config, folder: str = "") -> Config:
         optimizer=replace(
             cfg.optimizer, lr=how.adapt_lr or 1e-3, warmup=0, final_lr=0.1, freeze=(*cfg.optimizer.freeze, *rest), freeze_until={}
         ),
-        train=replace(
-            cfg.train, batch=how.adapt_batch, shards=min(4, how.adapt_batch), steps=how.adapt_steps, save_every=100, keep_every=0
-        ),
+        train=replace(cfg.train, batch=how.adapt_batch, shards=shards, steps=how.adapt_steps, save_every=100, keep_every=0),
         eval=replace(cfg.eval, on="train", foreign=False, every=500, weights=("raw",), patience=0, stop_at=1.0),
     )
 

@@ -214,7 +214,8 @@ def train_one(cfg: Any, resume: bool, several: bool, source: str, limit: float, 
         typer.echo(plan.pop("text"))
     if dry_run:
         return plan
-    go_on = resume and (begun or not (several or (folder / "run.json").exists()))  # what was killed before its first state begins
+    # what was killed before its first state begins, or forks, anew
+    go_on = resume and (begun or not (several or source or (folder / "run.json").exists()))
     forked = Path(source) if source and not go_on else None
     result = fit_aloud(cfg, resume=go_on, limit=limit, source=forked, s=setup)
     result["guard"] = checkpoint.warned(setup.meta)

@@ -129,12 +129,12 @@ def parse_config(raw: dict[str, Any], where: str) -> Config:
     raise UserError(f"{where}: {path or 'config'}: {text.split(' - at ')[0].lower()}")
 
 
-def override(raw: dict[str, Any], key: str, value: Any) -> None:
+def override(raw: dict[str, Any], key: str, value: Any, where: str) -> None:
     *parents, last = key.split(".")
     for name in parents:
         raw = raw.setdefault(name, {})
         if not isinstance(raw, dict):
-            raise UserError(f"--set {key}: {name} is not a table")
+            raise UserError(f"{where}: {name} is not a table")
     raw[last] = value
 
 
@@ -149,7 +149,7 @@ def set_item(raw: dict[str, Any], item: str) -> None:
         value = text
     except RecursionError as e:
         raise UserError(f"--set {key}: {e}") from None
-    override(raw, key.strip(), value)
+    override(raw, key.strip(), value, f"--set {key}")
 
 
 SHIPPED = Path(__file__).parent / "configs"
@@ -186,9 +186,9 @@ def load_config(path: str | Path, sets: Sequence[str] = (), fast: bool = False) 
     raw = read_recipe(path, [k for k in shipped if "/" not in k])
     quick = raw.get("fast")
     if isinstance(quick, dict):
-        faster = copy.deepcopy(raw)
-        for key, value in {"run.dir": f"{raw.get('run', {}).get('dir', 'runs/etrm')}-fast", **quick}.items():
-            override(faster, key, value)
+        faster, usual = copy.deepcopy(raw), parse_config(raw, str(path))
+        for key, value in {"run.dir": f"{usual.run.dir}-fast", **quick}.items():
+            override(faster, key, value, f"{path}, [fast], {key}")
         parse_config(faster, f"{path}, [fast]")  # what is wrong there is said before it is asked for
         raw = faster if fast else raw
     elif fast:

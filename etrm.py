@@ -331,6 +331,12 @@ def sure(cfg: ModelConfig, q: Tensor) -> Tensor:
     return q >= SURE if cfg.feedback else q > 0
 
 
+def halts(cfg: ModelConfig, q: Tensor, steps: Tensor, min_steps: Tensor | None) -> Tensor:
+    """(B,) bool: slots that end here, by their number of steps or by q; without `min_steps`, and in FCT, never by q."""
+    last = steps >= cfg.halt_max_steps
+    return last if min_steps is None or cfg.fixed_steps else (last | sure(cfg, q)) & (steps >= min_steps)
+
+
 def act_step(
     params: Params, cfg: ModelConfig, encode: Encode, carry: Carry, batch: Batch, min_steps: Tensor | None
 ) -> tuple[Carry, Output]:
@@ -354,9 +360,7 @@ def act_step(
     logits = z_H[layout.cells] @ (p.embed if p.head is None else p.head).T
     q = (z_H[layout.first] @ p.q_weight.T + p.q_bias).float()
     steps = torch.where(carry.halted, 0, carry.steps) + 1
-    halted = steps >= cfg.halt_max_steps
-    if min_steps is not None and not cfg.fixed_steps:
-        halted = (halted | sure(cfg, q[:, 0])) & (steps >= min_steps)
+    halted = halts(cfg, q[:, 0], steps, min_steps)
     z_E = carry.z_E if context.z_E is None else context.z_E.detach()
     new = Carry(z_H.detach(), z_L.detach(), steps, halted, carry.n, z_E, carry.tokens)
     return new, Output(logits, q[:, 0], q[:, 1], context.kl, context.tokens.detach())

@@ -72,7 +72,7 @@ def turn_of(position: Tensor | None, heads: int, head: int, dtype: torch.dtype) 
     if position is None:
         return None
     axes = position.T if position.ndim == 2 else position[None]
-    tables = waves(4096 if len(axes) == 1 else 128, head // 2 // len(axes), str(position.device))
+    tables = waves(8192 if len(axes) == 1 else 128, head // 2 // len(axes), str(position.device))
     cos, sin = (torch.cat([t[x] for x in axes], -1) for t in tables)
     cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
     scale = torch.tensor([head**-0.5, 1.0], device=position.device)[:, None, None]

@@ -83,7 +83,7 @@ def check_patterns(cfg: OptimizerConfig, params: Iterable[str]) -> None:
 
 def is_matrix(path: str, p: Tensor) -> bool:
     """What Muon orthogonalises: products inside blocks; not embeddings, queries, heads and positions."""
-    return p.ndim == 2 and not re.search(r"embed|queries|head|q_weight|position|pool\.0$", path)
+    return p.ndim == 2 and not re.search(r"embed|queries|head|halt|q_weight|position|pool\.0$", path)
 
 
 def optimizers(cfg: OptimizerConfig, params: dict[str, Tensor]) -> list[torch.optim.Optimizer]:
@@ -112,8 +112,12 @@ def optimizers(cfg: OptimizerConfig, params: dict[str, Tensor]) -> list[torch.op
 
 def update(
     opts: Sequence[torch.optim.Optimizer], trained: Sequence[Tensor], grads: Sequence[Tensor], lr: float, clip: float,
+    others: Sequence[Tensor] = (),
 ) -> Tensor:  # fmt: skip
-    """Clip by the global norm, then step, in place; the norm before clipping. A non-finite norm changes nothing."""
+    """Clip by the global norm, then step, in place; the norm before clipping. A non-finite norm changes nothing, and so it is
+    where `others`, gradients that no optimizer has, are not finite."""
+    if not all(bool(x.isfinite().all()) for x in others):
+        return torch.tensor(math.inf)
     if not grads:
         return torch.zeros(())
     norm = torch.stack(torch._foreach_norm(list(grads))).norm()

@@ -14,7 +14,7 @@ from . import data, sources
 from .config import Config
 from .etrm import tree_map
 from .optim import optimizers, update
-from .train import Setup, next_batch, one_step, start_carry, train_step
+from .train import THREADS, Setup, next_batch, one_step, start_carry, train_step
 
 
 def to_meta(tree: Any) -> Any:
@@ -22,8 +22,9 @@ def to_meta(tree: Any) -> Any:
 
 
 def flops(s: Setup, cfg: Config) -> tuple[float, float]:
-    """(GFLOP of the first optimizer step, GB that autograd keeps for the largest shard), counted on the meta device."""
-    total, most = 0.0, 0
+    """(GFLOP of the first optimizer step, GB that autograd keeps for the largest of the shards that are worked on at once),
+    counted on the meta device."""
+    total, sizes = 0.0, []
     for slots in s.shards:
         carry, batch, least = next_batch(s, cfg, slots, start_carry(s, cfg, slots))
         p = {k: v.detach().to("meta").requires_grad_(v.requires_grad) for k, v in s.params.items()}
@@ -34,10 +35,11 @@ def flops(s: Setup, cfg: Config) -> tuple[float, float]:
             return x
 
         with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-            train_step(p, s.like, cfg.model, s.encode, torch.bfloat16, to_meta(carry), to_meta(batch), to_meta(least), 1.0)
+            train_step(p, s.like, cfg.model, s.encode, s.dtype, to_meta(carry), to_meta(batch), to_meta(least), 1.0)
         total += counter.get_total_flops()
-        most = max(most, sum(kept.values()))
-    return total / 1e9, most / 1e9
+        sizes.append(sum(kept.values()))
+    at_once = THREADS if s.device.type == "cpu" else 1
+    return total / 1e9, sum(sorted(sizes)[-at_once:]) / 1e9
 
 
 def plan(cfg: Config, s: Setup, timed: bool) -> dict[str, Any]:
@@ -59,9 +61,10 @@ def plan(cfg: Config, s: Setup, timed: bool) -> dict[str, Any]:
     )
     if timed:
         made["gflop_per_step"], kept = flops(s, cfg)
-        # master weights, gradient, EMA and two moments in float32; a copy in the compute dtype; what autograd keeps
+        # master weights, EMA and two moments in float32; a copy in the compute dtype; gradients of each shard, and laid flat; what
+        # autograd keeps
         learned = sum(p.numel() for p in s.params.values() if p.requires_grad)
-        made["memory_gb"] = (learned * 22 + (params - learned) * 4) / 1e9 + kept
+        made["memory_gb"] = (learned * (16 + s.dtype.itemsize + 8 * len(s.shards)) + (params - learned) * 4) / 1e9 + kept
         opts, trained = optimizers(cfg.optimizer, s.params), [p for p in s.params.values() if p.requires_grad]
         seconds, carries = [], [start_carry(s, cfg, slots) for slots in s.shards]
         for _ in range(3):

@@ -178,8 +178,6 @@ def feedback_step(params: Params, cfg: ModelConfig, carry: Carry, batch: Batch, 
             mine = done[of_cell][:, None]
             y, z, q = (torch.where(of, old, new) for of, old, new in zip((mine, mine, done), before, (y, z, q), strict=True))
     steps = torch.where(carry.halted, 0, carry.steps) + 1
-    halted = steps >= cfg.halt_max_steps
-    if min_steps is not None:
-        halted = (halted | etrm.sure(cfg, q)) & (steps >= min_steps)
+    halted = etrm.halts(cfg, q, steps, min_steps)
     logits = F.pad(y, (data.FIRST_COLOUR, 0), value=-math.inf)  # it cannot say where a grid ends
     return carry._replace(z_H=y.detach(), z_L=z.detach(), steps=steps, halted=halted), Output(logits, q, q)

@@ -204,11 +204,6 @@ def status(place: int | None) -> str:
     return "output hidden" if place is None else {0: "unsolved", 1: "solved at 1", 2: "solved at 2"}.get(place, "solved by some view")
 
 
-def signs(tokens: np.ndarray) -> str:
-    """A canvas as predictions.jsonl has it."""
-    return "/".join("".join(votes.SIGNS[t] for t in row) for row in tokens.tolist())
-
-
 def entry(task: Task, p: votes.Prediction, rule: str, line: Sequence[show.Step]) -> dict[str, Any]:
     """One query of the gallery: what was voted for, and how the answer formed (the task as it is, nothing adapted)."""
     x, y = task.queries[p.query]
@@ -218,10 +213,10 @@ def entry(task: Task, p: votes.Prediction, rule: str, line: Sequence[show.Step])
         for n, a in enumerate(votes.rank(p.votes, rule), 1)
         if n <= 8 or n == place
     ]
-    steps = [
-        {"n": s.number, "q": round(s.q, 4), "entropy": round(s.entropy, 4), "tokens": signs(s.tokens), "whole": s.grid is not None}
-        for s in line
-    ]
+    steps = []
+    for s in line:
+        said = {"n": s.number, "q": round(s.q, 4), "entropy": round(s.entropy, 4), "tokens": votes.signs(s.tokens)}
+        steps.append(said | {"whole": s.grid is not None})
     found = {"task": task.name, "query": p.query, "status": status(place), "votes": len(p.votes), "too_large": p.too_large}
     return found | {"input": votes.written(x), "target": votes.written(y), "answers": ranked, "steps": steps}
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 import torch
@@ -52,7 +52,9 @@ def origin() -> dict[str, Any]:
 # ---------------------------------------------------------------- trackers
 
 
-Track = Callable[[dict[str, Any]], None]
+class Track(NamedTuple):
+    row: Callable[[dict[str, Any]], None]
+    close: Callable[[], None]
 
 
 def tensorboard(folder: Path, cfg: dict[str, Any]) -> Track:
@@ -66,14 +68,14 @@ def tensorboard(folder: Path, cfg: dict[str, Any]) -> Track:
                 writer.add_scalar(key, value, row["step"])
         writer.flush()
 
-    return track
+    return Track(track, writer.close)
 
 
 def wandb(folder: Path, cfg: dict[str, Any]) -> Track:
     import wandb as service  # type: ignore[import-not-found]
 
     run = service.init(project="etrm", name=folder.name, dir=str(folder), config=cfg, mode=os.environ.get("WANDB_MODE", "offline"))
-    return lambda row: run.log(row, step=row["step"])
+    return Track(lambda row: run.log(row, step=row["step"]), run.finish)
 
 
 TRACKERS: dict[str, Callable[[Path, dict[str, Any]], Track]] = {"tensorboard": tensorboard, "wandb": wandb}
@@ -82,7 +84,7 @@ TRACKERS: dict[str, Callable[[Path, dict[str, Any]], Track]] = {"tensorboard": t
 def tracker(kind: str, folder: Path, cfg: dict[str, Any]) -> Track:
     """Raises UserError when its package is not installed."""
     if not kind:
-        return lambda row: None
+        return Track(lambda row: None, lambda: None)
     try:
         return TRACKERS[kind](folder, cfg)
     except ImportError:
@@ -162,7 +164,7 @@ class Run:
     def write(self, row: dict[str, Any]) -> None:
         self.log.write(json.dumps(row) + "\n")
         self.log.flush()
-        self.track(row)
+        self.track.row(row)
 
     def wait(self) -> None:
         """Until what `save` began is written; its error is raised here."""
@@ -182,7 +184,7 @@ class Run:
         self.writer.shutdown()
         for s, handler in self.before.items():
             signal.signal(s, handler)
-        for name in ("log", "lock"):
+        for name in ("track", "log", "lock"):
             if file := getattr(self, name, None):
                 file.close()
 

@@ -39,7 +39,7 @@ def view(task: Task, query: int, number: int, cfg: data.DataConfig) -> tuple[Sym
     lots = 1 + len(task.demos)
     u = data.uniform(11 + lots, int(votes.task_hash(task)[:13], 16), data.VIEW, query, number)
     if number == 0:
-        return data.identity(), torch.arange(lots) / lots
+        return data.identity(), torch.arange(lots).double() / lots
     s = data.draw_symmetry(u[None, :11], cfg.dihedral, cfg.colours)
     return Symmetry(s.dihedral[0], s.colours[0]), u[11:]
 
@@ -290,6 +290,7 @@ def answer(solver: Solver, ask: Question, say: Callable[[float], None]) -> None:
     todo, done = missing(solver, ask)
     alone = solver.cfg.solve.adapt == "full"
     groups = [[t] for t in todo] if alone else [todo] if todo else []
+    met: set[tuple[str, int]] = set()
     for n, group in enumerate(groups):
         begun, params, spent, until = time.monotonic(), solver.params, solver.spent, ask.deadline
         if alone and data.queries(data.pack(group), "test", solver.cfg.data.canvases).canvas[:, 0].any():
@@ -298,22 +299,25 @@ def answer(solver: Solver, ask: Question, say: Callable[[float], None]) -> None:
             params = adapt.tuned(params, solver.cfg, group[0], begun + 0.8 * share_of)
             spent, until = (time.monotonic() - begun) / len(group[0].queries), begun + share_of
         for part, share in predictions(params, solver.cfg, group, ask.views, solver.source, done, until):
-            part = [p._replace(seconds=p.seconds + spent * (p.canvas is not None)) for p in part]  # once a query
+            # once a query: what all tasks had together, with its first view; what it had alone, whenever it is asked again
+            first = [(p.task, p.query) not in met if alone else p.canvas is not None for p in part]
+            met |= {(p.task, p.query) for p in part}
+            part = [p._replace(seconds=p.seconds + spent * now) for p, now in zip(part, first, strict=True)]
             votes.append(ask.file, part)
             ask.made.extend(part)
             say((n + share) / len(groups))
 
 
 def wanted(chosen: Sequence[str], limit: int, hide: bool) -> dict[str, list[Task]]:
-    """The first `limit` tasks (0: all), source by source. A task that an earlier source has is left out of the later ones;
-    another under the same id (six of ARC-2's are changed ones of ARC-1) gets a name of its own, as in `sources.load`."""
+    """The first `limit` tasks (0: all), source by source. A task of which an earlier source has a demo under the same id is left
+    out (ARC-2 repeats six of ARC-1's, changed); a wholly other one gets a name of its own, as in `sources.load`."""
     found: dict[str, list[Task]] = {}
     seen: dict[str, Task] = {}
     for source in dict.fromkeys(chosen):
         found[source] = []
         for task in sources.load([source], hide=hide):
-            name = sources.free_name(task, seen)
-            if name not in seen and len(seen) < (limit or math.inf):
+            name, twin = sources.free_name(task, seen), seen.get(task.name)
+            if name not in seen and not (twin and sources.akin(twin, task)) and len(seen) < (limit or math.inf):
                 seen[name] = task._replace(name=name)
                 found[source].append(seen[name])
     return found
@@ -449,8 +453,10 @@ def looked(folders: Collection[Path], kept_out: Sequence[str], known: dict[str, 
 
     "look": how often the task seen most often was looked at by now; None where that could not be counted; {} where none
     of the tasks is held out."""
-    there = [x for x in ("arc1:evaluation", "arc2:evaluation", *kept_out) if x in sources.EMBEDDED or Path(x).exists()]
-    held = frozenset().union(*map(hashes_of, there))
+    made = (*sources.EMBEDDED, "composed")
+    held = frozenset().union(
+        *(hashes_of(x) for x in ("arc1:evaluation", "arc2:evaluation", *kept_out) if x.startswith(made) or Path(x).exists())
+    )
     seen = sorted({short(key) for ts in known.values() for t in ts if (key := votes.task_hash(t)) in held})
     row = {"data": list(known), "pass@2": score, "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
     counts = []

@@ -182,7 +182,7 @@ def _read(path: Path, hide: bool) -> Iterator[Task]:
             raise UserError(f"{path}: neither a task, nor tasks by id, nor a list of pairs")
 
 
-def load(sources: str | Path | Sequence[str | Path], limit: int = 0, hide: bool = False) -> list[Task]:
+def load(sources: str | Path | Sequence[str | Path], hide: bool = False) -> list[Task]:
     """All tasks of the sources, sorted by name; equal copies under one name once. hide: the outputs of queries are not
     looked at, no solutions file is opened. Raises UserError on anything malformed or empty."""
     tasks: dict[str, Task] = {}
@@ -204,7 +204,7 @@ def load(sources: str | Path | Sequence[str | Path], limit: int = 0, hide: bool 
                 tasks[name] = task._replace(name=name)
     if not tasks:
         raise UserError(f"{', '.join(wanted) or 'no source'}: no task found")
-    return [tasks[name] for name in sorted(tasks)][: limit or None]
+    return [tasks[name] for name in sorted(tasks)]
 
 
 def free_name(task: Task, named: Mapping[str, Task]) -> str:
@@ -276,6 +276,11 @@ def pair_digest(pair: tuple[np.ndarray, np.ndarray]) -> bytes:
     return hashlib.blake2b(min(forms), digest_size=16).digest()
 
 
+def akin(one: Task, other: Task) -> bool:
+    """Have they a demo in common, up to symmetry?"""
+    return bool({*map(pair_digest, one.demos)} & {*map(pair_digest, other.demos)})
+
+
 def _rough(pair: tuple[np.ndarray, np.ndarray]) -> tuple:
     """Equal wherever pair_digest is; cheap, so that the digest is needed for few pairs."""
     (a, b), (c, d) = pair[0].shape, pair[1].shape
@@ -340,14 +345,18 @@ def guard(
     return kept, Finding(policy, tuple(dropped), aside, tiny, sum(t.name in names for t in kept))
 
 
-def weights(tasks: Sequence[Task], share: float) -> torch.Tensor | None:
-    """(T,) such that composed tasks together have that share; None: all the same. Raises UserError where there are none."""
+def weights(tasks: Sequence[Task], share: float, asked: torch.Tensor) -> torch.Tensor | None:
+    """(T,) such that the composed ones of the tasks that are asked, (T,) bool, have that share together; None: all the same.
+    Raises UserError where there are none of them, or no others."""
     if not share:
         return None
-    ours = torch.tensor([t.name.startswith("composed") for t in tasks]).double()
-    if ours.sum() in (0, len(tasks)):
-        raise UserError("data.composed: a share of the sample-steps needs composed:N and another source in data.train")
-    return ours * share / ours.sum() + (1 - ours) * (1 - share) / (1 - ours).sum()
+    composed = torch.tensor([t.name.startswith("composed") for t in tasks])
+    ours, others = ((which & asked).double() for which in (composed, ~composed))
+    if not (ours.sum() and others.sum()):
+        raise UserError(
+            "data.composed: a share of the sample-steps needs composed:N and another source in data.train, of which some fit"
+        )
+    return ours * share / ours.sum() + others * (1 - share) / others.sum()
 
 
 def prepare(cfg: DataConfig) -> tuple[list[Task], list[Task], Finding]:

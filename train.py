@@ -79,17 +79,25 @@ def deal(d: data.Deck, cfg: ModelConfig, parts: int) -> tuple[Tensor, ...]:
     return tuple(torch.tensor(sorted(mine)) for mine in dealt)
 
 
+def undivided(cfg: ModelConfig) -> str:
+    """Why a step cannot be worked on in shards; "" where it can."""
+    if cfg.unrolled > 1:
+        return "model.unrolled ends the steps of all slots together"
+    published = cfg.encoder.published and lookup(cfg.encoder.kind).variational
+    return "model.encoder.published divides the KL by the whole batch" if published else ""
+
+
 def min_steps(cfg: ModelConfig, seed: int, slots: Tensor, n: Tensor, step: Tensor) -> Tensor:
     """Exploration (B,): with its probability an ACT step may not halt before a number drawn from 2..halt_max_steps.
 
-    Drawn anew at every ACT step, as published."""
+    Drawn anew in every optimizer step, as published."""
     u = data.uniform(2, seed, data.EXPLORE, slots, n, step)
     least = (2 + (u[:, 1] * (cfg.halt_max_steps - 1)).long()).clamp(max=cfg.halt_max_steps)
     return torch.where(u[:, 0] < (0.0 if cfg.fixed_steps else cfg.exploration), least, 0)
 
 
 def noise(lanes: int, demos: int, seed: int, slots: Tensor, n: Tensor, step: Tensor) -> Tensor:
-    """Standard normal (B, demos, lanes) for a variational encoder, drawn anew at every ACT step, as published."""
+    """Standard normal (B, demos, lanes) for a variational encoder, drawn anew in every optimizer step, as published."""
     u = data.uniform(demos * lanes, seed, data.NOISE, slots, n, step)
     return (math.sqrt(2) * torch.erfinv(2 * u - 1 + 2.0**-53)).float().unflatten(-1, (demos, lanes))
 
@@ -279,15 +287,16 @@ def portions(asked: data.Queries, cfg: ModelConfig, tokens: int, times: Tensor |
     return [torch.tensor(rows) for rows in made]
 
 
-def donors(task: Tensor, seed: int) -> Tensor:
-    """(Q,) for each query a row whose task is another one, fixed by the seed: whose demos it is shown instead."""
-    tasks = task.unique()
+def donors(task: Tensor, fit: Tensor, seed: int) -> Tensor:
+    """(Q,) for each query a row whose task is another one, fixed by the seed: whose demos it is shown instead. Only those of
+    queries that have a canvas, (Q,) bool, are: what the model never saw the size of says nothing of whether it reads."""
+    tasks = task[fit].unique()
     if len(tasks) < 2:
-        raise UserError("eval.foreign: needs two tasks, there is one")
+        raise UserError(f"eval.foreign: needs two tasks that fit a canvas, there is {('none', 'one')[len(tasks)]}")
     order = tasks[data.uniform(len(tasks), seed, data.DONOR).argsort()]
     other = dict(zip(order.tolist(), order.roll(1).tolist(), strict=True))
-    rows = {int(t): i for i, t in enumerate(task.tolist())}
-    return torch.tensor([rows[other[t]] for t in task.tolist()])
+    rows = {t: i for i, (t, fits) in enumerate(zip(task.tolist(), fit.tolist(), strict=True)) if fits}
+    return torch.tensor([rows[other.get(t, int(order[0]))] for t in task.tolist()])
 
 
 def probe(params: Params, cfg: Config, tasks: data.Tasks, rule: str, dtype: torch.dtype, foreign: bool = False) -> dict[str, Any]:
@@ -297,7 +306,7 @@ def probe(params: Params, cfg: Config, tasks: data.Tasks, rule: str, dtype: torc
     """
     asked = data.queries(tasks, rule, cfg.data.canvases)
     asked = data.chosen(asked, asked.known)
-    shown = asked.pair[donors(asked.task, cfg.run.seed)] if foreign else asked.pair
+    shown = asked.pair[donors(asked.task, asked.canvas[:, 0] > 0, cfg.run.seed)] if foreign else asked.pair
     encode, cast = encoder_of(cfg.model), tree_map(lambda x: x.to(dtype), params)
     lm, cells, exact = (torch.zeros(len(asked.pair)) for _ in range(3))
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -371,19 +380,20 @@ def setup(cfg: Config, rank: int = 0, world: int = 1, given: Sequence[data.Task]
     tasks = data.pack(train, device)
     if cfg.eval.on == "dev" and not dev:
         raise UserError("eval.on: the dev split is to be watched but data.dev is empty")
-    if cfg.model.encoder.published and lookup(cfg.model.encoder.kind).variational and cfg.train.shards > 1:
-        raise UserError("train.shards: must be 1 where model.encoder.published divides the KL by the whole batch")
+    if cfg.train.shards > 1 and (why := undivided(cfg.model)):
+        raise UserError(f"train.shards: must be 1 where {why}")
     if cfg.train.shards % world:
         raise UserError(f"train.shards: {cfg.train.shards} shards cannot be spread over {world} processes")
     asked = data.queries(tasks, cfg.data.query, cfg.data.canvases)
-    deck = data.deck(asked, cfg.train.batch, sources.weights(train, cfg.data.composed) if given is None else None)
+    some = torch.zeros(len(train), dtype=torch.bool).index_fill_(0, asked.task[asked.fits & asked.known], True)
+    deck = data.deck(asked, cfg.train.batch, sources.weights(train, cfg.data.composed, some) if given is None else None)
     shards = deal(deck, cfg.model, cfg.train.shards)
     watched = tasks if cfg.eval.on == "train" else data.pack(dev, device)
     questions = data.queries(watched, rule_of(cfg), cfg.data.canvases)
     if not (questions.known & questions.fits).any():
         raise UserError(f"eval.on: no task of the {cfg.eval.on} set has a query with a known output that fits a canvas")
     if cfg.eval.foreign:
-        donors(questions.task[questions.known], cfg.run.seed)  # before an hour has gone by
+        donors(questions.task[questions.known], questions.canvas[questions.known, 0] > 0, cfg.run.seed)  # before an hour has gone by
     if (largest := max(cfg.data.canvases or (data.MAX_SIDE,))) > cfg.model.raster:
         raise UserError(f"data.canvases: {largest} is larger than model.raster = {cfg.model.raster}")
     if cfg.model.mixer and cfg.data.canvases != (cfg.model.raster,):
@@ -483,14 +493,18 @@ def fit(
 
 
 def culprits(s: Setup, cfg: Config, carries: Sequence[Carry]) -> str:
-    """The tasks, and their canvases, of this process's slots whose states are not finite."""
-    said = []
+    """The tasks, and their canvases, of the slots of all processes whose states are not finite."""
+    said: list[str] = []
     for slots, carry in zip(s.shards, carries, strict=True):
         e = data.draw(s.tasks, s.deck, cfg.data, cfg.run.seed, slots, carry.n.cpu())
         for i, z in enumerate(carry.z_H.split(carry.tokens)):
             if not bool(z.isfinite().all()):
                 h, w = e.canvas[i].tolist()
                 said.append(f"{s.names[int(s.tasks.task_of[e.query[i]])]} on {h} x {w}")
+    if dist.is_initialized():
+        everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyone, said)
+        said = [x for each in everyone for x in each]
     return f"tasks {', '.join(said[:3])}{f' and {len(said) - 3} more' if said[3:] else ''}" if said else "every state is"
 
 
@@ -523,7 +537,8 @@ def loop(
         watching = gradient_row(named, [*grads, *touched[:1]]) | context_row(contexts) if logged else {}
         lr = learning_rate(cfg.optimizer, step, cfg.train.steps)
         awake = [i for i, k in enumerate(names) if not is_asleep(cfg.optimizer, k, step)]
-        norm = float(update(state.opts, [trained[i] for i in awake], [grads[i] for i in awake], lr, cfg.optimizer.clip))
+        awake_grads = [grads[i] for i in awake]
+        norm = float(update(state.opts, [trained[i] for i in awake], awake_grads, lr, cfg.optimizer.clip, touched[:1]))
         if math.isfinite(norm):
             if trained:  # not where rows of a table alone are
                 torch._foreach_lerp_([state.ema[k] for k in names], trained, 1 - cfg.train.ema)

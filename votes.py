@@ -24,6 +24,11 @@ from .data import MAX_SIDE, PAD, Task, UserError, nearest, parsed, tokenise, unt
 SIGNS = " |0123456789"  # a token each
 
 
+def signs(tokens: np.ndarray) -> str:
+    """A canvas as predictions.jsonl has it."""
+    return "/".join("".join(SIGNS[t] for t in row) for row in tokens.tolist())
+
+
 class Vote(NamedTuple):
     """A view's answer, in the task's own frame."""
 
@@ -65,7 +70,7 @@ def to_line(p: Prediction) -> str:
     line: dict[str, Any] = {"task": p.task, "query": p.query, "hash": p.hash, "source": p.source}
     line["seconds"] = round(p.seconds, 3)
     if p.canvas is not None:
-        line["canvas"] = "/".join("".join(SIGNS[t] for t in row) for row in p.canvas.tolist())
+        line["canvas"] = signs(p.canvas)
     return json.dumps(line | {"votes": votes} | ({"too_large": p.too_large} if p.too_large else {}))
 
 

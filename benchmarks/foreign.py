@@ -12,7 +12,7 @@ import json
 
 import torch
 
-from etrm_arc import solve, sources, train, votes
+from etrm_arc import data, solve, sources, train, votes
 
 
 def main() -> None:
@@ -25,7 +25,9 @@ def main() -> None:
     args = options.parse_args()
     s = solve.opened(args.checkpoint, args.set)
     hidden, known = (sources.load(args.data, hide=hide) for hide in (True, False))
-    donor = train.donors(torch.arange(len(hidden)), s.cfg.run.seed).tolist()
+    asked = data.queries(data.pack(hidden), "test", s.cfg.data.canvases)
+    fit = torch.zeros(len(hidden), dtype=torch.bool).index_fill_(0, asked.task[asked.canvas[:, 0] > 0], True)
+    donor = train.donors(torch.arange(len(hidden)), fit, s.cfg.run.seed).tolist()
     shown = {"own": hidden, "foreign": [t._replace(demos=hidden[d].demos) for t, d in zip(hidden, donor, strict=True)]}
     found = {
         whose: votes.score(known, solve.predict(s.params, s.cfg, tasks, args.views), s.cfg.solve.vote) for whose, tasks in shown.items()

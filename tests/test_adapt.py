@@ -107,6 +107,13 @@ def test_a_task_whose_demos_cannot_be_asked_is_answered_without_adaptation(run, 
     assert lines(Path(file))[0][2] == told(solve.predict(s.params, s.cfg, sources.load([str(tmp_path / "cross.json")])))[0][2]
 
 
+def test_what_needs_all_of_a_step_is_adapted_in_one_shard(run):
+    cfg = solve.opened(run).cfg
+    assert adapt.recipe(cfg).train.shards == 4
+    encoder = msgspec.structs.replace(cfg.model.encoder, kind="variational", published=True)
+    assert adapt.recipe(msgspec.structs.replace(cfg, model=msgspec.structs.replace(cfg.model, encoder=encoder))).train.shards == 1
+
+
 def test_time_spent_on_adaptation_is_time_spent_on_its_task(run, tmp_path, monkeypatch):
     clock = [0.0]
     one_step = train.one_step
@@ -121,6 +128,10 @@ def test_time_spent_on_adaptation_is_time_spent_on_its_task(run, tmp_path, monke
         sets = [f"solve.adapt={how}", "solve.adapt_steps=2"]
         result = solve.evaluate([run], [str(SET)], sets, predictions_file=str(tmp_path / f"{how}.jsonl"))
         assert result["seconds_per_task"] == pytest.approx(40 * steps / 6, rel=0.01)
+    first, more = ([f"solve.adapt={how}", "solve.adapt_steps=2", f"solve.views={n}"] for how, n in (("full", 1), ("full", 3)))
+    for sets, times in ((first, 1), (more, 2)):  # adapted anew for each call
+        result = solve.evaluate([run], [str(SET)], sets, predictions_file=str(tmp_path / "more.jsonl"))
+        assert result["seconds_per_task"] == pytest.approx(times * 40 * 2, rel=0.01)
     late = ["solve.adapt=full", "solve.adapt_steps=100"]
     file = str(tmp_path / "late.jsonl")
     begun = clock[0]

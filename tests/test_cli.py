@@ -284,7 +284,9 @@ def test_overfit_under_symmetries_and_translation(tmp_path):
 def test_a_fork_goes_on_where_another_run_stopped(run, tmp_path):
     sources = [f'data.train=["{HERE / "set"}"]', f'data.dev=["{HERE / "set" / "mirror.json"}"]', "data.held_out=[]"]
     more = [*sources, f"run.dir={tmp_path}", "data.canvases=[6, 10]", "eval.foreign=false", "train.steps=5"]
-    call("train", "cpu", *SETS, *(x for item in more for x in ("--set", item)), "--from", run)
+    args = ["train", "cpu", *SETS, *(x for item in more for x in ("--set", item)), "--from", run, "--resume"]
+    call(*args)  # as a job that may be put back: there is nothing to go on from yet
+    assert last_json(call(*args, "--json"))["step"] == 5
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [3, 3, 5, 5] and len((run / "metrics.jsonl").read_text().splitlines()) == 2
 
@@ -351,6 +353,7 @@ def test_a_bad_task_file_is_one_line(tmp_path, content, said):
             ["train", "cpu", "--set", "model.encoder.kind=variational", "--set", "model.encoder.published=true"],
             "train.shards: must be 1",
         ),
+        (["train", "feedback-deep", "--set", "train.shards=2"], "train.shards: must be 1 where model.unrolled"),
         (
             ["train", "cpu", "--set", 'data.train=["arc1:evaluation"]', "--set", "data.policy=refuse"],
             "shares a pair with",
@@ -370,6 +373,10 @@ def test_a_mistake_is_one_line_and_code_2(args, said):
 def test_a_misspelt_key_of_the_quick_setting_is_said_before_it_is_asked_for(tmp_path):
     said = call("train", bad(tmp_path, '[fast]\n"train.bach" = 3', "c.toml"), "--dry-run", code=2).stderr
     assert "c.toml, [fast]" in said and "train.bach" in said and "batch" in said
+    said = call("train", bad(tmp_path, 'run = 3\n[fast]\n"train.batch" = 3', "c.toml"), code=2).stderr
+    assert "c.toml: run: " in said
+    said = call("train", bad(tmp_path, '[fast]\n"fast.x.y" = 3\n"fast.x" = 3\n"fast.x.z" = 3', "c.toml"), code=2).stderr
+    assert "c.toml, [fast], fast.x.z: x is not a table" in said
 
 
 def test_outputs_that_fit_no_canvas_cannot_be_watched(tmp_path):

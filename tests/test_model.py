@@ -112,6 +112,10 @@ def test_a_fixed_number_of_steps_is_what_every_episode_takes(g, steps, bias):
         least = torch.randint(0, steps + 1, (SLOTS,), generator=g)
         carry, _ = w.step(carry, params, min_steps=least)
         assert carry.halted.tolist() == [(k + 1) % steps == 0] * SLOTS and carry.steps.tolist() == [k % steps + 1] * SLOTS
+    surely, last = torch.full((2,), 9.0), torch.tensor([1, 4])
+    for fixed in (False, True):  # the argmax-feedback TRM has the same rule
+        cfg = config(halt_max_steps=4, fixed_steps=fixed, feedback="kept")
+        assert etrm.halts(cfg, surely, last, torch.zeros(2)).tolist() == [not fixed, True]
 
 
 @given(generators, st.sampled_from([math.nan, math.inf, 1e30, 1.0]), st.sampled_from(["perceiver", *RECURRENT]))

@@ -414,10 +414,10 @@ def test_what_a_run_says_of_itself_and_an_absent_tracker(tmp_path):
 
 
 def test_a_tracker_gets_every_row(tmp_path, monkeypatch):
-    got, said = [], []
-    monkeypatch.setitem(runs.TRACKERS, "tensorboard", lambda folder, cfg: got.append)
+    got, said, closed = [], [], []
+    monkeypatch.setitem(runs.TRACKERS, "tensorboard", lambda folder, cfg: runs.Track(got.append, lambda: closed.append(len(got))))
     train.fit(tiny(tmp_path, run__track="tensorboard"), said.append)
-    assert got == said and len(got) == 5
+    assert got == said and len(got) == 5 and closed == [5]
 
 
 def test_what_was_written_after_the_state_never_was(tmp_path):

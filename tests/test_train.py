@@ -40,7 +40,7 @@ def tiny(folder, **changes):
     raw["data"]["train"] = [str(Path(__file__).parent / "data" / "set")]
     raw["run"] = {"dir": str(folder)}
     for key, value in changes.items():
-        config.override(raw, key.replace("__", "."), value)
+        config.override(raw, key.replace("__", "."), value, key)
     return config.parse_config(raw, "test")
 
 
@@ -143,6 +143,9 @@ def test_clipping_bounds_the_step_and_reports_the_norm_before():
     assert float(norm) == pytest.approx(5) and float(p.detach().norm()) == pytest.approx(1, rel=1e-4)
     kept = p.detach().clone()
     assert math.isnan(optim.update(opt, [p], [torch.full((4,), math.nan)], 1.0, 1.0)) and torch.equal(p, kept)
+    rows = [torch.tensor([0.0, math.nan])]  # of a table
+    assert math.isinf(optim.update(opt, [p], [torch.ones(4)], 1.0, 1.0, rows)) and torch.equal(p, kept)
+    assert math.isinf(optim.update([], [], [], 1.0, 1.0, rows))
 
 
 # ---------------------------------------------------------------- config
@@ -405,10 +408,10 @@ def test_a_step_that_is_not_finite_can_be_left_out(tmp_path, monkeypatch):
     update, bad = train.update, {3}
     steps = iter(range(1, 99))
 
-    def spoilt(opts, trained, grads, lr, clip):
+    def spoilt(opts, trained, grads, *rest):
         if next(steps) in bad:
             grads[0].fill_(math.nan)
-        return update(opts, trained, grads, lr, clip)
+        return update(opts, trained, grads, *rest)
 
     monkeypatch.setattr(train, "update", spoilt)
     said = []
@@ -466,10 +469,10 @@ def test_a_diverged_run_stops_and_names_the_step(tmp_path):
 def test_fp16_halves_its_scale_on_overflow_and_goes_on(tmp_path, monkeypatch):
     update, steps, norms = train.update, iter(range(1, 99)), []
 
-    def overflowing(opts, trained, grads, lr, clip):
+    def overflowing(opts, trained, grads, *rest):
         if next(steps) == 2:
             grads[0].fill_(math.inf)
-        norms.append(float(update(opts, trained, grads, lr, clip)))
+        norms.append(float(update(opts, trained, grads, *rest)))
         return torch.tensor(norms[-1])
 
     monkeypatch.setattr(train, "update", overflowing)
@@ -493,12 +496,15 @@ def test_hidden_outputs_are_neither_trained_on_nor_probed(tmp_path):
 
 
 def test_foreign_demos_never_come_from_the_same_task():
-    task = torch.tensor([0, 0, 3, 5, 5, 5, 9])
+    task, fit = torch.tensor([0, 0, 3, 5, 5, 5, 9]), torch.tensor([False, True, True, False, False, False, True])
     for seed in range(20):
-        assert (task[train.donors(task, seed)] != task).all()
-    assert torch.equal(train.donors(task, 1), train.donors(task, 1))
-    with pytest.raises(UserError, match="needs two tasks"):
-        train.donors(torch.tensor([4, 4]), 0)
+        for fits in (fit, fit | True):
+            rows = train.donors(task, fits, seed)
+            assert (task[rows] != task).all() and fits[rows].all()  # nor from one that no canvas holds
+    assert torch.equal(train.donors(task, fit, 1), train.donors(task, fit, 1))
+    for fits in (torch.tensor([True, True, False]), torch.tensor([False, False, False])):
+        with pytest.raises(UserError, match="needs two tasks that fit a canvas, there is"):
+            train.donors(torch.tensor([4, 4, 5]), fits, 0)
 
 
 def planned(cfg):

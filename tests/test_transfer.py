@@ -198,7 +198,7 @@ def test_the_guard_knows_what_training_started_from(golden, tmp_path):
     train.fit(trained(tmp_path / "b", init_from__path=str(tmp_path / "a")))
     train.fit(trained(tmp_path / "c"))
     train.fit(trained(tmp_path / "d", init_from__path=str(tmp_path / "c")))
-    other = sources.load(["arc1:dev"], limit=2)
+    other = sources.load(["arc1:dev"])[:2]
     for name, clean in (("a", False), ("b", False), ("c", True), ("d", True)):
         c = checkpoint.load(tmp_path / name)
         cfg = config.parse_config(c.meta["config"], "")
