@@ -265,8 +265,7 @@ def gallery(solver: solve.Solver, file: Path, known: dict[str, list[Task]]) -> t
 def contexts(params: Params, cfg: Config, tasks: Sequence[Task]) -> tuple[list[int], np.ndarray]:
     """(tasks that have a canvas (N), (N, T * D) what the encoder says of the demos of each, in its first ACT step)."""
     hidden = [t._replace(queries=[((t.queries or t.demos)[0][0], None)]) for t in tasks]
-    device = train.device_of(cfg.train.device)
-    dtype = train.dtype_of(cfg.train.dtype, device)
+    device, dtype = train.hardware(cfg)
     encode, packed = encoder_of(cfg.model), data.pack(hidden, device)
     asked, cast = data.queries(packed, "test", cfg.data.canvases), tree_map(lambda x: x.to(device, dtype), params.encoder)
     rows, found = [], []

@@ -94,8 +94,7 @@ def timelines(
 ) -> list[Timeline | None]:
     """The answer after every ACT step (`cycles`: after every H cycle) to tasks as they are, each with one query and, apart
     from it, its output, as `asked_pair` gives them; None for a task that has no canvas."""
-    device = train.device_of(cfg.train.device)
-    dtype = train.dtype_of(cfg.train.dtype, device)
+    device, dtype = train.hardware(cfg)
     packed, cast = data.pack([task for task, _ in asked], device), tree_map(lambda x: x.to(device, dtype), params)
     queries, made = data.queries(packed, "test", cfg.data.canvases), dict[int, list[Step]]()
     for part in train.portions(queries, cfg.model, cfg.eval.tokens):

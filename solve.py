@@ -123,8 +123,7 @@ def predictions(
         if not task.queries:
             raise UserError(f"task {task.name}: has no query (no test pair) to answer")
     tasks = [t._replace(queries=[(x, None) for x, _ in t.queries]) for t in tasks]
-    device = train.device_of(cfg.train.device)
-    dtype = train.dtype_of(cfg.train.dtype, device)
+    device, dtype = train.hardware(cfg)
     own = regimes.numbers(params, cfg, tasks, max(views, default=-1) + 1)
     cast, encode = tree_map(lambda x: x.to(device, dtype), params), encoder_of(cfg.model)
     packed, hashes = data.pack(tasks, device), [votes.task_hash(t) for t in tasks]
@@ -237,7 +236,7 @@ def opened(path: str | Path, sets: Sequence[str] = (), weights: str = "ema") -> 
     how = {k: v for k, v in msgspec.to_builtins(cfg.solve).items() if k not in ("views", "vote")}
     learns = [cfg.optimizer, cfg.run.seed] if cfg.solve.adapt in ("full", "joint") else []
     rest = [cfg.solve.vote == "demos", cfg.model, cfg.data, *learns]
-    said = json.dumps([how, *msgspec.to_builtins(rest), str(train.dtype_of(cfg.train.dtype, train.device_of(cfg.train.device)))])
+    said = json.dumps([how, *msgspec.to_builtins(rest), str(train.hardware(cfg)[1])])
     return Solver(c.path, params, cfg, c.meta, short(checkpoint.digest_of(etrm.leaves(params), said)))
 
 
@@ -378,7 +377,7 @@ def evaluate(
     heard()  # what cannot be written is said before hours have gone by
     everyone = [t for ts in named.values() for t in ts]
     solvers = [jointly(s, ask, everyone) if s.cfg.solve.adapt == "joint" else s for s in solvers]
-    for views in [ask.views] if budget == math.inf or how.adapt == "full" else rounds_of(how.views):
+    for views in [ask.views] if budget == math.inf or any(s.cfg.solve.adapt == "full" for s in solvers) else rounds_of(how.views):
         for k, solver in enumerate(solvers):
             before, part = views.start + k * len(views) / len(solvers), len(views) / len(solvers)
             if time.monotonic() < deadline:
@@ -518,11 +517,11 @@ def overfit(cfg: Config, fit: Callable[[Config], dict[str, Any]]) -> dict[str, A
     ran = fit(cfg)
     c = checkpoint.load(Path(cfg.run.dir) / "last.safetensors")
     tasks, _, _ = sources.prepare(cfg.data)
-    packed = data.pack(tasks)
+    device, dtype = train.hardware(cfg)
+    packed = data.pack(tasks, device)
     asked = data.queries(packed, cfg.data.query, cfg.data.canvases)
-    device = train.device_of(cfg.train.device)
-    dtype = train.dtype_of(cfg.train.dtype, device)
-    raw, ema = (train.probe(p, cfg, packed, cfg.data.query, dtype) for p in (c.params, c.ema))
+    here = (tree_map(lambda x: x.to(device), p) for p in (c.params, c.ema))
+    raw, ema = (train.probe(p, cfg, packed, cfg.data.query, dtype) for p in here)
     wrong = [f"{tasks[t].name}[{p - int(packed.first[t])}]" for p, t in ((p, int(packed.task_of[p])) for p in raw["wrong"])]
     sizes, guard = data.histogram(asked.canvas.amax(1)), checkpoint.warned(c.meta)
     text = (

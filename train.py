@@ -56,6 +56,12 @@ def dtype_of(wanted: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if able.get("amx_bf16") or able.get("avx512_bf16") else torch.float32
 
 
+def hardware(cfg: Config) -> tuple[torch.device, torch.dtype]:
+    """Where a config is worked on, and in which numbers."""
+    device = device_of(cfg.train.device)
+    return device, dtype_of(cfg.train.dtype, device)
+
+
 # ---------------------------------------------------------------- slots, shards, batches
 
 
@@ -287,18 +293,6 @@ def portions(asked: data.Queries, cfg: ModelConfig, tokens: int, times: Tensor |
     return [torch.tensor(rows) for rows in made]
 
 
-def donors(task: Tensor, fit: Tensor, seed: int) -> Tensor:
-    """(Q,) for each query a row whose task is another one, fixed by the seed: whose demos it is shown instead. Only those of
-    queries that have a canvas, (Q,) bool, are: what the model never saw the size of says nothing of whether it reads."""
-    tasks = task[fit].unique()
-    if len(tasks) < 2:
-        raise UserError(f"eval.foreign: needs two tasks that fit a canvas, there is {('none', 'one')[len(tasks)]}")
-    order = tasks[data.uniform(len(tasks), seed, data.DONOR).argsort()]
-    other = dict(zip(order.tolist(), order.roll(1).tolist(), strict=True))
-    rows = {t: i for i, (t, fits) in enumerate(zip(task.tolist(), fit.tolist(), strict=True)) if fits}
-    return torch.tensor([rows[other.get(t, int(order[0]))] for t in task.tolist()])
-
-
 def probe(params: Params, cfg: Config, tasks: data.Tasks, rule: str, dtype: torch.dtype, foreign: bool = False) -> dict[str, Any]:
     """Loss, cell accuracy and exact match over all queries, unaugmented, with their own or another task's demos.
 
@@ -306,7 +300,7 @@ def probe(params: Params, cfg: Config, tasks: data.Tasks, rule: str, dtype: torc
     """
     asked = data.queries(tasks, rule, cfg.data.canvases)
     asked = data.chosen(asked, asked.known)
-    shown = asked.pair[donors(asked.task, asked.canvas[:, 0] > 0, cfg.run.seed)] if foreign else asked.pair
+    shown = asked.pair[data.donors(asked.task, asked.canvas[:, 0] > 0, cfg.run.seed)] if foreign else asked.pair
     encode, cast = encoder_of(cfg.model), tree_map(lambda x: x.to(dtype), params)
     lm, cells, exact = (torch.zeros(len(asked.pair)) for _ in range(3))
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -373,8 +367,7 @@ class Setup(NamedTuple):
 
 def setup(cfg: Config, rank: int = 0, world: int = 1, given: Sequence[data.Task] | None = None) -> Setup:
     """Raises UserError when the config cannot be trained. given: train on these tasks, not on those of the config."""
-    device = device_of(cfg.train.device)
-    dtype = dtype_of(cfg.train.dtype, device)
+    device, dtype = hardware(cfg)
     keep_pages(dtype)
     train, dev, finding = sources.prepare(cfg.data) if given is None else (list(given), [], sources.Finding("given"))
     tasks = data.pack(train, device)
@@ -393,7 +386,9 @@ def setup(cfg: Config, rank: int = 0, world: int = 1, given: Sequence[data.Task]
     if not (questions.known & questions.fits).any():
         raise UserError(f"eval.on: no task of the {cfg.eval.on} set has a query with a known output that fits a canvas")
     if cfg.eval.foreign:
-        donors(questions.task[questions.known], questions.canvas[questions.known, 0] > 0, cfg.run.seed)  # before an hour has gone by
+        data.donors(
+            questions.task[questions.known], questions.canvas[questions.known, 0] > 0, cfg.run.seed
+        )  # before an hour has gone by
     if (largest := max(cfg.data.canvases or (data.MAX_SIDE,))) > cfg.model.raster:
         raise UserError(f"data.canvases: {largest} is larger than model.raster = {cfg.model.raster}")
     if cfg.model.mixer and cfg.data.canvases != (cfg.model.raster,):

@@ -12,7 +12,7 @@ import json
 
 import torch
 
-from etrm_arc import data, solve, sources, train, votes
+from etrm_arc import data, solve, sources, votes
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     hidden, known = (sources.load(args.data, hide=hide) for hide in (True, False))
     asked = data.queries(data.pack(hidden), "test", s.cfg.data.canvases)
     fit = torch.zeros(len(hidden), dtype=torch.bool).index_fill_(0, asked.task[asked.canvas[:, 0] > 0], True)
-    donor = train.donors(torch.arange(len(hidden)), fit, s.cfg.run.seed).tolist()
+    donor = data.donors(torch.arange(len(hidden)), fit, s.cfg.run.seed).tolist()
     shown = {"own": hidden, "foreign": [t._replace(demos=hidden[d].demos) for t, d in zip(hidden, donor, strict=True)]}
     found = {
         whose: votes.score(known, solve.predict(s.params, s.cfg, tasks, args.views), s.cfg.solve.vote) for whose, tasks in shown.items()
