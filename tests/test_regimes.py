@@ -368,7 +368,7 @@ def test_unrolled_steps_are_averaged_detached_and_end_together(taken):
 SHAPE = {"hidden": 32, "heads": 2, "context_tokens": 0, "feedback": "reset", "H_cycles": 1, "L_cycles": 1, "loss": "softmax"}
 FEEDBACK = {
     "model": {**SHAPE, "halt_max_steps": 3, "unrolled": 3, "exploration": 0.0},
-    "optimizer__freeze": [], "optimizer__kind": "adamw", "eval__foreign": False,
+    "optimizer__freeze": [], "optimizer__kind": "adamw", "eval__foreign": False, "train__shards": 1,
 }  # fmt: skip
 
 

@@ -90,7 +90,7 @@ def test_the_gallery_counts_what_predictions_hold(run):
     assert "NOT held out" in note and "1 other voters" in note
     assert {name: len(d) for name, d in found["demos"].items()} == {t.name: len(t.demos) for t in tasks}
     drawn = show.timeline(solve.opened(run).params, solve.opened(run).cfg, tasks[0])
-    assert [s["tokens"] for s in entries[tasks[0].name]["steps"]] == [report.signs(s.tokens) for s in drawn.steps]
+    assert [s["tokens"] for s in entries[tasks[0].name]["steps"]] == [votes.signs(s.tokens) for s in drawn.steps]
     assert [s["q"] for s in entries[tasks[0].name]["steps"]] == pytest.approx([s.q for s in drawn.steps], abs=1e-4)
 
 

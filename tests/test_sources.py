@@ -154,7 +154,6 @@ def test_sources_combine(tmp_path):
     assert [t.name for t in found] == ["t0", "t0#2", "t1", "t2", "t3", "t4"]
     assert sources.set_hash(found) == sources.set_hash([*b, *other])
     assert sources.set_hash(sources.load([*paths, *paths])) == sources.set_hash(found)
-    assert [t.name for t in sources.load(paths, 2)] == ["t0", "t0#2"]
 
 
 @given(generators)
