@@ -227,16 +227,17 @@ def _largest_other(tasks: Tasks, value: Tensor) -> Tensor:
     return torch.where(top[tasks.task_of] == torch.arange(len(value)), second[tasks.task_of], value[top][tasks.task_of])
 
 
-def donors(task: Tensor, fit: Tensor, seed: int) -> Tensor:
+def donors(asked: Queries, seed: int) -> Tensor:
     """(Q,) for each query a row whose task is another one, fixed by the seed: whose demos it is shown instead. Only those of
-    queries that have a canvas, (Q,) bool, are: what the model never saw the size of says nothing of whether it reads."""
-    tasks = task[fit].unique()
+    queries that have a canvas are: what the model never saw the size of says nothing of whether it reads."""
+    fit = asked.canvas[:, 0] > 0
+    tasks = asked.task[fit].unique()
     if len(tasks) < 2:
         raise UserError(f"eval.foreign: needs two tasks that fit a canvas, there is {('none', 'one')[len(tasks)]}")
     order = tasks[uniform(len(tasks), seed, DONOR).argsort()]
     other = dict(zip(order.tolist(), order.roll(1).tolist(), strict=True))
-    rows = {t: i for i, (t, fits) in enumerate(zip(task.tolist(), fit.tolist(), strict=True)) if fits}
-    return torch.tensor([rows[other.get(t, int(order[0]))] for t in task.tolist()])
+    rows = {t: i for i, (t, fits) in enumerate(zip(asked.task.tolist(), fit.tolist(), strict=True)) if fits}
+    return torch.tensor([rows[other.get(t, int(order[0]))] for t in asked.task.tolist()])
 
 
 def histogram(sides: Tensor) -> dict[str, int]:

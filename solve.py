@@ -452,10 +452,9 @@ def looked(folders: Collection[Path], kept_out: Sequence[str], known: dict[str, 
 
     "look": how often the task seen most often was looked at by now; None where that could not be counted; {} where none
     of the tasks is held out."""
-    made = (*sources.EMBEDDED, "composed")
-    held = frozenset().union(
-        *(hashes_of(x) for x in ("arc1:evaluation", "arc2:evaluation", *kept_out) if x.startswith(made) or Path(x).exists())
-    )
+    every = ("arc1:evaluation", "arc2:evaluation", *kept_out)
+    there = [x for x in every if x in sources.EMBEDDED or x.startswith(sources.GENERATED) or Path(x).exists()]
+    held = frozenset().union(*map(hashes_of, there))
     seen = sorted({short(key) for ts in known.values() for t in ts if (key := votes.task_hash(t)) in held})
     row = {"data": list(known), "pass@2": score, "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
     counts = []

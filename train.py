@@ -300,7 +300,7 @@ def probe(params: Params, cfg: Config, tasks: data.Tasks, rule: str, dtype: torc
     """
     asked = data.queries(tasks, rule, cfg.data.canvases)
     asked = data.chosen(asked, asked.known)
-    shown = asked.pair[data.donors(asked.task, asked.canvas[:, 0] > 0, cfg.run.seed)] if foreign else asked.pair
+    shown = asked.pair[data.donors(asked, cfg.run.seed)] if foreign else asked.pair
     encode, cast = encoder_of(cfg.model), tree_map(lambda x: x.to(dtype), params)
     lm, cells, exact = (torch.zeros(len(asked.pair)) for _ in range(3))
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -386,9 +386,7 @@ def setup(cfg: Config, rank: int = 0, world: int = 1, given: Sequence[data.Task]
     if not (questions.known & questions.fits).any():
         raise UserError(f"eval.on: no task of the {cfg.eval.on} set has a query with a known output that fits a canvas")
     if cfg.eval.foreign:
-        data.donors(
-            questions.task[questions.known], questions.canvas[questions.known, 0] > 0, cfg.run.seed
-        )  # before an hour has gone by
+        data.donors(data.chosen(questions, questions.known), cfg.run.seed)  # before an hour has gone by
     if (largest := max(cfg.data.canvases or (data.MAX_SIDE,))) > cfg.model.raster:
         raise UserError(f"data.canvases: {largest} is larger than model.raster = {cfg.model.raster}")
     if cfg.model.mixer and cfg.data.canvases != (cfg.model.raster,):

@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 
-import torch
-
 from etrm_arc import data, solve, sources, votes
 
 
@@ -26,9 +24,8 @@ def main() -> None:
     s = solve.opened(args.checkpoint, args.set)
     hidden, known = (sources.load(args.data, hide=hide) for hide in (True, False))
     asked = data.queries(data.pack(hidden), "test", s.cfg.data.canvases)
-    fit = torch.zeros(len(hidden), dtype=torch.bool).index_fill_(0, asked.task[asked.canvas[:, 0] > 0], True)
-    donor = data.donors(torch.arange(len(hidden)), fit, s.cfg.run.seed).tolist()
-    shown = {"own": hidden, "foreign": [t._replace(demos=hidden[d].demos) for t, d in zip(hidden, donor, strict=True)]}
+    donor = dict(zip(asked.task.tolist(), asked.task[data.donors(asked, s.cfg.run.seed)].tolist(), strict=True))
+    shown = {"own": hidden, "foreign": [t._replace(demos=hidden[donor[i]].demos) for i, t in enumerate(hidden)]}
     found = {
         whose: votes.score(known, solve.predict(s.params, s.cfg, tasks, args.views), s.cfg.solve.vote) for whose, tasks in shown.items()
     }

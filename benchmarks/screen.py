@@ -19,13 +19,13 @@ from unittest import mock
 
 import torch
 
-from etrm_arc import config, data, etrm, sources, train
+from etrm_arc import checkpoint, config, data, etrm, sources, train
 from etrm_arc.encoders import ENCODERS, Encoder, Perceiver, apply_matching, init_matching
 from etrm_arc.etrm import Batch, Context, ModelConfig
 
 SMALL = [
     "model.hidden=64", 'data.train=["arc2:training"]', "data.canvases=[1,2,3,4,5,6,7,8,9,10,11,12,13,14,15]", "train.steps=100",
-    "train.ema=0.95", "optimizer.warmup=20", "eval.every=100",
+    "train.ema=0.95", "train.save_every=20", "optimizer.warmup=20", "eval.every=100",
 ]  # fmt: skip
 
 
@@ -118,9 +118,9 @@ def asked_for_what_is_shown(share: float) -> Iterator[None]:
 
 def swap_tasks(folder: Path, cfg: config.Config) -> None:
     """Input and output swapped in all that the guard leaves to train on; what it set aside or dropped is not among them."""
-    left, part = set(train.setup(cfg).names), folder.with_name("swapped.part")
+    (left, _, _), part = sources.prepare(cfg.data), folder.with_name("swapped.part")
     part.mkdir(parents=True, exist_ok=True)
-    for task in (t for s in cfg.data.train for t in sources.load(s, hide=False) if t.name in left):
+    for task in left:
         pairs = [{"input": y.tolist(), "output": x.tolist()} for x, y in (*task.demos, *task.queries) if y is not None]
         n = len(task.demos)
         (part / f"{task.name}-swapped.json").write_text(json.dumps({"train": pairs[:n], "test": pairs[n:]}))
@@ -135,7 +135,7 @@ def run(name: str, row: Row, seed: int, root: Path) -> dict[str, float]:
         given = [s.replace("{dir}", str(root)) for s in sets]
         cfg = config.load_config("cpu", [*SMALL, *given, f"run.seed={seed}", f"run.dir={folder}"])
         with asked_for_what_is_shown(0.3) if name == "reconstruct" else contextlib.nullcontext():
-            train.fit(cfg, resume=(folder / "run.json").exists())
+            train.fit(cfg, resume=bool(checkpoint.manifests(folder)))
 
     if name == "swapped" and not (root / "swapped").exists():
         swap_tasks(root / "swapped", config.load_config("cpu", SMALL))

@@ -39,7 +39,7 @@ def decoder(tmp_path_factory):
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_recipe_takes_three_steps(name, tmp_path, decoder):
-    sets = [f"init_from.path={decoder}", "init_from.force=true"] if config.load_config(name).init_from.path else []
+    sets = [f"init_from.path={decoder}"] if config.load_config(name).init_from.path else []
     last = train.fit(small(name, tmp_path, *sets))
     assert last["step"] == 3 and checkpoint.load(tmp_path).meta["step"] == 3
     assert config.load_config(name).run.dir == f"runs/{name}"

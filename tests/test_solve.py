@@ -242,7 +242,7 @@ def test_looks_are_those_at_the_task_that_was_looked_at_most(tmp_path):
     assert look(tasks, tmp_path, nowhere) == {"look": None} and look(tasks_of_all()) == {}
     made = sources.load("composed-held-out:3")
     assert solve.looked({tmp_path}, ["composed-held-out:2"], {"x": made[:1]}, 0.5) == {"look": 1}
-    assert solve.looked({tmp_path}, ["composed-held-out:2"], {"x": made[2:]}, 0.5) == {}
+    assert solve.looked({tmp_path}, ["composed-held-out:2", "composed-elsewhere"], {"x": made[2:]}, 0.5) == {}
     assert {"data", "tasks", "pass@2", "time"} == json.loads((tmp_path / "looks.jsonl").read_text().splitlines()[0]).keys()
 
 

@@ -270,7 +270,7 @@ def test_what_lies_beside_tasks_is_known_by_the_end_of_its_name(tmp_path):
     some = puzzles.tasks(generator(), 3)
     for t, name in zip(some, ("looks_like_a_star", "metadata_of_a_cat", "solutions-2"), strict=True):
         write(tmp_path / f"{name}.json", raw_task(t))
-    for name in ("looks", "my-submission", "arc_solutions", "metadata"):
+    for name in ("looks", "my-submission", "arc_solutions", "metadata", "predictions-2"):
         write(tmp_path / f"{name}.json", "no task")
     assert [t.name for t in sources.load([str(tmp_path)])] == ["looks_like_a_star", "metadata_of_a_cat", "solutions-2"]
 

@@ -497,14 +497,18 @@ def test_hidden_outputs_are_neither_trained_on_nor_probed(tmp_path):
 
 def test_foreign_demos_never_come_from_the_same_task():
     task, fit = torch.tensor([0, 0, 3, 5, 5, 5, 9]), torch.tensor([False, True, True, False, False, False, True])
+
+    def asked(task, fits):
+        return data.Queries(task, task, fits, fits[:, None].long().expand(-1, 2), fits)
+
     for seed in range(20):
         for fits in (fit, fit | True):
-            rows = data.donors(task, fits, seed)
+            rows = data.donors(asked(task, fits), seed)
             assert (task[rows] != task).all() and fits[rows].all()  # nor from one that no canvas holds
-    assert torch.equal(data.donors(task, fit, 1), data.donors(task, fit, 1))
+    assert torch.equal(data.donors(asked(task, fit), 1), data.donors(asked(task, fit), 1))
     for fits in (torch.tensor([True, True, False]), torch.tensor([False, False, False])):
         with pytest.raises(UserError, match="needs two tasks that fit a canvas, there is"):
-            data.donors(torch.tensor([4, 4, 5]), fits, 0)
+            data.donors(asked(torch.tensor([4, 4, 5]), fits), 0)
 
 
 def planned(cfg):
