@@ -65,7 +65,7 @@ def plan(cfg: Config, s: Setup, timed: bool) -> dict[str, Any]:
         # autograd keeps
         learned = sum(p.numel() for p in s.params.values() if p.requires_grad)
         made["memory_gb"] = (learned * (16 + s.dtype.itemsize + 8 * len(s.shards)) + (params - learned) * 4) / 1e9 + kept
-        opts, trained = optimizers(cfg.optimizer, s.params), [p for p in s.params.values() if p.requires_grad]
+        opts, trained = optimizers(cfg.optimizer, s.params, s.dtype), [p for p in s.params.values() if p.requires_grad]
         seconds, carries = [], [start_carry(s, cfg, slots) for slots in s.shards]
         for _ in range(3):
             begun = time.perf_counter()

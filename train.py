@@ -450,7 +450,7 @@ def metrics_row(sums: Tensor) -> dict[str, float]:
 def fresh_state(cfg: Config, s: Setup) -> State:
     return State(
         ema={k: v.detach().clone() if v.requires_grad else v.detach() for k, v in s.params.items()},
-        opts=optimizers(cfg.optimizer, s.params),
+        opts=optimizers(cfg.optimizer, s.params, s.dtype),
         carries=[start_carry(s, cfg, slots) for slots in s.shards],
         sums=torch.zeros(2, len(SUMS), device=s.device),
         facts=fresh_facts(2.0**16 if s.dtype == torch.float16 else 1.0),

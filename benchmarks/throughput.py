@@ -59,7 +59,7 @@ class Trainer:
     def __init__(self, cfg: config.Config) -> None:
         begun = time.perf_counter()
         self.cfg, self.s = cfg, train.setup(cfg)
-        self.opts = optimizers(cfg.optimizer, self.s.params)
+        self.opts = optimizers(cfg.optimizer, self.s.params, self.s.dtype)
         self.trained = [p for p in self.s.params.values() if p.requires_grad]
         self.ema = {k: v.detach().clone() for k, v in self.s.params.items()}
         self.carries = [train.start_carry(self.s, cfg, slots) for slots in self.s.shards]

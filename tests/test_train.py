@@ -3,6 +3,7 @@
 import json
 import math
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,32 @@ def test_muon_takes_matrices_and_adamw_the_rest():
         assert not any("embed" in k or "queries" in k or "q_weight" in k for k in chosen)
         assert {k for k in params if k.endswith((".qkv", ".o", ".gate_up", ".down"))} <= chosen
         assert sum(len(g["params"]) for o in (muon, adam) for g in o.param_groups) == len(params) - 2
+
+
+def test_muon_steps_as_torchs_does_and_its_updates_are_all_but_orthogonal():
+    shapes = [(8, 24), (24, 8), (8, 24), (16, 16), (1, 8)]
+    drawn = torch.Generator().manual_seed(3)
+    start = [torch.randn(s, generator=drawn) for s in shapes]
+    grads = [[torch.randn(s, generator=drawn) for s in shapes] for _ in range(4)]
+
+    def after(make: Callable[[list[torch.Tensor]], torch.optim.Optimizer]) -> list[torch.Tensor]:
+        ps = [p.clone().requires_grad_() for p in start]
+        opt = make(ps)
+        for given in grads:
+            for p, g in zip(ps, given, strict=True):
+                p.grad = g.clone()
+            opt.step()
+        return [p.detach() for p in ps]
+
+    def ours(dtype: torch.dtype) -> list[torch.Tensor]:
+        return after(lambda ps: optim.Muon([{"params": ps, "weight_decay": 0.1}], 0.02, dtype))
+
+    torchs = after(lambda ps: torch.optim.Muon(ps, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"))
+    for theirs, same, exact, at_first in zip(torchs, ours(torch.bfloat16), ours(torch.float32), start, strict=True):
+        assert torch.allclose(same, theirs, atol=1e-3) and torch.allclose(exact, theirs, atol=4e-3)
+        assert (theirs - at_first).abs().max() > 0.01
+    spread = torch.linalg.svdvals(optim.orthogonal(torch.stack([grads[0][0], 1e4 * grads[0][2]]), torch.float32))
+    assert spread.min() > 0.6 and spread.max() < 1.3
 
 
 def test_patterns_freeze_and_scale():
