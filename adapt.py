@@ -104,8 +104,10 @@ def explained(params: Params, cfg: Config, encode: Encode, asked: Asked, said: C
     with torch.no_grad():
         if not len(asked.owner):
             return torch.zeros(len(said.tokens))
-        cells = None if said.cells is None else encode.read(params.encoder, asked.batch).cells
-        found = likelihood(params, cfg, asked, Context(said.tokens[asked.owner], cells=cells), len(said.tokens))[1]
+        own = said._replace(tokens=said.tokens[asked.owner])
+        if said.cells is not None:
+            own = encode.read(params.encoder, asked.batch)._replace(tokens=own.tokens)
+        found = likelihood(params, cfg, asked, own, len(said.tokens))[1]
         return found.nan_to_num(-1e9)
 
 
@@ -125,7 +127,7 @@ def search(params: Params, cfg: Config, encode: Encode, asked: Asked, said: Cont
         last = step == cfg.solve.adapt_steps or time.monotonic() > until
         tried = (base.tokens + added.to(context.dtype)[asked.owner]).requires_grad_(not last)
         with torch.enable_grad():
-            grad, score = likelihood(params, cfg, asked, Context(tried, cells=base.cells), len(context))
+            grad, score = likelihood(params, cfg, asked, base._replace(tokens=tried), len(context))
         better = score > best
         best, kept = torch.where(better, score, best), torch.where(better[:, None, None], added, kept)
         if last:

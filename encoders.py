@@ -47,6 +47,7 @@ from .blocks import (
 from .data import Batch, Demos, UserError, nearest
 from .etrm import Context, Encode, ModelConfig, Params, codes, init_core, layout_of, normal, ragged
 from .layers import Runs, attention, rms, runs_of
+from .proposals import proposals
 
 # ---------------------------------------------------------------- demo by demo, as published
 
@@ -338,6 +339,7 @@ class Perceiver(NamedTuple):
     sets: tuple[SetBlock, ...]
     difference_embed: Tensor | None = None  # (2, D) of cells whose input and output are equal, or not
     border_embed: Tensor | None = None  # (4 (raster + 1), D) of their distances to the input's borders
+    proposal_embed: Tensor | None = None  # (V, D) of what the other demos propose for a cell
     point_queries: Tensor | None = None  # (T, D) set_transformer
     points: tuple[tuple[SetBlock, SetBlock], ...] = ()  # cells to points, points to cells
     mixing: tuple[CellBlock, ...] = ()  # in which the context tokens attend to each other
@@ -353,16 +355,19 @@ def init_perceiver(cfg: ModelConfig, g: torch.Generator, query: bool = False) ->
         sets=tuple(init_set_block(cfg, g) for _ in range(e.set_layers)),
         difference_embed=normal(g, 2, d) if e.difference else None,
         border_embed=normal(g, 4 * (cfg.raster + 1), d) if cfg.positions == "borders" else None,
+        proposal_embed=normal(g, 12, d) if cfg.proposals else None,
     )
 
 
-def aligned(p: Perceiver, cfg: ModelConfig, demos: Demos) -> tuple[Tensor, Tensor]:
-    """Input and output of a demo aligned cell by cell, one token per cell: (M, D), and which may be seen."""
+def aligned(p: Perceiver, cfg: ModelConfig, demos: Demos, proposed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Input and output of a demo aligned cell by cell, one token per cell: (M, D), and which may be seen; proposed (M, V)."""
     said = [F.embedding(demos.inputs, p.input_embed), F.embedding(demos.outputs, p.output_embed)]
     if p.difference_embed is not None:
         said.append(F.embedding((demos.inputs != demos.outputs).long(), p.difference_embed))
     if p.border_embed is not None:
         said.append(codes(cfg, p.border_embed, demos.at, demos.borders))
+    if p.proposal_embed is not None and proposed is not None:
+        said.append(proposed.exp().to(p.proposal_embed.dtype) @ p.proposal_embed)
     x, seen = functools.reduce(torch.add, said) * math.sqrt(cfg.hidden / len(said)), (demos.inputs != 0) | (demos.outputs != 0)
     turn = turn_in(cfg, position_in(cfg, demos.at), x)
     runs = runs_of(demos.cells, None if cfg.encoder.attend_padding else demos.gaps)
@@ -392,7 +397,9 @@ def apply_matching(p: Perceiver, cfg: ModelConfig, batch: Batch) -> Context:
     """The test input is read as one more demo, and T queries and each of its cells attend to all cells of all demos (after
     Vinyals et al. 2016, arXiv 1606.04080): what a cell finds there is said beside the context tokens."""
     d, t, slots, layout = batch.demos, cfg.context_tokens, len(batch.cells), layout_of(cfg, batch.cells, batch.at.device)
-    (x, seen), shown, here = aligned(p, cfg, with_query(batch)), len(d.inputs), position_in(cfg, batch.at)
+    proposed = proposals(batch) if cfg.proposals else None
+    x, seen = aligned(p, cfg, with_query(batch), None if proposed is None else torch.cat(proposed))
+    shown, here = len(d.inputs), position_in(cfg, batch.at)
     to = Shown(x[:shown][d.by_slot], seen[:shown][d.by_slot], turn_in(cfg, position_in(cfg, d.at[d.by_slot]), x), d.cells_of)
     turn = turn_in(cfg, torch.cat((here.new_zeros(slots * t, *here.shape[1:]), here))[layout.source], x)
     asked = torch.cat((p.queries.repeat(slots, 1), x[shown:]))[layout.source]
@@ -401,7 +408,8 @@ def apply_matching(p: Perceiver, cfg: ModelConfig, batch: Batch) -> Context:
         if i < len(p.mixing):
             asked = cell_block(p.mixing[i], cfg, asked, runs_of(layout.tokens), turn, None)
     asked = rms(asked)
-    return Context(asked[layout.first[:, None] + torch.arange(t, device=x.device)], cells=asked[layout.cells])
+    tokens = asked[layout.first[:, None] + torch.arange(t, device=x.device)]
+    return Context(tokens, cells=asked[layout.cells], proposals=None if proposed is None else proposed[1])
 
 
 def init_matching(cfg: ModelConfig, g: torch.Generator) -> Perceiver:
@@ -516,6 +524,9 @@ def init_params(cfg: ModelConfig, seed: int) -> Params:
     if (encoder.recur or encoder.asks) and cfg.encoder.cached:
         why = "goes on in every step" if encoder.recur else "says more than context tokens"
         raise UserError(f"model.encoder.cached: {cfg.encoder.kind} {why}, it cannot be read once")
+    if cfg.proposals and (cfg.feedback or not encoder.asks):
+        kinds = ", ".join(k for k, e in ENCODERS.items() if e.asks)
+        raise UserError(f"model.proposals: are read by an encoder that asks with the test input: {kinds}")
     if cfg.context_tokens == 0 and not cfg.feedback:
         raise UserError("model.context_tokens: must be at least 1")
     if cfg.feedback and (cfg.context_tokens or cfg.loss != "softmax"):

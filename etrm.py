@@ -63,6 +63,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     loss: Literal["stablemax", "softmax"] = "stablemax"
     q_weight: NonNegative = 0.5
     published_halting: bool = False  # a row without a valid label counts as correct and trains the halting head
+    proposals: bool = False  # what hard attention to the demos proposes (proposals.py) is read and corrected
     mixer: bool = False  # tokens meet by an MLP over their places instead of attention: one canvas, the raster
     feedback: Literal["", "reset", "kept"] = ""  # argmax-feedback TRM, whose z begins anew in each cycle or is kept
     unrolled: Count = 1  # ACT steps of one optimizer step, ended when all slots halt: loss is their mean, slots begin together
@@ -98,6 +99,8 @@ class Core(NamedTuple):
     L_init: Tensor  # (D,)
     context_gain: Tensor | None  # (D,) None: published scale, sqrt(D)
     position: Tensor | None  # (T + raster * raster, D) learned positions, or (T + 4 (raster + 1), D): borders
+    proposal_embed: Tensor | None = None  # (V, D) tokens proposed for a cell
+    trust_head: Tensor | None = None  # (D,) how much more than once a cell's proposal counts
 
 
 class Params(NamedTuple):
@@ -142,6 +145,8 @@ def init_core(cfg: ModelConfig, g: torch.Generator, vocab: int = 12) -> Core:
         L_init=normal(g, d, std=1.0),
         context_gain=torch.ones(d) if cfg.context_scale == "gain" else None,
         position=normal(g, cfg.context_tokens + places, d) if places else None,
+        proposal_embed=normal(g, vocab, d) if cfg.proposals else None,
+        trust_head=torch.zeros(d) if cfg.proposals else None,
     )
 
 
@@ -247,6 +252,8 @@ def place(p: Core, cfg: ModelConfig, said: Context, batch: Batch, layout: Layout
     root, t, context = math.sqrt(cfg.hidden), cfg.context_tokens, said.tokens
     scale = root if p.context_gain is None else p.context_gain
     cells = F.embedding(batch.inputs, p.embed) * root
+    if p.proposal_embed is not None and said.proposals is not None:
+        cells = math.sqrt(0.5) * (cells + said.proposals.exp().to(cells.dtype) @ p.proposal_embed * root)
     if said.cells is not None:
         cells = math.sqrt(0.5) * (cells + said.cells * scale)
     slots = len(layout.tokens)
@@ -312,6 +319,7 @@ class Context(NamedTuple):
     kl: Tensor | None = None  # (B,) float32: how far a variational encoder is from its prior
     z_E: Tensor | None = None  # (B, S, T, D) states of a recurrent encoder
     cells: Tensor | None = None  # (M, D) what it says of each cell of the test inputs
+    proposals: Tensor | None = None  # (M, V) float32 log-probabilities of its answer, to be corrected
 
 
 class Encode(NamedTuple):
@@ -357,7 +365,10 @@ def act_step(
     z_L = torch.where(reset, p.L_init, carry.z_L.detach())
     z_H, z_L = reason(p, cfg, z_H, z_L, e, runs_of(layout.tokens), turn)
 
-    logits = z_H[layout.cells] @ (p.embed if p.head is None else p.head).T
+    z = z_H[layout.cells]
+    logits = z @ (p.embed if p.head is None else p.head).T
+    if p.trust_head is not None and context.proposals is not None:
+        logits = logits + context.proposals.to(z.dtype) * (1 + z @ p.trust_head)[:, None]
     q = (z_H[layout.first] @ p.q_weight.T + p.q_bias).float()
     steps = torch.where(carry.halted, 0, carry.steps) + 1
     halted = halts(cfg, q[:, 0], steps, min_steps)
@@ -439,13 +450,14 @@ def only(batch: Batch, read: Any, carry: Carry, slots: Sequence[int]) -> tuple[B
     cells, tokens = [batch.cells[i] for i in slots], [carry.tokens[i] for i in slots]
     inputs, labels, at, borders = (part_of(x, batch.cells, slots) for x in (batch.inputs, batch.labels, batch.at, batch.borders))
     own = batch._replace(inputs=inputs, labels=labels, at=at, borders=borders, cells=tuple(cells))
-    said = None
-    if isinstance(read, Context) and read.cells is not None:
-        said, read = part_of(read.cells, batch.cells, slots), read._replace(cells=None)
+    said: dict[str, Tensor] = {}
+    if isinstance(read, Context):
+        each = {k: x for k in ("cells", "proposals") if (x := getattr(read, k)) is not None}
+        said, read = {k: part_of(x, batch.cells, slots) for k, x in each.items()}, read._replace(cells=None, proposals=None)
     states = {k: part_of(getattr(carry, k), carry.tokens, slots) for k in ("z_H", "z_L")}
     kept = carry._replace(**states, **{k: getattr(carry, k)[rows] for k in ("steps", "halted", "n", "z_E")}, tokens=tuple(tokens))
     read = tree_map(lambda x: x[rows], read)
-    return own, read if said is None else read._replace(cells=said), kept
+    return own, read._replace(**said) if said else read, kept
 
 
 Look = Callable[[int, Sequence[int], Output], None]  # (ACT step, slots that took it, their output)

@@ -82,7 +82,8 @@ class Muon(torch.optim.Optimizer):
             for shape, ps in by_shape.items():
                 for p in ps:
                     self.state[p] = self.state[p] or {"momentum_buffer": torch.zeros_like(p)}
-                grads, kept = [p.grad for p in ps], [self.state[p]["momentum_buffer"] for p in ps]
+                grads = [p.grad for p in ps if p.grad is not None]
+                kept = [self.state[p]["momentum_buffer"] for p in ps]
                 torch._foreach_lerp_(kept, grads, 1 - momentum)
                 turned = orthogonal(torch.stack(torch._foreach_lerp(grads, kept, momentum)), self.dtype)
                 torch._foreach_mul_(ps, 1 - lr * group["weight_decay"])
@@ -129,9 +130,7 @@ def is_matrix(path: str, p: Tensor) -> bool:
     return p.ndim == 2 and not re.search(r"embed|queries|head|halt|q_weight|position|pool\.0$", path)
 
 
-def optimizers(
-    cfg: OptimizerConfig, params: dict[str, Tensor], dtype: torch.dtype = torch.float32
-) -> list[torch.optim.Optimizer]:
+def optimizers(cfg: OptimizerConfig, params: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> list[torch.optim.Optimizer]:
     """Optimizers over the trained leaves; each group carries `scale`, its share of the learning rate. `dtype`: of the run."""
     groups: dict[tuple[bool, float, float], list[Tensor]] = {}
     for path, p in params.items():

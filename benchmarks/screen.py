@@ -64,6 +64,7 @@ ROWS = {
     "agree": Row(
         "auxiliary: contexts of all demos and of all but one agree", ['model.encoder.kind="agree"', "model.encoder.kl_weight=0.1"]
     ),
+    "proposals": Row("what hard attention to the demos proposes is read and corrected", ["model.proposals=true"]),
     "reconstruct": Row("auxiliary: in 0.3 of the episodes a demo is asked for that is shown", []),
 }
 

@@ -123,8 +123,8 @@ def test_muon_steps_as_torchs_does_and_its_updates_are_all_but_orthogonal():
     def after(make: Callable[[list[torch.Tensor]], torch.optim.Optimizer]) -> list[torch.Tensor]:
         ps = [p.clone().requires_grad_() for p in start]
         opt = make(ps)
-        for given in grads:
-            for p, g in zip(ps, given, strict=True):
+        for grad in grads:
+            for p, g in zip(ps, grad, strict=True):
                 p.grad = g.clone()
             opt.step()
         return [p.detach() for p in ps]

@@ -1,0 +1,261 @@
+"""What a cell sees of the rest of its grid, and the answer that this alone proposes: priors, none of them learned.
+
+A sight gives each cell a colour or a small number: its mirror image, its neighbour, the first thing that a look to the left meets,
+the size of its object (Chollet 2019, arXiv 1911.01547, "core knowledge"). Experts foretell an output's cell from one sight, as the
+demos' cells that looked alike had it: hard attention. Each is as much worth as it foretells every demo from the others.
+Axes: M cells of all grids, packed, K sights, X = 4 K experts, V = 12 tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .data import EOS, FIRST_COLOUR, PAD
+
+TOKENS = 12
+
+# ---------------------------------------------------------------- sights that are grids
+
+
+class Frame(NamedTuple):
+    """Cells (M,): where they lie in their grid's own frame, its size, and the box around all that is not black."""
+
+    i: Tensor
+    j: Tensor
+    h: Tensor
+    w: Tensor
+    top: Tensor
+    left: Tensor
+    high: Tensor
+    wide: Tensor
+
+
+def folded(i: Tensor, n: Tensor) -> Tensor:
+    """There and back again: 0 .. n - 1, n - 1 .. 0 and so on."""
+    return torch.minimum(i % (2 * n), 2 * n - 1 - i % (2 * n))
+
+
+def third(n: Tensor) -> Tensor:
+    """The side of a panel of three, which may have lines between them."""
+    return (n - 2 * (n % 3 == 2)) // 3
+
+
+# The row and column that is seen; and, where the whole sight is a grid with an end, its height and width.
+Seen = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Tensor]
+
+GRIDS: tuple[Callable[[Frame], Seen], ...] = (
+    lambda f: (f.i, f.j, f.h, f.w),  # itself, and the seven other elements of D8
+    lambda f: (f.h - 1 - f.i, f.j, f.h, f.w),
+    lambda f: (f.i, f.w - 1 - f.j, f.h, f.w),
+    lambda f: (f.h - 1 - f.i, f.w - 1 - f.j, f.h, f.w),
+    lambda f: (f.j, f.i, f.w, f.h),
+    lambda f: (f.h - 1 - f.j, f.w - 1 - f.i, f.w, f.h),
+    lambda f: (f.h - 1 - f.j, f.i, f.w, f.h),
+    lambda f: (f.j, f.w - 1 - f.i, f.w, f.h),
+    lambda f: (2 * f.top + f.high - 1 - f.i, f.j, f.h, f.w),  # mirrored within the box
+    lambda f: (f.i, 2 * f.left + f.wide - 1 - f.j, f.h, f.w),
+    lambda f: (2 * f.top + f.high - 1 - f.i, 2 * f.left + f.wide - 1 - f.j, f.h, f.w),
+    lambda f: (f.i % f.h, f.j % f.w),  # tiled, straight and in mirrors
+    lambda f: (f.i % f.h, f.j % f.w, 2 * f.h, 2 * f.w),
+    lambda f: (f.i % f.h, f.j % f.w, 3 * f.h, 3 * f.w),
+    lambda f: (f.i % f.h, f.j % f.w, f.h * f.h, f.w * f.w),
+    lambda f: (f.i % f.h, f.j, 2 * f.h, f.w),
+    lambda f: (f.i, f.j % f.w, f.h, 2 * f.w),
+    lambda f: (folded(f.i, f.h), folded(f.j, f.w)),
+    lambda f: (folded(f.i, f.h), folded(f.j, f.w), 2 * f.h, 2 * f.w),
+    lambda f: (folded(f.i, f.h), f.j, 2 * f.h, f.w),
+    lambda f: (folded(f.i + f.h, f.h), f.j, 2 * f.h, f.w),
+    lambda f: (f.i, folded(f.j, f.w), f.h, 2 * f.w),
+    lambda f: (f.i, folded(f.j + f.w, f.w), f.h, 2 * f.w),
+    lambda f: (f.i // 2, f.j // 2, 2 * f.h, 2 * f.w),  # larger and smaller
+    lambda f: (f.i // 3, f.j // 3, 3 * f.h, 3 * f.w),
+    lambda f: (f.i // f.h, f.j // f.w, f.h * f.h, f.w * f.w),
+    lambda f: (f.i // 2, f.j, 2 * f.h, f.w),
+    lambda f: (f.i, f.j // 2, f.h, 2 * f.w),
+    lambda f: (2 * f.i, 2 * f.j, f.h // 2, f.w // 2),
+    lambda f: (3 * f.i, 3 * f.j, f.h // 3, f.w // 3),
+    lambda f: (f.i + f.top, f.j + f.left, f.high, f.wide),  # the box, halves, quarters, thirds
+    lambda f: (f.i, f.j, f.h // 2, f.w),
+    lambda f: (f.i + (f.h + 1) // 2, f.j, f.h // 2, f.w),
+    lambda f: (f.i, f.j, f.h, f.w // 2),
+    lambda f: (f.i, f.j + (f.w + 1) // 2, f.h, f.w // 2),
+    lambda f: (f.i, f.j, f.h // 2, f.w // 2),
+    lambda f: (f.i, f.j + (f.w + 1) // 2, f.h // 2, f.w // 2),
+    lambda f: (f.i + (f.h + 1) // 2, f.j, f.h // 2, f.w // 2),
+    lambda f: (f.i + (f.h + 1) // 2, f.j + (f.w + 1) // 2, f.h // 2, f.w // 2),
+    lambda f: (f.i, f.j, f.h, third(f.w)),
+    lambda f: (f.i, f.j + (f.w + 1) // 3, f.h, third(f.w)),
+    lambda f: (f.i, f.j + 2 * ((f.w + 1) // 3), f.h, third(f.w)),
+    lambda f: (f.i, f.j, third(f.h), f.w),
+    lambda f: (f.i + (f.h + 1) // 3, f.j, third(f.h), f.w),
+    lambda f: (f.i + 2 * ((f.h + 1) // 3), f.j, third(f.h), f.w),
+    lambda f: (f.i, f.j * 0, f.h, f.w),  # the ends of its row and column
+    lambda f: (f.i, f.w - 1, f.h, f.w),
+    lambda f: (f.i * 0, f.j, f.h, f.w),
+    lambda f: (f.h - 1, f.j, f.h, f.w),
+)
+AROUND = ((-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (-1, 1), (1, -1), (1, 1))
+SIGHTS = len(GRIDS) + 4 + 4 + 2 * len(AROUND) + 4 + 18  # boxes, falls, neighbours and looks, what lies between, numbers
+
+
+class Where(NamedTuple):
+    """Packed grids: facts about cells (M,), and who lies next to whom (M, 8), M standing for nobody."""
+
+    tokens: Tensor
+    owner: Tensor  # the grid
+    grids: int
+    inside: Tensor  # bool, whether the cell belongs to its grid at all
+    frame: Frame
+    place: Callable[[Tensor, Tensor], Tensor]  # row and column in the own grid -> (M,) the cell there
+    row: Tensor  # the first cell of its row, of its column: their names
+    column: Tensor
+    next_to: Tensor
+
+
+def extremes(x: Tensor, chosen: Tensor, owner: Tensor, grids: int) -> tuple[Tensor, Tensor]:
+    """Least and greatest x (M,) of the chosen cells of each grid (G,): 0 and -1 where there is none."""
+    low = x.new_full((grids,), 1 << 20).scatter_reduce(0, owner, torch.where(chosen, x, 1 << 20), "amin")
+    high = x.new_full((grids,), -1).scatter_reduce(0, owner, torch.where(chosen, x, -1), "amax")
+    return torch.where(high < 0, 0, low), high
+
+
+def whereabouts(tokens: Tensor, at: Tensor, cells: Sequence[int]) -> Where:
+    device, grids, total = tokens.device, len(cells), len(tokens)
+    area = torch.tensor(cells, device=device)
+    owner = torch.arange(grids, device=device).repeat_interleave(area, output_size=total)
+    last = area.cumsum(0) - 1
+    first = last + 1 - area
+    width = (at[last, 1] - at[first, 1] + 1)[owner]
+    row, column = (at - at[first][owner]).unbind(1)  # on the canvas
+    inside, start = tokens >= FIRST_COLOUR, first[owner]
+    (r0, r1), (c0, c1) = (extremes(x, inside, owner, grids) for x in (row, column))
+    (t0, t1), (l0, l1) = (extremes(x, tokens > FIRST_COLOUR, owner, grids) for x in (row, column))
+    r0, c0, h, w, top, left, high, wide = torch.stack((
+        r0, c0, (r1 - r0 + 1).clamp(min=1), (c1 - c0 + 1).clamp(min=1), t0 - r0, l0 - c0, t1 - t0 + (t1 >= 0), l1 - l0 + (l1 >= 0),
+    ))[:, owner]  # fmt: skip
+    i, j = row - r0, column - c0
+    nowhere = torch.full_like(row, total)
+
+    def place(r: Tensor, c: Tensor) -> Tensor:
+        """(M,) which cell lies there in the same grid."""
+        return torch.where((r >= 0) & (r < h) & (c >= 0) & (c < w), start + (r0 + r) * width + c0 + c, nowhere)
+
+    frame = Frame(i, j, h, w, top, left, high, wide)
+    next_to = torch.stack([torch.where(inside, place(i + di, j + dj), nowhere) for di, dj in AROUND], 1)
+    by_row, by_column = (torch.where(inside, x, nowhere) for x in (start + row * width, start + column))
+    return Where(tokens, owner, grids, inside, frame, place, by_row, by_column, next_to)
+
+
+def through(f: Where, seen: Seen) -> Tensor:
+    """(M,) what each cell sees, with the marks of the sight's end as `data.paint` makes those of a grid."""
+    (i, j, *_), (r, c, *size) = f.frame, seen
+    here, known = (i >= 0) & (j >= 0), torch.cat((f.tokens, f.tokens.new_tensor([PAD])))
+    found = known[torch.where(here, f.place(r, c), len(f.tokens))]
+    if not size:
+        return found
+    in_rows, in_columns = here & (i < size[0]), here & (j < size[1])
+    mark = ((i == size[0]) & in_columns) | ((j == size[1]) & in_rows)
+    return torch.where(in_rows & in_columns, found, torch.where(mark, EOS, PAD))
+
+
+def crop(f: Where, chosen: Tensor) -> Tensor:
+    """(M,) the sight that is cut to the box around chosen cells."""
+    (t0, t1), (l0, l1) = (extremes(x, chosen, f.owner, f.grids) for x in (f.frame.i, f.frame.j))
+    top, left, high, wide = torch.stack((t0, l0, t1 - t0 + (t1 >= 0), l1 - l0 + (l1 >= 0)))[:, f.owner]
+    return through(f, (f.frame.i + top, f.frame.j + left, high, wide))
+
+
+def fallen(f: Where, drawn: Tensor, line: Tensor, order: Tensor, length: Tensor, back: bool) -> Tensor:
+    """(M,) what each cell gets when all that is drawn falls to the end of its line (its start: back), `order` the place in it."""
+    total = len(f.tokens)
+    at = torch.argsort(torch.where(drawn, line * 64 + order, 1 << 40), stable=True)
+    on = torch.zeros(total + 1, dtype=torch.int64, device=at.device).index_add_(0, line, drawn.long())
+    first, on, turn = (on.cumsum(0) - on)[line], on[line], order if back else length - 1 - order
+    nth = (first + (turn if back else on - 1 - turn)).clamp(0, total - 1)
+    return torch.where(f.inside, torch.where(turn < on, f.tokens[at[nth]], FIRST_COLOUR), PAD)
+
+
+# ---------------------------------------------------------------- sights along lines, of objects
+
+
+def objects(f: Where) -> Tensor:
+    """(M,) the name of each cell's object: the 8-connected cells of its colour, black left out (each its own)."""
+    total = len(f.tokens)
+    name, beside = torch.arange(total + 1, device=f.tokens.device), torch.cat((f.next_to, f.next_to.new_full((1, 8), total)))
+    known = torch.cat((f.tokens, f.tokens.new_tensor([PAD])))
+    same = (known[beside] == known[:, None]) & (known > FIRST_COLOUR)[:, None]
+    while True:
+        new = torch.minimum(name, torch.where(same, name[beside], total + 1).amin(1))
+        new = new[new]
+        if bool((new == name).all()):
+            return name[:-1]
+        name = new
+
+
+def enclosed(f: Where) -> Tensor:
+    """(M,) bool: black cells that no 4-connected way over black joins to the border."""
+    black = f.tokens == FIRST_COLOUR
+    beyond = black.new_ones(1)
+    free, reached = torch.cat((black, beyond)), torch.cat((torch.zeros_like(black), beyond))
+    while True:
+        new = torch.cat((black & (reached[:-1] | reached[f.next_to[:, :4]].any(1)), beyond))
+        if bool((new == reached).all()):
+            return (free & ~reached)[:-1]
+        reached = new
+
+
+def sights(tokens: Tensor, at: Tensor, cells: Sequence[int]) -> Tensor:
+    """(M,) tokens at places (M, 2) of canvases of so many cells each, row by row, to (M, K) tokens or numbers below 12."""
+    if not len(tokens):
+        return tokens.new_zeros(0, SIGHTS)
+    f = whereabouts(tokens, at, cells)
+    total, inside, (i, j, h, w, *_) = len(tokens), f.inside, f.frame
+    near = torch.cat((tokens, tokens.new_tensor([PAD])))[f.next_to]
+    met = torch.cat((torch.where(near > FIRST_COLOUR, near, PAD), near.new_full((1, 8), PAD)))
+    jump = torch.cat((f.next_to, f.next_to.new_full((1, 8), total)))
+    for _ in range(5):  # a look goes twice as far each time: 32 cells
+        met, jump = torch.where(met != PAD, met, met.gather(0, jump)), jump.gather(0, jump)
+    met, drawn = met[:-1], inside & (tokens > FIRST_COLOUR)
+
+    def sums(name: Tensor, x: Tensor) -> Tensor:
+        return torch.zeros(total + 1, dtype=torch.int64, device=x.device).index_add_(0, name, x.long())[name]
+
+    name = objects(f)
+    size, edge = torch.where(drawn, sums(name, drawn), 0), (i == 0) | (j == 0) | (i == h - 1) | (j == w - 1)
+    least, most = (x[f.owner] for x in extremes(size, drawn, f.owner, f.grids))
+    share = tokens.new_zeros(f.grids * TOKENS).index_add_(0, f.owner * TOKENS + tokens, torch.ones_like(tokens)).view(-1, TOKENS)
+    share[:, : FIRST_COLOUR + 1] = 0
+    rank = (share[:, None] > share[:, :, None]).sum(-1)  # of colours by their number of cells, black left out
+    numbers = [
+        1 + i % 2 * 2 + j % 2,
+        1 + i % 3 * 3 + j % 3,
+        1 + ((i == 0) | (i == h - 1)).long() + ((j == 0) | (j == w - 1)).long(),
+        1 + (i == j).long() + 2 * (i + j == w - 1).long(),
+        1 + (near > FIRST_COLOUR).sum(1),
+        1 + (near[:, :4] > FIRST_COLOUR).sum(1),
+        1 + (near == tokens[:, None]).sum(1),
+        1 + (met[:, :4] != PAD).sum(1),
+        1 + (met != PAD).sum(1),
+        1 + enclosed(f).long(),
+        1 + size.clamp(max=10),
+        1 + (drawn & (size == most)).long() + 2 * (drawn & (size == least)).long(),
+        1 + (sums(name, drawn & edge) > 0).long(),
+        1 + torch.where(drawn, rank[f.owner, tokens], 0),
+        share.argmax(1)[f.owner],
+        torch.where(share > 0, share, 1 << 20).argmin(1)[f.owner],
+        1 + sums(f.row, drawn).clamp(max=10),
+        1 + sums(f.column, drawn).clamp(max=10),
+    ]
+    common, rare = numbers[14], numbers[15]
+    grids = [through(f, sight(f.frame)) for sight in GRIDS]
+    boxes = [drawn & (size == most), drawn & (size == least), drawn & (tokens == common), drawn & (tokens == rare)]
+    grids += [crop(f, x) for x in boxes]
+    lines = ((f.column, i, h), (f.row, j, w))
+    grids += [fallen(f, drawn, *line, back) for line in lines for back in (False, True)]
+    between = [torch.where(met[:, a] == met[:, b], met[:, a], PAD) for a, b in ((0, 1), (2, 3), (4, 7), (5, 6))]
+    of_cells = torch.where(inside[:, None], torch.stack(numbers, 1), PAD)
+    return torch.cat((torch.stack(grids, 1), near, met, torch.stack(between, 1), of_cells), 1)

@@ -1,0 +1,202 @@
+"""Sights are what a plain reading of the grid gives; proposals are what the demos of a task that one sight explains show."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from etrm_arc import config, data, encoders, etrm, proposals, scenes, sights
+from etrm_arc.data import Task, UserError
+from etrm_arc.etrm import EncoderConfig, ModelConfig
+
+N = len(sights.GRIDS)
+AFTER = N + 8  # neighbours begin here, looks 8 later, what lies between 16 later, numbers 20 later
+
+
+@st.composite
+def grids(draw: st.DrawFn, most: int = 7) -> np.ndarray:
+    h, w, colours = draw(st.integers(1, most)), draw(st.integers(1, most)), draw(st.integers(2, 5))
+    cells = draw(st.lists(st.integers(0, colours - 1), min_size=h * w, max_size=h * w))
+    return np.array(cells, np.uint8).reshape(h, w)
+
+
+def seen(*shown: np.ndarray, side: int = 16, offset: tuple[int, int] = (0, 0)) -> torch.Tensor:
+    """(grids, side, side, K) of grids on canvases of one side, packed together."""
+    tokens = torch.cat([torch.from_numpy(data.tokenise(x, (side, side), offset)).flatten().long() for x in shown])
+    at = torch.cartesian_prod(torch.arange(side), torch.arange(side)).repeat(len(shown), 1)
+    return sights.sights(tokens, at, (side * side,) * len(shown)).view(len(shown), side, side, -1)
+
+
+def canvas(x: np.ndarray, side: int = 16) -> torch.Tensor:
+    return torch.from_numpy(data.tokenise(x, (side, side))).long()
+
+
+@given(grids())
+def test_sights_that_are_grids_are_whole_grids_with_their_ends(x):
+    s, (h, w) = seen(x)[0], x.shape
+    mirrored, double = np.concatenate((x, x[::-1])), np.concatenate((x, x[:, ::-1]), 1)
+    wanted = {
+        0: x, 1: x[::-1], 2: x[:, ::-1], 3: x[::-1, ::-1], 4: x.T, 5: x[::-1, ::-1].T, 6: x[::-1].T, 7: x.T[::-1],
+        12: np.tile(x, (2, 2)), 15: np.tile(x, (2, 1)), 16: np.tile(x, (1, 2)),
+        18: np.concatenate((mirrored, mirrored[:, ::-1]), 1), 19: mirrored, 20: np.concatenate((x[::-1], x)),
+        21: double, 22: np.concatenate((x[:, ::-1], x), 1),
+        23: x.repeat(2, 0).repeat(2, 1), 26: x.repeat(2, 0), 27: x.repeat(2, 1),
+        31: x[: h // 2], 32: x[(h + 1) // 2 :], 33: x[:, : w // 2], 34: x[:, (w + 1) // 2 :],
+    }  # fmt: skip
+    for k, y in wanted.items():
+        if y.size and max(y.shape) <= 14:
+            assert torch.equal(s[..., k], canvas(y)), k
+    if x.any():
+        rows, columns = np.nonzero(x.any(1))[0], np.nonzero(x.any(0))[0]
+        assert torch.equal(s[..., 30], canvas(x[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]))
+
+
+@given(grids(), grids(), st.integers(0, 5))
+def test_a_grid_sees_nothing_of_another_nor_of_where_it_lies(x, y, offset):
+    alone, beside = seen(x)[0], seen(y, x)[1]
+    assert torch.equal(alone, beside)
+    moved = seen(x, offset=(offset, offset))[0, offset : offset + x.shape[0], offset : offset + x.shape[1]]
+    assert torch.equal(moved, alone[: x.shape[0], : x.shape[1]])
+
+
+@given(grids())
+def test_looks_meet_the_first_colour_and_objects_are_those_of_the_scenes(x):
+    s, (h, w) = seen(x)[0], x.shape
+    parts = scenes.parts(x)
+    size = np.zeros(h * w, int)
+    for p in parts:
+        size[p] = len(p)
+    numbers = s[:h, :w, AFTER + 20 :]
+    assert torch.equal(numbers[..., 10].flatten() - 1, torch.from_numpy(size).clamp(max=10))
+    assert torch.equal(numbers[..., 9].bool() & (numbers[..., 9] == 2), torch.from_numpy(scenes.enclosed(x)))
+    for k, (di, dj) in enumerate(sights.AROUND):
+        for i in range(h):
+            for j in range(w):
+                line = [(i + n * di, j + n * dj) for n in range(1, 31)]
+                found = [int(x[r, c]) for r, c in line if 0 <= r < h and 0 <= c < w]
+                assert s[i, j, AFTER + k] == (found[0] + 2 if found else 0)
+                assert s[i, j, AFTER + 8 + k] == next((c + 2 for c in found if c), 0)
+    assert not s[h + 1 :, :, N + 4 :].any() and not s[:, w + 1 :, N + 4 :].any()
+
+
+@given(grids())
+def test_what_falls_keeps_its_order(x):
+    s, (h, w) = seen(x)[0], x.shape
+    down = np.stack([np.concatenate((c[c == 0], c[c > 0])) for c in x.T], 1)
+    up = np.stack([np.concatenate((c[c > 0], c[c == 0])) for c in x.T], 1)
+    right = np.stack([np.concatenate((r[r == 0], r[r > 0])) for r in x])
+    left = np.stack([np.concatenate((r[r > 0], r[r == 0])) for r in x])
+    for k, y in enumerate((down, up, right, left), N + 4):
+        assert torch.equal(s[:h, :w, k] - 2, torch.from_numpy(y).long())
+
+
+# ---------------------------------------------------------------- proposals
+
+
+RULES = {
+    "mirror": lambda x: x[:, ::-1],
+    "enlarge": lambda x: x.repeat(2, 0).repeat(2, 1),
+    "recolour": lambda x: np.array([0, 5, 1, 7, 9, 2, 3, 4, 6, 8], np.uint8)[x],
+    "fill what is enclosed": lambda x: np.where(scenes.enclosed(x), 4, x).astype(np.uint8),
+    "mirror and recolour": lambda x: np.array([0, 5, 1, 7, 9, 2, 3, 4, 6, 8], np.uint8)[x[::-1]],
+}
+
+
+def batch_of(tasks: list[Task], sets: tuple[str, ...] = ()) -> data.Batch:
+    cfg = config.parse_config({"data": {"canvases": list(range(1, 21))}}, "").data
+    packed = data.pack(tasks)
+    return data.batch(packed, data.posed(packed, cfg, "test", data.queries(packed, "test", cfg.canvases)), cfg)
+
+
+def task_of(rule: str, seed: int) -> Task:
+    drawn, f = np.random.default_rng(seed), RULES[rule]
+    ring = np.pad(np.zeros((2, 2), np.uint8), 1, constant_values=3)
+
+    def pair() -> tuple[np.ndarray, np.ndarray]:
+        x = (drawn.random((6, 7)) < 0.4).astype(np.uint8) * drawn.integers(1, 4, (6, 7), dtype=np.uint8)
+        if rule.startswith("fill"):
+            x = np.zeros((8, 8), np.uint8)
+            i, j = drawn.integers(0, 5, 2)
+            x[i : i + 4, j : j + 4] = ring
+        return x, np.ascontiguousarray(f(x))
+
+    return Task(f"{rule}-{seed}", [pair(), pair(), pair()], [pair()])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_task_that_sights_explain_is_solved_by_its_proposals(rule):
+    batch = batch_of([task_of(rule, s) for s in range(4)])
+    of_demos, asked = proposals.proposals(batch)
+    assert torch.equal(torch.where(batch.labels < 0, batch.labels, asked.argmax(1)), batch.labels)
+    known = batch.demos.outputs != 0
+    assert (of_demos.argmax(1) == batch.demos.outputs)[known].float().mean() > 0.97
+    assert not of_demos[~known].any()
+    assert torch.allclose(asked.exp().sum(1), torch.ones(len(asked)), atol=2e-3)
+
+
+def test_proposals_know_neither_labels_nor_other_slots():
+    tasks = [task_of(rule, 7) for rule in RULES]
+    batch = batch_of(tasks)
+    of_demos, asked = proposals.proposals(batch)
+    assert torch.equal(proposals.proposals(batch._replace(labels=torch.zeros_like(batch.labels)))[1], asked)
+    alone = torch.cat([proposals.proposals(batch_of([t]))[1] for t in sorted(tasks, key=lambda t: tasks.index(t))])
+    assert torch.allclose(alone, asked, atol=1e-5)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(proposals, "SLOTS", 2)
+        assert torch.allclose(proposals.proposals(batch)[1], asked, atol=1e-5)
+
+
+def test_colours_that_demos_never_had_are_copied():
+    d = np.random.default_rng(0)
+    pairs = [(x, np.ascontiguousarray(x[::-1])) for x in (d.integers(0, 4, (5, 5), dtype=np.uint8) for _ in range(3))]
+    x = d.integers(6, 9, (5, 5), dtype=np.uint8)
+    batch = batch_of([Task("new", pairs, [(x, np.ascontiguousarray(x[::-1]))])])
+    asked = proposals.proposals(batch)[1].argmax(1)
+    assert torch.equal(torch.where(batch.labels < 0, batch.labels, asked), batch.labels)
+
+
+MODEL = ModelConfig(
+    hidden=32, heads=2, H_cycles=1, L_cycles=1, halt_max_steps=2, proposals=True,
+    encoder=EncoderConfig(kind="matching", layers=1, set_layers=1),
+)  # fmt: skip
+
+
+def test_an_untrained_model_reads_proposals_and_all_of_it_learns():
+    params = encoders.init_params(MODEL, 0)
+    leaves = {k: v.requires_grad_() for k, v in etrm.leaves(params).items()}
+    batch, encode = batch_of([task_of("mirror", s) for s in range(3)]), encoders.encoder_of(MODEL)
+    carry = etrm.fresh_carry(MODEL, batch.cells, torch.float32)
+    _, out = etrm.act_step(params, MODEL, encode, carry, batch, None)
+    right = (out.logits.argmax(1) == batch.labels)[batch.labels >= 0]
+    assert right.float().mean() > 0.5
+    etrm.act_loss(MODEL, out, batch.labels, batch.cells).total.sum().backward()
+    for k in ("core.trust_head", "core.proposal_embed", "encoder.proposal_embed"):
+        assert leaves[k].grad is not None and leaves[k].grad.abs().max() > 0, k
+
+
+def test_slots_that_leave_take_their_proposals_along():
+    params, encode = encoders.init_params(MODEL, 0), encoders.encoder_of(MODEL)
+    params.core.q_bias.zero_()
+    params.core.q_weight.normal_(generator=torch.Generator().manual_seed(1))
+    batch = batch_of([task_of(rule, s) for s, rule in enumerate(RULES)] + [task_of("mirror", s) for s in range(6)])
+    think = functools.partial(etrm.think, params, MODEL, encode, batch, torch.float32)
+    whole: dict[tuple[int, int], torch.Tensor] = {}
+
+    def keep(step: int, slots: list[int], out: etrm.Output) -> None:
+        cells = out.logits.split([batch.cells[i] for i in slots])
+        whole.update({(step, i): x for i, x in zip(slots, cells, strict=True)})
+
+    think(1, look=lambda step, slots, out: params.core.q_bias.sub_(out.q_halt.median()))
+    think(6, look=keep)
+    parted, spent = think(6, leave="q")
+    assert len(set(spent.tolist())) > 1
+    for i, x in enumerate(parted.logits.split(batch.cells)):
+        assert torch.allclose(x, whole[int(spent[i]), i], atol=1e-4)
+
+
+def test_proposals_need_an_encoder_that_asks():
+    with pytest.raises(UserError, match=r"model\.proposals: .*matching"):
+        encoders.init_params(ModelConfig(hidden=32, heads=2, proposals=True), 0)
