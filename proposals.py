@@ -78,26 +78,30 @@ class Cells(NamedTuple):
 
 
 def row(kind: Kind, group: Tensor, cells: Cells, k: Tensor) -> Tensor:
-    """(M, n) the rows of a table: groups (M,), sights k (M, n) or (n,)."""
-    seen = cells.seen.gather(1, k) if k.ndim == 2 else cells.seen
-    return (group[:, None] * SIGHTS + k) * kind.keys + kind.key(cells.own[:, None], seen)
+    """(M, n) the rows of a table: groups (M,), sights k (M, n)."""
+    return (group[:, None] * SIGHTS + k) * kind.keys + kind.key(cells.own[:, None], cells.seen.gather(1, k))
 
 
 def counted(kind: Kind, d: Cells, demo: Tensor, y: Tensor, slots: int, demos: int) -> Counted:
-    n, k = len(kind.doubt), torch.arange(SIGHTS, device=y.device)
-    classes = kind.class_of(d.own[:, None], d.seen, y[:, None])
-    whole, own = row(kind, d.slot, d, k), row(kind, demo, d, k)
-    every = torch.bincount((whole * n + classes).flatten(), minlength=slots * SIGHTS * kind.keys * n)
-    mine = torch.bincount((own * n + classes).flatten(), minlength=demos * SIGHTS * kind.keys * n)
-    right = every[whole * n + classes] - mine[own * n + classes]
-    seen = every.view(-1, n).sum(1)[whole] - mine.view(-1, n).sum(1)[own]
+    n, own = len(kind.doubt), d.own[:, None]
+    keys = kind.key(own, d.seen) + torch.arange(SIGHTS, device=y.device) * kind.keys
+    classes = kind.class_of(own, d.seen, y[:, None])
+    whole, mine = (keys + group[:, None] * (SIGHTS * kind.keys) for group in (d.slot, demo))
+    tables = []
+    said: list[Tensor] = []
+    for rows, groups in ((whole, slots), (mine, demos)):
+        at = rows * n + classes
+        table = torch.bincount(at.flatten(), minlength=groups * SIGHTS * kind.keys * n)
+        total = torch.bincount(rows.flatten(), minlength=groups * SIGHTS * kind.keys)
+        tables.append(table)
+        said += [table[at], total[rows]]
     doubt = torch.tensor(kind.doubt, device=y.device)[classes] * UNSEEN
-    said = torch.log((right + doubt) / (seen + UNSEEN))
+    found = torch.log((said[0] - said[2] + doubt) / (said[1] - said[3] + UNSEEN))
     if n < TOKENS:
-        said = torch.where(classes == 0, said - torch.log(said.new_tensor(TOKENS + 1.0 - n)), said)
+        found = torch.where(classes == 0, found - torch.log(found.new_tensor(TOKENS + 1.0 - n)), found)
     lengths = torch.bincount(d.slot, minlength=slots)
-    worth = torch.segment_reduce(said, "sum", lengths=lengths, unsafe=True) / lengths.clamp(min=1)[:, None]
-    return Counted(kind, every, mine, worth)
+    worth = torch.segment_reduce(found, "sum", lengths=lengths, unsafe=True) / lengths.clamp(min=1)[:, None]
+    return Counted(kind, tables[0], tables[1], worth)
 
 
 def heard(made: list[Counted], best: Tensor, weight: Tensor, cells: Cells, demo: Tensor | None) -> Tensor:
