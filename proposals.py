@@ -131,11 +131,13 @@ def proposals(batch: Batch) -> tuple[Tensor, Tensor]:
 
     0 where a demo's output says nothing. Where a slot has one demo all experts are worth the same."""
     device, d = batch.inputs.device, batch.demos
+    of_demos, of_queries = (torch.zeros(len(x), TOKENS, device=device) for x in (d.inputs, batch.inputs))
+    if batch.inputs.is_meta:
+        return of_demos, of_queries  # what is counted there are products, of which there are none here
     demo = torch.arange(len(d.cells), device=device).repeat_interleave(torch.tensor(d.cells, device=device), output_size=len(d.inputs))
     slots = torch.arange(len(batch.cells), device=device)
     slot = slots.repeat_interleave(torch.tensor(batch.cells, device=device), output_size=len(batch.inputs))
     shown, asked = sights(d.inputs, d.at, d.cells), sights(batch.inputs, batch.at, batch.cells)
-    of_demos, of_queries = (torch.zeros(len(x), TOKENS, device=device) for x in (d.inputs, batch.inputs))
     order = d.by_slot[d.outputs[d.by_slot] != PAD]
     owner = d.owner[demo[order]]
     for begin in range(0, len(batch.cells), SLOTS):

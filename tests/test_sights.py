@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from etrm_arc import config, data, encoders, etrm, proposals, scenes, sights
+from etrm_arc import config, data, encoders, etrm, plan, proposals, scenes, sights, train
 from etrm_arc.data import Task, UserError
 from etrm_arc.etrm import EncoderConfig, ModelConfig
 
@@ -195,6 +195,12 @@ def test_slots_that_leave_take_their_proposals_along():
     assert len(set(spent.tolist())) > 1
     for i, x in enumerate(parted.logits.split(batch.cells)):
         assert torch.allclose(x, whole[int(spent[i]), i], atol=1e-4)
+
+
+def test_a_dry_run_counts_a_model_with_proposals():
+    sets = ['data.train=["arc1:dev"]', "data.dev=[]", "data.composed=0.0", "eval.on=train", "train.batch=4", "init_from.path="]
+    cfg = config.load_config("cpu-best", sets)
+    assert plan.flops(train.setup(cfg), cfg)[0] > 0.1
 
 
 def test_proposals_need_an_encoder_that_asks():
