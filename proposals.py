@@ -87,21 +87,22 @@ def counted(kind: Kind, d: Cells, demo: Tensor, y: Tensor, slots: int, demos: in
     keys = kind.key(own, d.seen) + torch.arange(SIGHTS, device=y.device) * kind.keys
     classes = kind.class_of(own, d.seen, y[:, None])
     whole, mine = (keys + group[:, None] * (SIGHTS * kind.keys) for group in (d.slot, demo))
-    tables = []
-    said: list[Tensor] = []
-    for rows, groups in ((whole, slots), (mine, demos)):
-        at = rows * n + classes
-        table = torch.bincount(at.flatten(), minlength=groups * SIGHTS * kind.keys * n)
-        total = torch.bincount(rows.flatten(), minlength=groups * SIGHTS * kind.keys)
-        tables.append(table)
-        said += [table[at], total[rows]]
+
+    def tally(rows: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The table, and for each cell and sight how often its key had its class, and any class."""
+        at, size = rows * n + classes, groups * SIGHTS * kind.keys
+        table = torch.bincount(at.flatten(), minlength=size * n)
+        return table, table[at], torch.bincount(rows.flatten(), minlength=size)[rows]
+
+    every, right, seen = tally(whole, slots)
+    of_demo, own_right, own_seen = tally(mine, demos)
     doubt = torch.tensor(kind.doubt, device=y.device)[classes] * UNSEEN
-    found = torch.log((said[0] - said[2] + doubt) / (said[1] - said[3] + UNSEEN))
+    found = torch.log((right - own_right + doubt) / (seen - own_seen + UNSEEN))
     if n < TOKENS:
         found = torch.where(classes == 0, found - torch.log(found.new_tensor(TOKENS + 1.0 - n)), found)
     lengths = torch.bincount(d.slot, minlength=slots)
     worth = torch.segment_reduce(found, "sum", lengths=lengths, unsafe=True) / lengths.clamp(min=1)[:, None]
-    return Counted(kind, tables[0], tables[1], worth)
+    return Counted(kind, every, of_demo, worth)
 
 
 def heard(made: list[Counted], best: Tensor, weight: Tensor, cells: Cells, demo: Tensor | None) -> Tensor:

@@ -106,6 +106,7 @@ class Where(NamedTuple):
     """Packed grids: facts about cells (M,), and who lies next to whom (M, 8), M standing for nobody."""
 
     tokens: Tensor
+    known: Tensor  # (M + 1,) and what nobody has
     owner: Tensor  # the grid
     grids: int
     inside: Tensor  # bool, whether the cell belongs to its grid at all
@@ -123,6 +124,12 @@ def extremes(x: Tensor, chosen: Tensor, owner: Tensor, grids: int) -> tuple[Tens
     return torch.where(high < 0, 0, low), high
 
 
+def box(i: Tensor, j: Tensor, chosen: Tensor, owner: Tensor, grids: int) -> tuple[Tensor, ...]:
+    """Top, left, height and width, (M,) each, of the box around the chosen cells of each cell's grid; 0 high where there is none."""
+    (t0, t1), (l0, l1) = (extremes(x, chosen, owner, grids) for x in (i, j))
+    return torch.stack((t0, l0, t1 - t0 + (t1 >= 0), l1 - l0 + (l1 >= 0)))[:, owner].unbind()
+
+
 def whereabouts(tokens: Tensor, at: Tensor, cells: Sequence[int]) -> Where:
     device, grids, total = tokens.device, len(cells), len(tokens)
     area = torch.tensor(cells, device=device)
@@ -133,10 +140,7 @@ def whereabouts(tokens: Tensor, at: Tensor, cells: Sequence[int]) -> Where:
     row, column = (at - at[first][owner]).unbind(1)  # on the canvas
     inside, start = tokens >= FIRST_COLOUR, first[owner]
     (r0, r1), (c0, c1) = (extremes(x, inside, owner, grids) for x in (row, column))
-    (t0, t1), (l0, l1) = (extremes(x, tokens > FIRST_COLOUR, owner, grids) for x in (row, column))
-    r0, c0, h, w, top, left, high, wide = torch.stack((
-        r0, c0, (r1 - r0 + 1).clamp(min=1), (c1 - c0 + 1).clamp(min=1), t0 - r0, l0 - c0, t1 - t0 + (t1 >= 0), l1 - l0 + (l1 >= 0),
-    ))[:, owner]  # fmt: skip
+    r0, c0, h, w = torch.stack((r0, c0, (r1 - r0 + 1).clamp(min=1), (c1 - c0 + 1).clamp(min=1)))[:, owner]
     i, j = row - r0, column - c0
     nowhere = torch.full_like(row, total)
 
@@ -144,17 +148,18 @@ def whereabouts(tokens: Tensor, at: Tensor, cells: Sequence[int]) -> Where:
         """(M,) which cell lies there in the same grid."""
         return torch.where((r >= 0) & (r < h) & (c >= 0) & (c < w), start + (r0 + r) * width + c0 + c, nowhere)
 
-    frame = Frame(i, j, h, w, top, left, high, wide)
+    frame = Frame(i, j, h, w, *box(i, j, tokens > FIRST_COLOUR, owner, grids))
     next_to = torch.stack([torch.where(inside, place(i + di, j + dj), nowhere) for di, dj in AROUND], 1)
     by_row, by_column = (torch.where(inside, x, nowhere) for x in (start + row * width, start + column))
-    return Where(tokens, owner, grids, inside, frame, place, by_row, by_column, next_to)
+    known = torch.cat((tokens, tokens.new_tensor([PAD])))
+    return Where(tokens, known, owner, grids, inside, frame, place, by_row, by_column, next_to)
 
 
 def through(f: Where, seen: Seen) -> Tensor:
     """(M,) what each cell sees, with the marks of the sight's end as `data.paint` makes those of a grid."""
     (i, j, *_), (r, c, *size) = f.frame, seen
-    here, known = (i >= 0) & (j >= 0), torch.cat((f.tokens, f.tokens.new_tensor([PAD])))
-    found = known[torch.where(here, f.place(r, c), len(f.tokens))]
+    here = (i >= 0) & (j >= 0)
+    found = f.known[torch.where(here, f.place(r, c), len(f.tokens))]
     if not size:
         return found
     in_rows, in_columns = here & (i < size[0]), here & (j < size[1])
@@ -164,8 +169,7 @@ def through(f: Where, seen: Seen) -> Tensor:
 
 def crop(f: Where, chosen: Tensor) -> Tensor:
     """(M,) the sight that is cut to the box around chosen cells."""
-    (t0, t1), (l0, l1) = (extremes(x, chosen, f.owner, f.grids) for x in (f.frame.i, f.frame.j))
-    top, left, high, wide = torch.stack((t0, l0, t1 - t0 + (t1 >= 0), l1 - l0 + (l1 >= 0)))[:, f.owner]
+    top, left, high, wide = box(f.frame.i, f.frame.j, chosen, f.owner, f.grids)
     return through(f, (f.frame.i + top, f.frame.j + left, high, wide))
 
 
@@ -186,8 +190,7 @@ def objects(f: Where) -> Tensor:
     """(M,) the name of each cell's object: the 8-connected cells of its colour, black left out (each its own)."""
     total = len(f.tokens)
     name, beside = torch.arange(total + 1, device=f.tokens.device), torch.cat((f.next_to, f.next_to.new_full((1, 8), total)))
-    known = torch.cat((f.tokens, f.tokens.new_tensor([PAD])))
-    same = (known[beside] == known[:, None]) & (known > FIRST_COLOUR)[:, None]
+    same = (f.known[beside] == f.known[:, None]) & (f.known > FIRST_COLOUR)[:, None]
     while True:
         new = torch.minimum(name, torch.where(same, name[beside], total + 1).amin(1))
         new = new[new]
@@ -200,11 +203,11 @@ def enclosed(f: Where) -> Tensor:
     """(M,) bool: black cells that no 4-connected way over black joins to the border."""
     black = f.tokens == FIRST_COLOUR
     beyond = black.new_ones(1)
-    free, reached = torch.cat((black, beyond)), torch.cat((torch.zeros_like(black), beyond))
+    reached = torch.cat((torch.zeros_like(black), beyond))
     while True:
         new = torch.cat((black & (reached[:-1] | reached[f.next_to[:, :4]].any(1)), beyond))
         if bool((new == reached).all()):
-            return (free & ~reached)[:-1]
+            return black & ~reached[:-1]
         reached = new
 
 
@@ -214,7 +217,7 @@ def sights(tokens: Tensor, at: Tensor, cells: Sequence[int]) -> Tensor:
         return tokens.new_zeros(0, SIGHTS)
     f = whereabouts(tokens, at, cells)
     total, inside, (i, j, h, w, *_) = len(tokens), f.inside, f.frame
-    near = torch.cat((tokens, tokens.new_tensor([PAD])))[f.next_to]
+    near = f.known[f.next_to]
     met = torch.cat((torch.where(near > FIRST_COLOUR, near, PAD), near.new_full((1, 8), PAD)))
     jump = torch.cat((f.next_to, f.next_to.new_full((1, 8), total)))
     for _ in range(5):  # a look goes twice as far each time: 32 cells
