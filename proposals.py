@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from .data import FIRST_COLOUR, PAD, Batch
-from .sights import SIGHTS, TOKENS, sights
+from .sights import FITTED, SIGHTS, TOKENS, sights
 
 ROUNDS, HEARD = 2, 4  # rounds; experts heard in each
 SHARP = 60.0  # weight of an expert: exp(SHARP * its mean log-likelihood of a demo's cell, foretold from the other demos)
 UNSEEN = 0.2  # cells' worth of doubt in every count
+LESS = (0.01, 0.02)  # worth less: an expert whose sight is fitted to each grid; one that looks at the first round's answer
 SLOTS = 16  # at once: a table of counts has K * 144 * 12 numbers a demo
 
 
@@ -79,18 +80,18 @@ class Cells(NamedTuple):
 
 def row(kind: Kind, group: Tensor, cells: Cells, k: Tensor) -> Tensor:
     """(M, n) the rows of a table: groups (M,), sights k (M, n)."""
-    return (group[:, None] * SIGHTS + k) * kind.keys + kind.key(cells.own[:, None], cells.seen.gather(1, k))
+    return (group[:, None] * cells.seen.shape[1] + k) * kind.keys + kind.key(cells.own[:, None], cells.seen.gather(1, k))
 
 
 def counted(kind: Kind, d: Cells, demo: Tensor, y: Tensor, slots: int, demos: int) -> Counted:
-    n, own = len(kind.doubt), d.own[:, None]
-    keys = kind.key(own, d.seen) + torch.arange(SIGHTS, device=y.device) * kind.keys
+    n, own, many = len(kind.doubt), d.own[:, None], d.seen.shape[1]
+    keys = kind.key(own, d.seen) + torch.arange(many, device=y.device) * kind.keys
     classes = kind.class_of(own, d.seen, y[:, None])
-    whole, mine = (keys + group[:, None] * (SIGHTS * kind.keys) for group in (d.slot, demo))
+    whole, mine = (keys + group[:, None] * (many * kind.keys) for group in (d.slot, demo))
 
     def tally(rows: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
         """The table, and for each cell and sight how often its key had its class, and any class."""
-        at, size = rows * n + classes, groups * SIGHTS * kind.keys
+        at, size = rows * n + classes, groups * many * kind.keys
         table = torch.bincount(at.flatten(), minlength=size * n)
         return table, table[at], torch.bincount(rows.flatten(), minlength=size)[rows]
 
@@ -110,9 +111,9 @@ def heard(made: list[Counted], best: Tensor, weight: Tensor, cells: Cells, demo:
     said = weight.new_zeros(len(cells.own), TOKENS)
     for place in range(best.shape[1]):
         expert, share = best[cells.slot, place], weight[cells.slot, place]
-        k = expert % SIGHTS
+        k = expert % cells.seen.shape[1]
         for n, c in enumerate(made):
-            mine = torch.nonzero(expert // SIGHTS == n).flatten()
+            mine = torch.nonzero(expert // cells.seen.shape[1] == n).flatten()
             if not len(mine):
                 continue
             part, classes = Cells(*(x[mine] for x in cells)), len(c.kind.doubt)
@@ -138,22 +139,25 @@ def proposals(batch: Batch) -> tuple[Tensor, Tensor]:
     demo = torch.arange(len(d.cells), device=device).repeat_interleave(torch.tensor(d.cells, device=device), output_size=len(d.inputs))
     slots = torch.arange(len(batch.cells), device=device)
     slot = slots.repeat_interleave(torch.tensor(batch.cells, device=device), output_size=len(batch.inputs))
-    shown, asked = sights(d.inputs, d.at, d.cells), sights(batch.inputs, batch.at, batch.cells)
     order = d.by_slot[d.outputs[d.by_slot] != PAD]
     owner = d.owner[demo[order]]
-    for begin in range(0, len(batch.cells), SLOTS):
-        end = min(begin + SLOTS, len(batch.cells))
-        rows, asks = order[(owner >= begin) & (owner < end)], torch.nonzero((slot >= begin) & (slot < end)).flatten()
-        used, local = demo[rows].unique(return_inverse=True)
-        told_of = Cells(d.owner[demo[rows]] - begin, d.inputs[rows], shown[rows])
-        query = Cells(slot[asks] - begin, batch.inputs[asks], asked[asks])
-        made: list[Counted] = []
-        for turn in range(ROUNDS):
-            again = [counted(kind, told_of, local, d.outputs[rows], end - begin, len(used)) for kind in KINDS[2 * bool(turn) :]]
-            made = [*made[: 2 * bool(turn)], *again]  # the first two kinds do not read a cell's own token
-            worth, best = torch.cat([c.worth for c in made], 1).topk(HEARD, 1)
+    mine, ours, shown, asked = d.inputs, batch.inputs, d.inputs.new_zeros(len(d.inputs), 0), d.inputs.new_zeros(len(slot), 0)
+    less = LESS[0] * (torch.arange(SIGHTS, device=device) >= SIGHTS - FITTED)
+    less = torch.cat((less, less + LESS[1]))
+    for _ in range(ROUNDS):
+        at_first, asked_first = shown[:, :SIGHTS], asked[:, :SIGHTS]
+        shown = torch.cat((at_first, sights(mine, d.at, d.cells)), 1)
+        asked = torch.cat((asked_first, sights(ours, batch.at, batch.cells)), 1)
+        for begin in range(0, len(batch.cells), SLOTS):
+            end = min(begin + SLOTS, len(batch.cells))
+            rows, asks = order[(owner >= begin) & (owner < end)], torch.nonzero((slot >= begin) & (slot < end)).flatten()
+            used, local = demo[rows].unique(return_inverse=True)
+            told_of = Cells(d.owner[demo[rows]] - begin, mine[rows], shown[rows])
+            query = Cells(slot[asks] - begin, ours[asks], asked[asks])
+            made = [counted(kind, told_of, local, d.outputs[rows], end - begin, len(used)) for kind in KINDS]
+            worth, best = torch.cat([c.worth - less[: shown.shape[1]] for c in made], 1).topk(HEARD, 1)
             weight = torch.softmax(SHARP * worth, 1)
-            back, ahead = heard(made, best, weight, told_of, local), heard(made, best, weight, query, None)
-            told_of, query = told_of._replace(own=back.argmax(1)), query._replace(own=ahead.argmax(1))
-        of_demos[rows], of_queries[asks] = back.clamp(min=1e-4).log(), ahead.clamp(min=1e-4).log()
+            of_demos[rows] = heard(made, best, weight, told_of, local).clamp(min=1e-4).log()
+            of_queries[asks] = heard(made, best, weight, query, None).clamp(min=1e-4).log()
+        mine, ours = of_demos.argmax(1), of_queries.argmax(1)
     return of_demos, of_queries

@@ -1,9 +1,8 @@
 """What a cell sees of the rest of its grid, and the answer that this alone proposes: priors, none of them learned.
 
 A sight gives each cell a colour or a small number: its mirror image, its neighbour, the first thing that a look to the left meets,
-the size of its object (Chollet 2019, arXiv 1911.01547, "core knowledge"). Experts foretell an output's cell from one sight, as the
-demos' cells that looked alike had it: hard attention. Each is as much worth as it foretells every demo from the others.
-Axes: M cells of all grids, packed, K sights, X = 4 K experts, V = 12 tokens.
+the size of its object (Chollet 2019, arXiv 1911.01547, "core knowledge"), the cell a period away.
+Axes: M cells of all grids, packed, G grids, K sights, V = 12 tokens.
 """
 
 from __future__ import annotations
@@ -99,7 +98,9 @@ GRIDS: tuple[Callable[[Frame], Seen], ...] = (
     lambda f: (f.h - 1, f.j, f.h, f.w),
 )
 AROUND = ((-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (-1, 1), (1, -1), (1, 1))
-SIGHTS = len(GRIDS) + 4 + 4 + 2 * len(AROUND) + 4 + 18  # boxes, falls, neighbours and looks, what lies between, numbers
+REACH = 9  # a mirror's distance from the middle, in half cells, and a period, at most
+FITTED = 12  # sights that a grid fits to itself: they come last
+SIGHTS = len(GRIDS) + 4 + 4 + 2 * len(AROUND) + 4 + 18 + FITTED  # boxes, falls, neighbours and looks, what lies between, numbers
 
 
 class Where(NamedTuple):
@@ -186,11 +187,11 @@ def fallen(f: Where, drawn: Tensor, line: Tensor, order: Tensor, length: Tensor,
 # ---------------------------------------------------------------- sights along lines, of objects
 
 
-def objects(f: Where) -> Tensor:
-    """(M,) the name of each cell's object: the 8-connected cells of its colour, black left out (each its own)."""
+def objects(f: Where, least: int = FIRST_COLOUR + 1) -> Tensor:
+    """(M,) the name of each cell's object: the 8-connected cells of its colour; of colours below `least` each is its own."""
     total = len(f.tokens)
     name, beside = torch.arange(total + 1, device=f.tokens.device), torch.cat((f.next_to, f.next_to.new_full((1, 8), total)))
-    same = (f.known[beside] == f.known[:, None]) & (f.known > FIRST_COLOUR)[:, None]
+    same = (f.known[beside] == f.known[:, None]) & (f.known >= least)[:, None]
     while True:
         new = torch.minimum(name, torch.where(same, name[beside], total + 1).amin(1))
         new = new[new]
@@ -209,6 +210,38 @@ def enclosed(f: Where) -> Tensor:
         if bool((new == reached).all()):
             return black & ~reached[:-1]
         reached = new
+
+
+def agreement(f: Where, there: Tensor) -> Tensor:
+    """(G,) of the cells that see another one there (M,), the share that have its colour; 0 where fewer than half of a grid do."""
+    sees = f.inside & (there < len(there)) & (there != torch.arange(len(there), device=there.device))
+    found = torch.stack((sees & (f.known[there] == f.tokens), sees, f.inside)).float()
+    same, seen, cells = torch.zeros(3, f.grids, device=there.device).index_add_(1, f.owner, found)
+    return torch.where(2 * seen >= cells, same / seen.clamp(min=1), 0)
+
+
+def fitted(f: Where, patch: Tensor) -> list[Tensor]:
+    """What each grid repeats: its images in the mirrors that suit it best; the commonest colour, black last, of all cells that lie
+    whole periods apart, in both directions, down, across; the cell a period ahead, behind; and the first four, cut to the patch."""
+    (i, j, h, w, *_), total = f.frame, len(f.tokens)
+
+    def best(offers: Sequence[int], there: Callable[[int], Tensor]) -> Tensor:
+        """(M,) the offer with which the grid agrees best, the nearest of equals."""
+        score = torch.stack([agreement(f, there(n)) - 0.002 * abs(n) for n in offers], 1)
+        return torch.tensor(offers, device=i.device)[score.argmax(1)][f.owner]
+
+    mirrors, periods = sorted(range(1 - REACH, REACH), key=abs), range(1, REACH + 1)
+    up = h - 1 - i + best(mirrors, lambda n: f.place(h - 1 - i + n, j))
+    across = w - 1 - j + best(mirrors, lambda n: f.place(i, w - 1 - j + n))
+    p, q = best(periods, lambda n: f.place(i + n, j)), best(periods, lambda n: f.place(i, j + n))
+    found = [through(f, seen) for seen in ((up, j), (i, across), (up, across))]
+    for r, c in ((i % p, j % q), (i % p, j), (i, j % q)):
+        count = torch.zeros((total + 1) * TOKENS, dtype=torch.int64, device=i.device)
+        count = count.index_add_(0, f.place(r, c) * TOKENS + f.tokens, f.inside.long()).view(-1, TOKENS)
+        count[:, FIRST_COLOUR + 1 :] *= 1 << 10
+        found.append(through(f._replace(known=count.argmax(1)), (r, c)))
+    found += [through(f, (i + p, j + q)), through(f, (i - p, j - q))]
+    return found + [crop(f._replace(known=torch.cat((x, x.new_tensor([PAD])))), patch) for x in found[:4]]
 
 
 def sights(tokens: Tensor, at: Tensor, cells: Sequence[int]) -> Tensor:
@@ -259,6 +292,10 @@ def sights(tokens: Tensor, at: Tensor, cells: Sequence[int]) -> Tensor:
     grids += [crop(f, x) for x in boxes]
     lines = ((f.column, i, h), (f.row, j, w))
     grids += [fallen(f, drawn, *line, back) for line in lines for back in (False, True)]
+    whole = objects(f, FIRST_COLOUR)
+    area, (_, _, high, wide) = sums(whole, inside), box(i, j, inside, whole, total)
+    solid = inside & (area == high * wide) & (high > 1) & (wide > 1)
+    patch = solid & (area == extremes(area, solid, f.owner, f.grids)[1][f.owner])
     between = [torch.where(met[:, a] == met[:, b], met[:, a], PAD) for a, b in ((0, 1), (2, 3), (4, 7), (5, 6))]
     of_cells = torch.where(inside[:, None], torch.stack(numbers, 1), PAD)
-    return torch.cat((torch.stack(grids, 1), near, met, torch.stack(between, 1), of_cells), 1)
+    return torch.cat((torch.stack(grids, 1), near, met, torch.stack(between, 1), of_cells, torch.stack(fitted(f, patch), 1)), 1)

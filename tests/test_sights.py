@@ -12,7 +12,7 @@ from etrm_arc import config, data, encoders, etrm, plan, proposals, scenes, sigh
 from etrm_arc.data import Task, UserError
 from etrm_arc.etrm import EncoderConfig, ModelConfig
 
-N = len(sights.GRIDS)
+N, FITTED = len(sights.GRIDS), sights.FITTED
 AFTER = N + 8  # neighbours begin here, looks 8 later, what lies between 16 later, numbers 20 later
 
 
@@ -79,7 +79,7 @@ def test_looks_meet_the_first_colour_and_objects_are_those_of_the_scenes(x):
                 found = [int(x[r, c]) for r, c in line if 0 <= r < h and 0 <= c < w]
                 assert s[i, j, AFTER + k] == (found[0] + 2 if found else 0)
                 assert s[i, j, AFTER + 8 + k] == next((c + 2 for c in found if c), 0)
-    assert not s[h + 1 :, :, N + 4 :].any() and not s[:, w + 1 :, N + 4 :].any()
+    assert not s[h + 1 :, :, N + 4 : -FITTED].any() and not s[:, w + 1 :, N + 4 : -FITTED].any()
 
 
 @given(grids())
@@ -93,7 +93,50 @@ def test_what_falls_keeps_its_order(x):
         assert torch.equal(s[:h, :w, k] - 2, torch.from_numpy(y).long())
 
 
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(9, 12), st.integers(9, 12), st.integers(0, 10**6))
+def test_a_grid_continues_at_its_periods(p, q, h, w, seed):
+    d = np.random.default_rng(seed)
+    tile = d.integers(1, 9, (p, q), dtype=np.uint8)
+    whole = np.tile(tile, (13, 13))[: h + 1, : w + 1]
+    x = whole[:h, :w].copy()
+    i, j = d.integers(0, h - 1), d.integers(0, w - 1)
+    x[i : i + 2, j : j + 2] = 0
+    s = seen(x)[0][..., -FITTED:]
+    assert torch.equal(s[:h, :w, 3] - 2, torch.from_numpy(whole[:h, :w]).long())
+    assert torch.equal(s[h, :w, 3] - 2, torch.from_numpy(whole[h, :w]).long())  # beyond its end, too
+    if q == 1:
+        assert torch.equal(s[:h, :w, 5] - 2, torch.from_numpy(whole[:h, :w]).long())
+    if p == 1:
+        assert torch.equal(s[:h, :w, 4] - 2, torch.from_numpy(whole[:h, :w]).long())
+
+
+@given(st.integers(-1, 3), st.integers(-1, 3), st.integers(0, 10**6))
+def test_a_grid_is_mirrored_where_it_is_symmetric_and_cut_to_its_patch(up, across, seed):
+    d = np.random.default_rng(seed)
+    quarter = d.integers(1, 9, (8, 8), dtype=np.uint8)
+    whole = np.concatenate((quarter, quarter[::-1]))
+    whole = np.concatenate((whole, whole[:, ::-1]), 1)
+    whole = whole[max(up, 0) : 16 + min(up, 0), max(across, 0) : 16 + min(across, 0)]
+    x, (h, w) = whole.copy(), whole.shape
+    x[1:5, 2:6] = 0
+    s = seen(x, side=17)[0]
+    for k, (r, c) in enumerate(((h - 1 - up, None), (None, w - 1 - across), (h - 1 - up, w - 1 - across))):
+        for i in range(h):
+            for j in range(w):
+                a, b = i if r is None else r - i, j if c is None else c - j
+                assert s[i, j, k - FITTED] == (int(x[a, b]) + 2 if 0 <= a < h and 0 <= b < w else 0)
+    patch = s[:5, :5, 8 - FITTED + 2]
+    assert torch.equal(patch[:4, :4] - 2, torch.from_numpy(whole[1:5, 2:6]).long())
+    assert (patch[4, :4] == 1).all() and (patch[:4, 4] == 1).all()
+
+
 # ---------------------------------------------------------------- proposals
+
+
+def cornered(x: np.ndarray) -> np.ndarray:
+    y = x.copy()
+    y[np.ix_((0, -1), (0, -1))] = 8
+    return y
 
 
 RULES = {
@@ -101,6 +144,8 @@ RULES = {
     "enlarge": lambda x: x.repeat(2, 0).repeat(2, 1),
     "recolour": lambda x: np.array([0, 5, 1, 7, 9, 2, 3, 4, 6, 8], np.uint8)[x],
     "fill what is enclosed": lambda x: np.where(scenes.enclosed(x), 4, x).astype(np.uint8),
+    "mirror, then frame": lambda x: np.pad(x[1:-1, -2:0:-1], 1, constant_values=8),
+    "turn, then mark the corners": lambda x: cornered(x.T),
     "mirror and recolour": lambda x: np.array([0, 5, 1, 7, 9, 2, 3, 4, 6, 8], np.uint8)[x[::-1]],
 }
 
