@@ -289,14 +289,15 @@ def answer(solver: Solver, ask: Question, say: Callable[[float], None]) -> None:
     todo, done = missing(solver, ask)
     alone = solver.cfg.solve.adapt == "full"
     groups = [[t] for t in todo] if alone else [todo] if todo else []
+    cells = [max(x.size for pair in (*g[0].demos, *g[0].queries) for x in pair if x is not None) for g in groups]
     met: set[tuple[str, int]] = set()
     for n, group in enumerate(groups):
         begun, params, spent, until = time.monotonic(), solver.params, solver.spent, ask.deadline
         if alone and data.queries(data.pack(group), "test", solver.cfg.data.canvases).canvas[:, 0].any():
-            # each task has its share of the time, learning at most four fifths of that
-            share_of = (until - begun) / (len(groups) - n)
+            # each task has its share of the time, by the cells of its largest grid, and learns at most four fifths of that
+            share_of = (until - begun) * cells[n] / sum(cells[n:])
             params = adapt.tuned(params, solver.cfg, group[0], begun + 0.8 * share_of)
-            spent, until = (time.monotonic() - begun) / len(group[0].queries), begun + share_of
+            spent = (time.monotonic() - begun) / len(group[0].queries)
         for part, share in predictions(params, solver.cfg, group, ask.views, solver.source, done, until):
             # once a query: what all tasks had together, with its first view; what it had alone, whenever it is asked again
             first = [(p.task, p.query) not in met if alone else p.canvas is not None for p in part]

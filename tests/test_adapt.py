@@ -141,6 +141,33 @@ def test_time_spent_on_adaptation_is_time_spent_on_its_task(run, tmp_path, monke
     assert joint["unanswered"] == 0 and 480 <= joint["seconds_per_task"] * 6 <= 560  # four fifths, and the steps under way
 
 
+def test_shares_of_a_budget_go_by_cells_and_one_that_is_overdrawn_is_answered(run, tmp_path, monkeypatch):
+    clock, price, one_step = [0.0], [40.0], train.one_step
+    steps: list[int] = []
+
+    def slow(*args):
+        clock[0] += price[0]
+        steps[-1] += 1
+        return one_step(*args)
+
+    def counted(*args, tuned=adapt.tuned):
+        steps.append(0)
+        return tuned(*args)
+
+    monkeypatch.setattr(train, "one_step", slow)
+    monkeypatch.setattr(adapt, "tuned", counted)
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    for name, side in (("a", 2), ("b", 4)):
+        x = np.arange(side * side).reshape(side, side) % 9
+        demos = [{"input": x.tolist(), "output": (x + k).tolist()} for k in (0, 1)]  # which cannot both be right
+        (tmp_path / f"{name}.json").write_text(json.dumps({"train": demos, "test": [{"input": x.tolist()}]}))
+    sets, tasks = ["solve.adapt=full", "solve.adapt_steps=1000"], [str(tmp_path / f"{name}.json") for name in "ab"]
+    part = solve.evaluate([run], tasks, sets, predictions_file=str(tmp_path / "first.jsonl"), budget=2000.0)
+    assert part["unanswered"] == 0 and steps[0] == 9 and 30 < steps[1] < 40  # 4 of 20 cells: 400 s, of which 320 to learn
+    price[0] = 1500.0  # one step is more than the first has
+    assert solve.evaluate([run], tasks, sets, predictions_file=str(tmp_path / "more.jsonl"), budget=3200.0)["unanswered"] == 0
+
+
 def test_gradients_of_a_search_are_those_of_all_steps_together(run):
     s, tasks = solve.opened(run), tasks_of_all()
     asked = questions(s, tasks)
