@@ -145,9 +145,8 @@ def proposals(batch: Batch) -> tuple[Tensor, Tensor]:
     less = LESS[0] * (torch.arange(SIGHTS, device=device) >= SIGHTS - FITTED)
     less = torch.cat((less, less + LESS[1]))
     for _ in range(ROUNDS):
-        at_first, asked_first = shown[:, :SIGHTS], asked[:, :SIGHTS]
-        shown = torch.cat((at_first, sights(mine, d.at, d.cells)), 1)
-        asked = torch.cat((asked_first, sights(ours, batch.at, batch.cells)), 1)
+        shown = torch.cat((shown[:, :SIGHTS], sights(mine, d.at, d.cells)), 1)
+        asked = torch.cat((asked[:, :SIGHTS], sights(ours, batch.at, batch.cells)), 1)
         for begin in range(0, len(batch.cells), SLOTS):
             end = min(begin + SLOTS, len(batch.cells))
             rows, asks = order[(owner >= begin) & (owner < end)], torch.nonzero((slot >= begin) & (slot < end)).flatten()
