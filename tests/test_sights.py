@@ -107,7 +107,7 @@ def test_a_grid_continues_at_its_periods(p, q, h, w, corner, turned):
     if p == 1:
         assert torch.equal(s[:h, :w, 4], wanted[:h, :w])
     x = whole[:h, :w].copy()
-    x[0, 0] = 9  # at an end, where fewest cells meet it
+    x[0, 0] = x[-1, -1] = 9  # at the ends, where fewest cells meet them
     s = seen(x)[0][..., -FITTED:] - 2
     assert torch.equal(s[: h - p, : w - q, 6], torch.from_numpy(x[p:, q:].copy()).long())
     assert torch.equal(s[p:h, q:w, 7], torch.from_numpy(x[: h - p, : w - q].copy()).long())
