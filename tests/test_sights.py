@@ -1,6 +1,7 @@
 """Sights are what a plain reading of the grid gives; proposals are what the demos of a task that one sight explains show."""
 
 import functools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from etrm_arc import config, data, encoders, etrm, plan, proposals, scenes, sights, train
+from etrm_arc import compose, config, data, encoders, etrm, plan, proposals, scenes, sights, train
 from etrm_arc.data import Task, UserError
 from etrm_arc.etrm import EncoderConfig, ModelConfig
 
@@ -133,6 +134,15 @@ def test_a_grid_is_mirrored_where_it_is_symmetric_and_cut_to_its_patch(up, acros
     assert (patch[4, :4] == 1).all() and (patch[:4, 4] == 1).all()
 
 
+def test_black_is_what_hides_a_pattern_however_much_there_is_of_it():
+    d = np.random.default_rng(0)
+    whole = np.tile(d.integers(1, 9, (9, 4), dtype=np.uint8), (1, 6))
+    x = whole.copy()
+    x[:, :16] = 0  # four of six
+    s = seen(x, side=25)[0][:9, :24, 5 - FITTED] - 2
+    assert torch.equal(s, torch.from_numpy(whole).long())
+
+
 # ---------------------------------------------------------------- proposals
 
 
@@ -204,6 +214,27 @@ def test_colours_that_demos_never_had_are_copied():
     batch = batch_of([Task("new", pairs, [(x, np.ascontiguousarray(x[::-1]))])])
     asked = proposals.proposals(batch)[1].argmax(1)
     assert torch.equal(torch.where(batch.labels < 0, batch.labels, asked), batch.labels)
+
+
+@pytest.fixture(scope="module")
+def solved() -> Callable[..., int]:
+    batch = batch_of(compose.tasks(16, seed=5))
+
+    def count(**constants: object) -> int:
+        with pytest.MonkeyPatch.context() as m:
+            for k, v in constants.items():
+                m.setattr(proposals, k, v)
+            right = (proposals.proposals(batch)[1].argmax(1) == batch.labels) | (batch.labels < 0)
+        return sum(bool(x.all()) for x in right.split(batch.cells))
+
+    return count
+
+
+@pytest.mark.parametrize(
+    "other", [{"HEARD": 1}, {"LESS": (0.0, 0.0)}, {"LESS": (-0.01, 0.02)}, {"LESS": (0.01, -0.02)}], ids=str
+)
+def test_more_composed_tasks_are_solved_when_several_experts_are_heard_and_plain_sights_are_preferred(solved, other):
+    assert solved() > solved(**other)
 
 
 MODEL = ModelConfig(
