@@ -85,6 +85,7 @@ class SolveConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How tasks are answered: by `etrm eval` and `etrm solve`, whose options override it; chosen on the dev split."""
 
     views: Count = 8  # symmetries and demo orders to vote over
+    other: Annotated[int, msgspec.Meta(ge=0)] = 4  # one view in so many is proposed the demos' second answer, view 1 first; 0: none
     vote: Literal["count", "probability", "demos"] = "count"  # see votes.RULES
     leave: Literal["never", "q", "stable"] = "never"  # when a view stops thinking, see etrm.think
     stable: Count = 3  # ACT steps on end with the same answer after which "stable" leaves

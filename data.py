@@ -427,6 +427,7 @@ class Batch(NamedTuple):
     borders: Tensor  # (M, 4) of each cell, 1 + the input's cells above, left of, below and right of it; 0: it lies beyond
     noise: Tensor | None = None  # (B, demos, latent) standard normal, for a variational encoder; None: the mean
     rows: Tensor | None = None  # (B,) each slot's row of a table of tasks
+    other: Tensor | None = None  # (B,) bool: proposals are to be the demos' second answer
 
 
 def both_sides(sym: Symmetry, further: Tensor | None) -> Tensor:

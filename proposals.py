@@ -13,13 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .data import FIRST_COLOUR, PAD, Batch
+from .data import FIRST_COLOUR, MAX_SIDE, PAD, Batch
 from .sights import FITTED, SIGHTS, TOKENS, sights
 
 ROUNDS, HEARD = 2, 4  # rounds; experts heard in each
 SHARP = 60.0  # weight of an expert: exp(SHARP * its mean log-likelihood of a demo's cell, foretold from the other demos)
 UNSEEN = 0.2  # cells' worth of doubt in every count
 LESS = (0.01, 0.02)  # worth less: an expert whose sight is fitted to each grid; one that looks at the first round's answer
+RIVALS = 16  # the best experts, among which a second answer is looked for
 SLOTS = 16  # at once: a table of counts has K * 144 * 12 numbers a demo
 
 
@@ -127,11 +128,40 @@ def heard(made: list[Counted], best: Tensor, weight: Tensor, cells: Cells, demo:
     return said / said.sum(1, keepdim=True)
 
 
+def second(made: list[Counted], worth: Tensor, query: Cells, at: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+    """(slots, HEARD) experts and their weights for the best answer that is not `first` (M,): what the RIVALS best experts answer
+    alone is weighed as all of those who answer the same; where nobody answers anything else, those of the first."""
+    worth, best = worth.topk(RIVALS, 1)
+    share, slots = torch.softmax(SHARP * worth, 1), len(worth)
+    alone = [heard(made, best[:, n : n + 1], torch.ones_like(share[:, :1]), query, None).argmax(1) for n in range(RIVALS)]
+    corner = at.new_full((slots, 2), MAX_SIDE).scatter_reduce(0, query.slot[:, None].expand_as(at), at, "amin")
+    i, j = (at - corner[query.slot]).unbind(1)
+
+    def end(x: Tensor, along: Tensor, across: Tensor) -> Tensor:
+        """(M,) where the grid of an answer ends, on its first row or column."""
+        over = torch.where((across == 0) & (x < FIRST_COLOUR), along, MAX_SIDE)
+        return over.new_full((slots,), MAX_SIDE).scatter_reduce(0, query.slot, over, "amin")[query.slot]
+
+    def same(x: Tensor) -> Tensor:
+        """(slots, RIVALS) whose answer it is, up to its end."""
+        h, w = end(x, i, j), end(x, j, i)
+        asked = (i <= h) & (j <= w) & ((i < h) | (j < w))
+        wrong = torch.stack([(a != x) & asked for a in alone], 1).long()
+        return wrong.new_zeros(slots, RIVALS).index_add_(0, query.slot, wrong) == 0
+
+    together = torch.stack([same(a) for a in alone], 1)  # (slots, RIVALS, RIVALS) who answers like whom
+    most, which = torch.where(same(first), -1, (together * share[:, None]).sum(-1)).max(1)
+    mine = together[torch.arange(slots, device=which.device), which] | (most < 0)[:, None]
+    worth, place = torch.where(mine, worth, -torch.inf).topk(HEARD, 1)
+    return best.gather(1, place), torch.softmax(SHARP * worth, 1)
+
+
 @torch.no_grad()
 def proposals(batch: Batch) -> tuple[Tensor, Tensor]:
     """Log-probabilities (M_d, V) of the demos' cells, each demo's from the others, and (M, V) of the test inputs' cells.
 
-    0 where a demo's output says nothing. Where a slot has one demo all experts are worth the same."""
+    0 where a demo's output says nothing. Where a slot has one demo all experts are worth the same. Slots of `batch.other` get the
+    second answer of the last round."""
     device, d = batch.inputs.device, batch.demos
     of_demos, of_queries = (torch.zeros(len(x), TOKENS, device=device) for x in (d.inputs, batch.inputs))
     if batch.inputs.is_meta:
@@ -144,7 +174,7 @@ def proposals(batch: Batch) -> tuple[Tensor, Tensor]:
     mine, ours, shown, asked = d.inputs, batch.inputs, d.inputs.new_zeros(len(d.inputs), 0), d.inputs.new_zeros(len(slot), 0)
     less = LESS[0] * (torch.arange(SIGHTS, device=device) >= SIGHTS - FITTED)
     less = torch.cat((less, less + LESS[1]))
-    for _ in range(ROUNDS):
+    for rounds in range(1, ROUNDS + 1):
         shown = torch.cat((shown[:, :SIGHTS], sights(mine, d.at, d.cells)), 1)
         asked = torch.cat((asked[:, :SIGHTS], sights(ours, batch.at, batch.cells)), 1)
         for begin in range(0, len(batch.cells), SLOTS):
@@ -154,8 +184,13 @@ def proposals(batch: Batch) -> tuple[Tensor, Tensor]:
             told_of = Cells(d.owner[demo[rows]] - begin, mine[rows], shown[rows])
             query = Cells(slot[asks] - begin, ours[asks], asked[asks])
             made = [counted(kind, told_of, local, d.outputs[rows], end - begin, len(used)) for kind in KINDS]
-            worth, best = torch.cat([c.worth - less[: shown.shape[1]] for c in made], 1).topk(HEARD, 1)
+            each = torch.cat([c.worth - less[: shown.shape[1]] for c in made], 1)
+            worth, best = each.topk(HEARD, 1)
             weight = torch.softmax(SHARP * worth, 1)
+            if rounds == ROUNDS and batch.other is not None and bool((turn := batch.other[begin:end]).any()):
+                first = heard(made, best, weight, query, None).argmax(1)
+                others = second(made, each, query, batch.at[asks], first)
+                best, weight = (torch.where(turn[:, None], *x) for x in zip(others, (best, weight), strict=True))
             of_demos[rows] = heard(made, best, weight, told_of, local).clamp(min=1e-4).log()
             of_queries[asks] = heard(made, best, weight, query, None).clamp(min=1e-4).log()
         mine, ours = of_demos.argmax(1), of_queries.argmax(1)

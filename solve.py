@@ -155,6 +155,9 @@ def predictions(
         episodes = data.posed(packed, cfg.data, "test", data.chosen(asked, torch.tensor(rows)), view=turn)
         episodes = episodes if own is None else episodes._replace(row=owner * cfg.data.symmetries + k)
         batch = data.batch(packed, episodes, cfg.data, cfg.model.raster)
+        if cfg.solve.other:
+            second = [v % cfg.solve.other == min(1, cfg.solve.other - 1) for _, v in mine for _ in range(samples)]
+            batch = batch._replace(other=torch.tensor(second, device=device))
         answering, explains = from_demos(cast, cfg, encode, batch, tasks, [of[r] for r in rows], turn, share)
         keys = [(int(hashes[of[r]][:13], 16), number[r], v, k) for r, v in mine for k in range(samples)]
         said, spent = thoughts(cast, cfg, answering, batch, dtype, keys)

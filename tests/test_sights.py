@@ -3,13 +3,14 @@
 import functools
 from collections.abc import Callable
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from etrm_arc import compose, config, data, encoders, etrm, plan, proposals, scenes, sights, train
+from etrm_arc import compose, config, data, encoders, etrm, plan, proposals, scenes, sights, solve, train
 from etrm_arc.data import Task, UserError
 from etrm_arc.etrm import EncoderConfig, ModelConfig
 
@@ -230,11 +231,47 @@ def solved() -> Callable[..., int]:
     return count
 
 
-@pytest.mark.parametrize(
-    "other", [{"HEARD": 1}, {"LESS": (0.0, 0.0)}, {"LESS": (-0.01, 0.02)}, {"LESS": (0.01, -0.02)}], ids=str
-)
+@pytest.mark.parametrize("other", [{"HEARD": 1}, {"LESS": (0.0, 0.0)}, {"LESS": (-0.01, 0.02)}, {"LESS": (0.01, -0.02)}], ids=str)
 def test_more_composed_tasks_are_solved_when_several_experts_are_heard_and_plain_sights_are_preferred(solved, other):
     assert solved() > solved(**other)
+
+
+def either(seed: int) -> tuple[Task, np.ndarray, np.ndarray]:
+    """Demos that do not say whether grids are turned upside down or by a quarter, and both answers to the query."""
+    d = np.random.default_rng(seed)
+    drawn = d.integers(0, 4, (3, 6, 6), dtype=np.uint8)
+    shown = [np.triu(x) + np.triu(x, 1).T for x in drawn]
+    x = d.integers(0, 4, (6, 6), dtype=np.uint8)
+    flipped, turned = np.ascontiguousarray(x[::-1]), np.ascontiguousarray(x.T[::-1])
+    return Task(f"either-{seed}", [(y, np.ascontiguousarray(y[::-1])) for y in shown], [(x, flipped)]), flipped, turned
+
+
+def test_where_demos_leave_a_choice_the_second_answer_is_the_other_one():
+    made = [either(s) for s in range(4)]
+    batch = batch_of([t for t, _, _ in made] + [task_of("recolour", 0)])
+    for wanted in (torch.ones(5, dtype=torch.bool), torch.tensor([True, False, True, False, True])):
+        first, other = (proposals.proposals(batch._replace(other=w))[1] for w in (None, wanted))
+        grids = [[data.untokenise(x.argmax(1).view(6, 6).byte().numpy()) for x in p.split(batch.cells)[:4]] for p in (first, other)]
+        for (_, flipped, turned), a, b, asked in zip(made, *grids, wanted.tolist()[:4], strict=True):
+            answers = [flipped.tobytes(), turned.tobytes()]
+            assert a.tobytes() in answers and b.tobytes() in answers and (a.tobytes() != b.tobytes()) == asked
+        kept = ~wanted.repeat_interleave(torch.tensor(batch.cells))
+        assert torch.equal(first[kept], other[kept])
+        assert torch.equal(first.split(batch.cells)[4].argmax(1), other.split(batch.cells)[4].argmax(1))  # no doubt, no other answer
+
+
+def test_one_view_in_four_is_proposed_the_second_answer():
+    task, *answers = either(0)
+    params = encoders.init_params(MODEL, 0)
+    for x in (params.core.embed, params.core.trust_head):
+        x.zero_()  # a network that says nothing
+    raw = {"model": msgspec.to_builtins(MODEL), "data": {"canvases": list(range(1, 21)), "dihedral": False, "colours": "fixed"}}
+    for other, second in ((4, {1, 5}), (3, {1, 4}), (1, set(range(6))), (0, set())):
+        cfg = config.parse_config(raw | {"solve": {"other": other}}, "")
+        votes = {v.view: v.grid.tobytes() for v in solve.predict(params, cfg, task, 6)[0].votes}
+        plain = next((votes[v] for v in votes if v not in second), None)
+        assert set(votes.values()) <= {x.tobytes() for x in answers}
+        assert {v for v in votes if votes[v] != plain} == second
 
 
 MODEL = ModelConfig(
