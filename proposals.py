@@ -131,7 +131,9 @@ def heard(made: list[Counted], best: Tensor, weight: Tensor, cells: Cells, demo:
 def second(made: list[Counted], worth: Tensor, query: Cells, at: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
     """(slots, HEARD) experts and their weights for the best answer that is not `first` (M,): what the RIVALS best experts answer
     alone is weighed as all of those who answer the same; where nobody answers anything else, those of the first."""
-    worth, best = worth.topk(RIVALS, 1)
+    worth, kind = worth.unflatten(1, (len(KINDS), -1)).max(1)  # of each sight its best expert
+    worth, k = worth.topk(RIVALS, 1)
+    best = kind.gather(1, k) * query.seen.shape[1] + k
     share, slots = torch.softmax(SHARP * worth, 1), len(worth)
     alone = [heard(made, best[:, n : n + 1], torch.ones_like(share[:, :1]), query, None).argmax(1) for n in range(RIVALS)]
     corner = at.new_full((slots, 2), MAX_SIDE).scatter_reduce(0, query.slot[:, None].expand_as(at), at, "amin")
@@ -143,10 +145,10 @@ def second(made: list[Counted], worth: Tensor, query: Cells, at: Tensor, first: 
         return over.new_full((slots,), MAX_SIDE).scatter_reduce(0, query.slot, over, "amin")[query.slot]
 
     def same(x: Tensor) -> Tensor:
-        """(slots, RIVALS) whose answer it is, up to its end."""
+        """(slots, RIVALS) whose answer it is: the same grid, and no colour right beyond its end (`data.untokenise`)."""
         h, w = end(x, i, j), end(x, j, i)
-        asked = (i <= h) & (j <= w) & ((i < h) | (j < w))
-        wrong = torch.stack([(a != x) & asked for a in alone], 1).long()
+        inside, beyond = (i < h) & (j < w), ((i == h) & (j < w)) | ((j == w) & (i < h))
+        wrong = torch.stack([(inside & (a != x)) | (beyond & (a >= FIRST_COLOUR)) for a in alone], 1).long()
         return wrong.new_zeros(slots, RIVALS).index_add_(0, query.slot, wrong) == 0
 
     together = torch.stack([same(a) for a in alone], 1)  # (slots, RIVALS, RIVALS) who answers like whom

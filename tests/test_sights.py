@@ -1,7 +1,7 @@
 """Sights are what a plain reading of the grid gives; proposals are what the demos of a task that one sight explains show."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 import numpy as np
@@ -164,8 +164,8 @@ RULES = {
 }
 
 
-def batch_of(tasks: list[Task], sets: tuple[str, ...] = ()) -> data.Batch:
-    cfg = config.parse_config({"data": {"canvases": list(range(1, 21))}}, "").data
+def batch_of(tasks: list[Task], canvases: Sequence[int] = range(1, 21)) -> data.Batch:
+    cfg = config.parse_config({"data": {"canvases": list(canvases)}}, "").data
     packed = data.pack(tasks)
     return data.batch(packed, data.posed(packed, cfg, "test", data.queries(packed, "test", cfg.canvases)), cfg)
 
@@ -246,18 +246,36 @@ def either(seed: int) -> tuple[Task, np.ndarray, np.ndarray]:
     return Task(f"either-{seed}", [(y, np.ascontiguousarray(y[::-1])) for y in shown], [(x, flipped)]), flipped, turned
 
 
-def test_where_demos_leave_a_choice_the_second_answer_is_the_other_one():
+@pytest.mark.parametrize("side", [6, 7, 9])  # beyond a grid's end answers say anything; they may also be larger grids
+def test_where_demos_leave_a_choice_the_second_answer_is_another_one(side):
     made = [either(s) for s in range(4)]
-    batch = batch_of([t for t, _, _ in made] + [task_of("recolour", 0)])
+    batch = batch_of([t for t, _, _ in made] + [task_of("recolour", 0)], [side, 8 + side])
     for wanted in (torch.ones(5, dtype=torch.bool), torch.tensor([True, False, True, False, True])):
         first, other = (proposals.proposals(batch._replace(other=w))[1] for w in (None, wanted))
-        grids = [[data.untokenise(x.argmax(1).view(6, 6).byte().numpy()) for x in p.split(batch.cells)[:4]] for p in (first, other)]
-        for (_, flipped, turned), a, b, asked in zip(made, *grids, wanted.tolist()[:4], strict=True):
-            answers = [flipped.tobytes(), turned.tobytes()]
-            assert a.tobytes() in answers and b.tobytes() in answers and (a.tobytes() != b.tobytes()) == asked
+        grids = [
+            [data.untokenise(x.argmax(1).view(side, side).byte().numpy()) for x in p.split(batch.cells)[:4]] for p in (first, other)
+        ]
+        for (_, *answers), a, b, asked in zip(made, *grids, wanted.tolist()[:4], strict=True):
+            choice = [x.tobytes() for x in answers]
+            assert a.tobytes() in choice and np.array_equal(a, b) != asked
+            assert side > 6 or b.tobytes() in choice
         kept = ~wanted.repeat_interleave(torch.tensor(batch.cells))
         assert torch.equal(first[kept], other[kept])
-        assert torch.equal(first.split(batch.cells)[4].argmax(1), other.split(batch.cells)[4].argmax(1))  # no doubt, no other answer
+
+
+def test_where_nobody_says_anything_else_the_second_answer_is_the_first():
+    drawn = np.random.default_rng(0).integers(0, 4, (4, 6, 6), dtype=np.uint8)
+    blank = [(x, np.zeros_like(x)) for x in drawn]
+    batch = batch_of([Task("blank", blank[:3], blank[3:])])
+    for other in (None, torch.ones(1, dtype=torch.bool)):
+        assert torch.equal(proposals.proposals(batch._replace(other=other))[1].argmax(1), batch.labels)
+
+
+def test_experts_that_give_the_same_second_answer_weigh_together():
+    batch = batch_of([compose.task(5, 46), compose.task(5, 206)])
+    first, other = (proposals.proposals(batch._replace(other=w))[1].argmax(1) for w in (None, torch.ones(2, dtype=torch.bool)))
+    wrong, right = ([bool(x.all()) for x in ((p == batch.labels) | (batch.labels < 0)).split(batch.cells)] for p in (first, other))
+    assert right == [True, True] and wrong == [False, False]
 
 
 def test_one_view_in_four_is_proposed_the_second_answer():
