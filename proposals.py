@@ -129,8 +129,8 @@ def heard(made: list[Counted], best: Tensor, weight: Tensor, cells: Cells, demo:
 
 
 def second(made: list[Counted], worth: Tensor, query: Cells, at: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
-    """(slots, HEARD) experts and their weights for the best answer that is not `first` (M,): what the RIVALS best experts answer
-    alone is weighed as all of those who answer the same; where nobody answers anything else, those of the first."""
+    """(slots, HEARD) experts and their weights for the best answer that is not `first` (M,): what the RIVALS best experts,
+    one a sight, answer alone is weighed as all of those who answer the same; where nobody answers anything else, the first's."""
     worth, kind = worth.unflatten(1, (len(KINDS), -1)).max(1)  # of each sight its best expert
     worth, k = worth.topk(RIVALS, 1)
     best = kind.gather(1, k) * query.seen.shape[1] + k
@@ -152,8 +152,8 @@ def second(made: list[Counted], worth: Tensor, query: Cells, at: Tensor, first: 
         return wrong.new_zeros(slots, RIVALS).index_add_(0, query.slot, wrong) == 0
 
     together = torch.stack([same(a) for a in alone], 1)  # (slots, RIVALS, RIVALS) who answers like whom
-    most, which = torch.where(same(first), -1, (together * share[:, None]).sum(-1)).max(1)
-    mine = together[torch.arange(slots, device=which.device), which] | (most < 0)[:, None]
+    which = torch.where(same(first), -1, (together * share[:, None]).sum(-1)).argmax(1)  # 0, the first's, where there is no other
+    mine = together[torch.arange(slots, device=which.device), which]
     worth, place = torch.where(mine, worth, -torch.inf).topk(HEARD, 1)
     return best.gather(1, place), torch.softmax(SHARP * worth, 1)
 

@@ -271,7 +271,7 @@ def test_where_nobody_says_anything_else_the_second_answer_is_the_first():
         assert torch.equal(proposals.proposals(batch._replace(other=other))[1].argmax(1), batch.labels)
 
 
-def test_experts_that_give_the_same_second_answer_weigh_together():
+def test_where_the_first_answer_to_a_composed_task_is_wrong_the_second_may_be_right():
     batch = batch_of([compose.task(5, 46), compose.task(5, 206)])
     first, other = (proposals.proposals(batch._replace(other=w))[1].argmax(1) for w in (None, torch.ones(2, dtype=torch.bool)))
     wrong, right = ([bool(x.all()) for x in ((p == batch.labels) | (batch.labels < 0)).split(batch.cells)] for p in (first, other))
