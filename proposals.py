@@ -152,8 +152,8 @@ def second(made: list[Counted], worth: Tensor, query: Cells, at: Tensor, first: 
         return wrong.new_zeros(slots, RIVALS).index_add_(0, query.slot, wrong) == 0
 
     together = torch.stack([same(a) for a in alone], 1)  # (slots, RIVALS, RIVALS) who answers like whom
-    which = torch.where(same(first), -1, (together * share[:, None]).sum(-1)).argmax(1)  # 0, the first's, where there is no other
-    mine = together[torch.arange(slots, device=which.device), which]
+    most, which = torch.where(same(first), 0, (together * share[:, None]).sum(-1)).max(1)  # who gives no grid agrees with nobody
+    mine = together[torch.arange(slots, device=which.device), which] | (most == 0)[:, None]
     worth, place = torch.where(mine, worth, -torch.inf).topk(HEARD, 1)
     return best.gather(1, place), torch.softmax(SHARP * worth, 1)
 

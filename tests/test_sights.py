@@ -269,6 +269,9 @@ def test_where_nobody_says_anything_else_the_second_answer_is_the_first():
     batch = batch_of([Task("blank", blank[:3], blank[3:])])
     for other in (None, torch.ones(1, dtype=torch.bool)):
         assert torch.equal(proposals.proposals(batch._replace(other=other))[1].argmax(1), batch.labels)
+    batch = batch_of([compose.task(5, 64)])  # some of the best experts give no grid at all, the others that of the first answer
+    first, other = (proposals.proposals(batch._replace(other=w))[1] for w in (None, torch.ones(1, dtype=torch.bool)))
+    assert other.isfinite().all() and torch.equal(other.argmax(1)[batch.labels >= 0], first.argmax(1)[batch.labels >= 0])
 
 
 def test_where_the_first_answer_to_a_composed_task_is_wrong_the_second_may_be_right():
