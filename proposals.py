@@ -129,11 +129,9 @@ def heard(made: list[Counted], best: Tensor, weight: Tensor, cells: Cells, demo:
 
 
 def second(made: list[Counted], worth: Tensor, query: Cells, at: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
-    """(slots, HEARD) experts and their weights for the best answer that is not `first` (M,): what the RIVALS best experts,
-    one a sight, answer alone is weighed as all of those who answer the same; where nobody answers anything else, the first's."""
-    worth, kind = worth.unflatten(1, (len(KINDS), -1)).max(1)  # of each sight its best expert
-    worth, k = worth.topk(RIVALS, 1)
-    best = kind.gather(1, k) * query.seen.shape[1] + k
+    """(slots, HEARD) experts and their weights for the best answer that is not `first` (M,): what the RIVALS best experts
+    answer alone is weighed as all of those who answer the same; where nobody answers anything else, the first's."""
+    worth, best = worth.topk(RIVALS, 1)
     share, slots = torch.softmax(SHARP * worth, 1), len(worth)
     alone = [heard(made, best[:, n : n + 1], torch.ones_like(share[:, :1]), query, None).argmax(1) for n in range(RIVALS)]
     corner = at.new_full((slots, 2), MAX_SIDE).scatter_reduce(0, query.slot[:, None].expand_as(at), at, "amin")
@@ -190,8 +188,10 @@ def proposals(batch: Batch) -> tuple[Tensor, Tensor]:
             worth, best = each.topk(HEARD, 1)
             weight = torch.softmax(SHARP * worth, 1)
             if rounds == ROUNDS and batch.other is not None and bool((turn := batch.other[begin:end]).any()):
-                first = heard(made, best, weight, query, None).argmax(1)
-                others = second(made, each, query, batch.at[asks], first)
+                here = turn[query.slot]
+                theirs = Cells(*(x[here] for x in query))
+                first = heard(made, best, weight, theirs, None).argmax(1)
+                others = second(made, each, theirs, batch.at[asks][here], first)
                 best, weight = (torch.where(turn[:, None], *x) for x in zip(others, (best, weight), strict=True))
             of_demos[rows] = heard(made, best, weight, told_of, local).clamp(min=1e-4).log()
             of_queries[asks] = heard(made, best, weight, query, None).clamp(min=1e-4).log()
