@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .data import FIRST_COLOUR, MAX_SIDE, PAD, Batch
+from .data import FIRST_COLOUR, PAD, Batch
 from .sights import FITTED, SIGHTS, TOKENS, sights
 
 ROUNDS, HEARD = 2, 4  # rounds; experts heard in each
@@ -21,6 +21,7 @@ SHARP = 60.0  # weight of an expert: exp(SHARP * its mean log-likelihood of a de
 UNSEEN = 0.2  # cells' worth of doubt in every count
 LESS = (0.01, 0.02)  # worth less: an expert whose sight is fitted to each grid; one that looks at the first round's answer
 RIVALS = 16  # the best experts, among which a second answer is looked for
+FAR = 1 << 16  # from any place on a canvas
 SLOTS = 16  # at once: a table of counts has K * 144 * 12 numbers a demo
 
 
@@ -134,19 +135,20 @@ def second(made: list[Counted], worth: Tensor, query: Cells, at: Tensor, first: 
     worth, best = worth.topk(RIVALS, 1)
     share, slots = torch.softmax(SHARP * worth, 1), len(worth)
     alone = [heard(made, best[:, n : n + 1], torch.ones_like(share[:, :1]), query, None).argmax(1) for n in range(RIVALS)]
-    corner = at.new_full((slots, 2), MAX_SIDE).scatter_reduce(0, query.slot[:, None].expand_as(at), at, "amin")
+    corner = at.new_full((slots, 2), FAR).scatter_reduce(0, query.slot[:, None].expand_as(at), at, "amin")
     i, j = (at - corner[query.slot]).unbind(1)
 
     def end(x: Tensor, along: Tensor, across: Tensor) -> Tensor:
         """(M,) where the grid of an answer ends, on its first row or column."""
-        over = torch.where((across == 0) & (x < FIRST_COLOUR), along, MAX_SIDE)
-        return over.new_full((slots,), MAX_SIDE).scatter_reduce(0, query.slot, over, "amin")[query.slot]
+        over = torch.where((across == 0) & (x < FIRST_COLOUR), along, FAR)
+        return over.new_full((slots,), FAR).scatter_reduce(0, query.slot, over, "amin")[query.slot]
 
     def same(x: Tensor) -> Tensor:
-        """(slots, RIVALS) whose answer it is: the same grid, and no colour right beyond its end (`data.untokenise`)."""
+        """(slots, RIVALS) whose answer it is: the same grid of colours alone, and none right beyond its end (`data.untokenise`)."""
         h, w = end(x, i, j), end(x, j, i)
         inside, beyond = (i < h) & (j < w), ((i == h) & (j < w)) | ((j == w) & (i < h))
-        wrong = torch.stack([(inside & (a != x)) | (beyond & (a >= FIRST_COLOUR)) for a in alone], 1).long()
+        none = (inside & (x < FIRST_COLOUR)) | (h * w == 0)
+        wrong = torch.stack([none | (inside & (a != x)) | (beyond & (a >= FIRST_COLOUR)) for a in alone], 1).long()
         return wrong.new_zeros(slots, RIVALS).index_add_(0, query.slot, wrong) == 0
 
     together = torch.stack([same(a) for a in alone], 1)  # (slots, RIVALS, RIVALS) who answers like whom

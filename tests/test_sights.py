@@ -239,19 +239,21 @@ def test_more_composed_tasks_are_solved_when_several_experts_are_heard_and_plain
     assert solved() > solved(**other)
 
 
-def either(seed: int) -> tuple[Task, np.ndarray, np.ndarray]:
+def either(seed: int, black: int = 0) -> tuple[Task, np.ndarray, np.ndarray]:
     """Demos that do not say whether grids are turned upside down or by a quarter, and both answers to the query."""
     d = np.random.default_rng(seed)
     drawn = d.integers(0, 4, (3, 6, 6), dtype=np.uint8)
     shown = [np.triu(x) + np.triu(x, 1).T for x in drawn]
     x = d.integers(0, 4, (6, 6), dtype=np.uint8)
+    x[:black] = 0
     flipped, turned = np.ascontiguousarray(x[::-1]), np.ascontiguousarray(x.T[::-1])
     return Task(f"either-{seed}", [(y, np.ascontiguousarray(y[::-1])) for y in shown], [(x, flipped)]), flipped, turned
 
 
-@pytest.mark.parametrize("side", [6, 7, 9])  # beyond a grid's end answers say anything; they may also be larger grids
-def test_where_demos_leave_a_choice_the_second_answer_is_another_one(side):
-    made = [either(s) for s in range(4)]
+# beyond a grid's end answers say anything, they may also be larger grids; to some experts a query with much black has no grid
+@pytest.mark.parametrize(("side", "black"), [(6, 0), (7, 0), (9, 0), (6, 3), (7, 3)])
+def test_where_demos_leave_a_choice_the_second_answer_is_another_one(side, black):
+    made = [either(s, black) for s in range(4)]
     batch = batch_of([task_of("fill what is enclosed", 0)] + [t for t, _, _ in made], [side, 8 + side])
     for wanted in (torch.ones(5, dtype=torch.bool), torch.tensor([False, True, False, True, False])):
         first, other = (proposals.proposals(batch._replace(other=w))[1] for w in (None, wanted))
@@ -261,7 +263,7 @@ def test_where_demos_leave_a_choice_the_second_answer_is_another_one(side):
         for (_, *answers), a, b, asked in zip(made, *grids, wanted.tolist()[1:], strict=True):
             choice = [x.tobytes() for x in answers]
             assert a.tobytes() in choice and np.array_equal(a, b) != asked
-            assert side > 6 or b.tobytes() in choice
+            assert side > 6 or black or b.tobytes() in choice
         kept = ~wanted.repeat_interleave(torch.tensor(batch.cells))
         assert torch.equal(first[kept], other[kept])
 
@@ -282,6 +284,15 @@ def test_where_the_first_answer_to_a_composed_task_is_wrong_the_second_may_be_ri
     first, other = (proposals.proposals(batch._replace(other=w))[1].argmax(1) for w in (None, torch.ones(2, dtype=torch.bool)))
     wrong, right = ([bool(x.all()) for x in ((p == batch.labels) | (batch.labels < 0)).split(batch.cells)] for p in (first, other))
     assert right == [True, True] and wrong == [False, False]
+
+
+def test_who_leaves_holes_in_its_grid_is_not_the_second_answer():
+    batch = batch_of([compose.task(5, k) for k in (11, 48, 51)])
+    for wanted in (None, torch.ones(3, dtype=torch.bool)):
+        said = proposals.proposals(batch._replace(other=wanted))[1].argmax(1)
+        for tokens, at in zip(said.split(batch.cells), batch.at.split(batch.cells), strict=True):
+            height, width = (at.amax(0) - at.amin(0) + 1).tolist()
+            assert data.untokenise(tokens.view(height, width).byte().numpy()) is not None
 
 
 def test_one_view_in_four_is_proposed_the_second_answer():
