@@ -172,13 +172,16 @@ def train_command(
         given += (["--from", source] if source else []) + (["--time-limit", time_limit] if time_limit else [])
         raise typer.Exit(launch.launch(["train", *recipes, *given], procs))
     launch.beat()
+    before: dict[tuple[str, int], str] = {}  # where a later recipe says it begins, and where this command's seed of that run is
     for recipe in recipes:
-        cfg = config.load_config(recipe, sets or [], fast)
+        cfg, usual = config.load_config(recipe, sets or [], fast), config.load_config(recipe, sets or []).run.dir
         for k in range(seeds):
             run = msgspec.structs.replace(
                 cfg.run, seed=cfg.run.seed + k, dir=f"{cfg.run.dir}-s{cfg.run.seed + k}" if seeds > 1 else cfg.run.dir
             )
-            one = msgspec.structs.replace(cfg, run=run)
+            begin = before.get((cfg.init_from.path, k), cfg.init_from.path)
+            one = msgspec.structs.replace(cfg, run=run, init_from=msgspec.structs.replace(cfg.init_from, path=begin))
+            before[usual, k] = "" if dry_run else run.dir  # what a dry run does not make it does not read
             several = len(recipes) * seeds > 1
             result = train_one(one, resume, several, source, limit - time.monotonic(), dry_run)
             last_line(as_json and launch.place_of()[0] == 0, result)
@@ -328,7 +331,7 @@ def done_so_far(what: str) -> Callable[[float], None]:
 
 def table(result: dict[str, Any]) -> str:
     """Scores with their intervals, by size and number of demos, and how far the votes' confidence can be trusted."""
-    from .votes import PASS, with_interval
+    from .votes import PASS, verdicts, with_interval
 
     n, q = result["n_tasks"], result["n_queries"]
     rows = [f"pass@{k} {interval(result, f'pass@{k}', n)}" for k in PASS]
@@ -345,7 +348,7 @@ def table(result: dict[str, Any]) -> str:
         rows.append(f"{name} the first answer -> right: {', '.join(curve)}")
     if "look" in result:
         count = "could not be counted (folder not writable)" if result["look"] is None else f"number {result['look']}"
-        rows.append(f"look at these held-out tasks: {count}")
+        rows += [f"look at these held-out tasks: {count}", verdicts(result)]
     return "\n".join(rows)
 
 

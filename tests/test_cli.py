@@ -114,6 +114,23 @@ def test_several_seeds_are_resumable_as_a_whole(tmp_path):
     assert json.loads((tmp_path / "run-s1" / "run.json").read_text())["config"]["run"]["seed"] == 1
 
 
+def test_a_recipe_goes_on_from_what_the_one_before_it_left_in_the_same_command(tmp_path):
+    from etrm_arc import checkpoint
+
+    sets = [x for item in (*SMALL, f'data.train=["{HERE / "set"}"]', "data.dev=[]", "eval.on=train") for x in ("--set", item)]
+    more = "held_out = []\ncanvases = [6, 10]\n[eval]\nforeign = false\n[fast]\n'train.batch' = 4\n"
+    first, then = tmp_path / "first.toml", tmp_path / "then.toml"
+    first.write_text(f'extends = "{HERE.parents[1] / "configs" / "cpu.toml"}"\n[run]\ndir = "{tmp_path}/a"\n[data]\n{more}')
+    then.write_text(f'extends = "first.toml"\n[run]\ndir = "{tmp_path}/b"\n[init_from]\npath = "{tmp_path}/a"\n')
+    assert "no such" in call("train", then, "--dry-run", *sets, code=2).output
+    call("train", first, then, "--dry-run", *sets)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["first.toml", "then.toml"]
+    call("train", first, then, "--fast", "--seeds", 2, *sets)
+    for k in range(2):
+        begun = checkpoint.load(tmp_path / f"b-fast-s{k}").meta["ancestors"][0]["config"]["run"]
+        assert (begun["dir"], begun["seed"]) == (f"{tmp_path}/a-fast-s{k}", k)
+
+
 def started(*args):
     return subprocess.Popen(
         [sys.executable, "-m", "etrm_arc.cli", "train", "cpu", *args, "--procs", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,

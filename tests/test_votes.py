@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from etrm_arc import sources, votes
+from etrm_arc import cli, sources, votes
 from etrm_arc.data import Task, UserError, tokenise
 from etrm_arc.votes import Prediction, Vote
 
@@ -162,6 +162,14 @@ def test_wilson(k, n, low, high):
 def test_a_score_is_printed_with_its_number_and_interval():
     assert votes.with_interval(6 / 86, 86) == "7.0 % (n = 86, 95 % 3.2 to 14.4)"
     assert votes.with_interval(0.5, 2, (0.25, 0.75)) == "50.0 % (n = 2, 95 % 25.0 to 75.0)"
+
+
+def test_held_out_scores_are_judged_by_the_published_criteria():
+    single = Task("single", [(ONE, ONE)], [(ONE, ONE)])
+    scored = votes.score([single], [of("single", TWO)]) | {"pass@2": 0.051, "exact_match": 0.05}
+    wanted = "published criteria: pass@2 above 5 % (a win): yes, exact match above 5 %: no, pass@100 above 0 % (meaningful): no"
+    assert cli.table(scored | {"look": 3}).splitlines()[-2:] == ["look at these held-out tasks: number 3", wanted]
+    assert "criteria" not in cli.table(scored)  # tasks that are not held out
 
 
 def test_bootstrap_is_about_as_wide_as_it_should_be():
