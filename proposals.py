@@ -162,7 +162,7 @@ def second(made: list[Counted], worth: Tensor, query: Cells, at: Tensor, first: 
 def proposals(batch: Batch) -> tuple[Tensor, Tensor]:
     """Log-probabilities (M_d, V) of the demos' cells, each demo's from the others, and (M, V) of the test inputs' cells.
 
-    0 where a demo's output says nothing. Where a slot has one demo all experts are worth the same. Slots of `batch.other` get the
+    0 where a demo's output says nothing. Where a slot has one demo no expert is worth more than its doubt: nothing tells them apart. Slots of `batch.other` get the
     second answer of the last round."""
     device, d = batch.inputs.device, batch.demos
     of_demos, of_queries = (torch.zeros(len(x), TOKENS, device=device) for x in (d.inputs, batch.inputs))
