@@ -162,8 +162,8 @@ def second(made: list[Counted], worth: Tensor, query: Cells, at: Tensor, first: 
 def proposals(batch: Batch) -> tuple[Tensor, Tensor]:
     """Log-probabilities (M_d, V) of the demos' cells, each demo's from the others, and (M, V) of the test inputs' cells.
 
-    0 where a demo's output says nothing. Where a slot has one demo no expert is worth more than its doubt: nothing tells them apart. Slots of `batch.other` get the
-    second answer of the last round."""
+    0 where a demo's output says nothing. Of one demo nothing is left to foretell it from, so nearly all experts of a slot with one are
+    worth the same. Slots of `batch.other` get the second answer of the last round."""
     device, d = batch.inputs.device, batch.demos
     of_demos, of_queries = (torch.zeros(len(x), TOKENS, device=device) for x in (d.inputs, batch.inputs))
     if batch.inputs.is_meta:
