@@ -172,16 +172,16 @@ def train_command(
         given += (["--from", source] if source else []) + (["--time-limit", time_limit] if time_limit else [])
         raise typer.Exit(launch.launch(["train", *recipes, *given], procs))
     launch.beat()
-    before: dict[tuple[str, int], str] = {}  # where a later recipe says it begins, and where this command's seed of that run is
+    made: dict[tuple[str, int], str] = {}  # (run.dir of an earlier recipe as it stands there, seed) -> the folder of that run here
     for recipe in recipes:
-        cfg, usual = config.load_config(recipe, sets or [], fast), config.load_config(recipe, sets or []).run.dir
+        cfg, stands = config.load_config(recipe, sets or [], fast), config.load_config(recipe, sets or []).run.dir
         for k in range(seeds):
             run = msgspec.structs.replace(
                 cfg.run, seed=cfg.run.seed + k, dir=f"{cfg.run.dir}-s{cfg.run.seed + k}" if seeds > 1 else cfg.run.dir
             )
-            begin = before.get((cfg.init_from.path, k), cfg.init_from.path)
-            one = msgspec.structs.replace(cfg, run=run, init_from=msgspec.structs.replace(cfg.init_from, path=begin))
-            before[usual, k] = "" if dry_run else run.dir  # what a dry run does not make it does not read
+            path = made.get((cfg.init_from.path, k), cfg.init_from.path)
+            one = msgspec.structs.replace(cfg, run=run, init_from=msgspec.structs.replace(cfg.init_from, path=path))
+            made[stands, k] = "" if dry_run and not os.path.isdir(run.dir) else run.dir
             several = len(recipes) * seeds > 1
             result = train_one(one, resume, several, source, limit - time.monotonic(), dry_run)
             last_line(as_json and launch.place_of()[0] == 0, result)
@@ -348,7 +348,7 @@ def table(result: dict[str, Any]) -> str:
         rows.append(f"{name} the first answer -> right: {', '.join(curve)}")
     if "look" in result:
         count = "could not be counted (folder not writable)" if result["look"] is None else f"number {result['look']}"
-        rows += [f"look at these held-out tasks: {count}", verdicts(result)]
+        rows += [f"look at these held-out tasks: {count}", *([verdicts(result)] if result.get("held_out", True) else [])]
     return "\n".join(rows)
 
 

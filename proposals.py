@@ -147,8 +147,8 @@ def second(made: list[Counted], worth: Tensor, query: Cells, at: Tensor, first: 
         """(slots, RIVALS) whose answer it is: the same grid of colours alone, and none right beyond its end (`data.untokenise`)."""
         h, w = end(x, i, j), end(x, j, i)
         inside, beyond = (i < h) & (j < w), ((i == h) & (j < w)) | ((j == w) & (i < h))
-        none = (inside & (x < FIRST_COLOUR)) | (h * w == 0)
-        wrong = torch.stack([none | (inside & (a != x)) | (beyond & (a >= FIRST_COLOUR)) for a in alone], 1).long()
+        no_grid = (inside & (x < FIRST_COLOUR)) | (h == 0) | (w == 0)
+        wrong = torch.stack([no_grid | (inside & (a != x)) | (beyond & (a >= FIRST_COLOUR)) for a in alone], 1).long()
         return wrong.new_zeros(slots, RIVALS).index_add_(0, query.slot, wrong) == 0
 
     together = torch.stack([same(a) for a in alone], 1)  # (slots, RIVALS, RIVALS) who answers like whom
@@ -162,8 +162,8 @@ def second(made: list[Counted], worth: Tensor, query: Cells, at: Tensor, first: 
 def proposals(batch: Batch) -> tuple[Tensor, Tensor]:
     """Log-probabilities (M_d, V) of the demos' cells, each demo's from the others, and (M, V) of the test inputs' cells.
 
-    0 where a demo's output says nothing. Of one demo nothing is left to foretell it from, so nearly all experts of a slot with one are
-    worth the same. Slots of `batch.other` get the second answer of the last round."""
+    0 where a demo's output says nothing. Of one demo nothing is left to foretell it from, so experts of one kind are all worth
+    the same to a slot with one, but for what LESS takes. Slots of `batch.other` get the second answer of the last round."""
     device, d = batch.inputs.device, batch.demos
     of_demos, of_queries = (torch.zeros(len(x), TOKENS, device=device) for x in (d.inputs, batch.inputs))
     if batch.inputs.is_meta:

@@ -350,12 +350,13 @@ def score(tasks: Sequence[Task], predictions: Sequence[Prediction], rule: str = 
 
 
 # What the published encoder's authors called success on tasks held out: above so much.
-CRITERIA = (("pass@2", 0.05, " (a win)"), ("exact_match", 0.05, ""), ("pass@100", 0.0, " (meaningful)"))
+CRITERIA = (("pass@2", 0.05, "a win"), ("exact_match", 0.05, "hoped for"), ("pass@100", 0.0, "meaningful"))
 
 
 def verdicts(scores: dict[str, Any]) -> str:
+    """A line: which of CRITERIA the scores meet."""
     said = (
-        f"{name.replace('_', ' ')} above {100 * least:g} %{what}: {'yes' if scores[name] > least else 'no'}"
+        f"{name.replace('_', ' ')} above {100 * least:g} % ({what}): {'yes' if scores[name] > least else 'no'}"
         for name, least, what in CRITERIA
     )
     return f"published criteria: {', '.join(said)}"

@@ -25,6 +25,7 @@ def main() -> None:
     hidden, known = (sources.load(args.data, hide=hide) for hide in (True, False))
     asked = data.queries(data.pack(hidden), "test", s.cfg.data.canvases)
     donor = dict(zip(asked.task.tolist(), asked.task[data.donors(asked, s.cfg.run.seed)].tolist(), strict=True))
+    # a task without a query is asked nothing, so it needs no donor
     shown = {"own": hidden, "foreign": [t._replace(demos=hidden[donor.get(i, i)].demos) for i, t in enumerate(hidden)]}
     found = {
         whose: votes.score(known, solve.predict(s.params, s.cfg, tasks, args.views), s.cfg.solve.vote) for whose, tasks in shown.items()
