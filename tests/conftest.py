@@ -20,9 +20,9 @@ from etrm_arc.tests.puzzles import SET  # noqa: E402
 Golden = tuple[dict[str, Tensor], dict[str, Any]]
 
 # No deadline: the first call of a torch function can take seconds.
-settings.register_profile("local", deadline=None)
-settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
-settings.load_profile("ci" if os.environ.get("CI") else "local")
+settings.register_profile("same", deadline=None, derandomize=True, print_blob=True)
+settings.register_profile("explore", deadline=None)
+settings.load_profile("explore" if os.environ.get("EXPLORE") else "same")  # EXPLORE=1 pytest: new examples each time
 
 
 def decode(value: str) -> Any:
