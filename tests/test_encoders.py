@@ -36,7 +36,7 @@ def test_empty_places_do_not_matter(encoder, g, stride, more):
     w = World(g, config(encoder))
     d = w.batch.demos
     other = w.batch._replace(demos=d._replace(place=d.place * stride, most=d.most * stride + more))
-    close(w.context(other), w.context(), 1e-4)
+    close(w.context(other), w.context())
     if encoders.latent_of(w.cfg):
         close([w.encode.read(w.params.encoder, other).kl], [w.encode.read(w.params.encoder, w.batch).kl])
 
@@ -49,7 +49,7 @@ def test_the_canvas_of_a_demo_does_not_matter(encoder, g, positions):
     w = World(g, config(encoder, positions=positions), translate=False, demo_canvases=(8, 30))
     assert w.packed.grids[:, :, 1:].amax() <= 7
     large = data.batch(w.packed, w.episodes, DataConfig(demo_canvases=(11, 30)), 30).demos
-    close(w.context(w.batch._replace(demos=large)), w.context(), 1e-4)  # a recursion makes more of roundings
+    close(w.context(w.batch._replace(demos=large)), w.context())
 
 
 @pytest.mark.parametrize("kind", ["standard", "hybrid_standard", "lpn_standard", "lpn", "recurrent", "trm_style"])

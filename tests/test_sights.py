@@ -231,7 +231,7 @@ def solved() -> Callable[..., int]:
     return count
 
 
-WORSE = [{"HEARD": 1}, *({"LESS": x} for x in ((0.0, 0.02), (0.01, 0.0), (-0.01, 0.02), (0.01, -0.02)))]
+WORSE = [{"HEARD": 1}, *({"LESS": x} for x in ((0.0, 0.0), (0.0, 0.02), (0.01, 0.0), (-0.01, 0.02), (0.01, -0.02)))]
 
 
 @pytest.mark.parametrize("other", WORSE, ids=str)
