@@ -6,17 +6,31 @@ The model's and the data's own tables are described beside their consumers, in e
 from __future__ import annotations
 
 import copy
+import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 import tomli
 
-from .data import Count, DataConfig, NonNegative, Optional, Share, UserError, nearest
-from .etrm import ModelConfig
 
+class UserError(Exception):
+    """A mistake of the user's, said in one line that names the file, task, key or step."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """' (did you mean X?)' or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+Optional = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+Side = Annotated[int, msgspec.Meta(ge=1, le=50)]  # of a canvas
+NonNegative = Annotated[float, msgspec.Meta(ge=0)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Beta = Annotated[float, msgspec.Meta(ge=0, lt=1)]
 
 
@@ -26,13 +40,112 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     track: Literal["", "tensorboard", "wandb"] = ""  # beside metrics.jsonl, offline
 
 
+class DataConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where tasks come from and how episodes are drawn from them."""
+
+    train: tuple[str, ...] = ("arc1:training",)
+    dev: tuple[str, ...] = ("arc1:dev",)  # all choices are made on it; never trained on
+    held_out: tuple[str, ...] = ("arc1:evaluation",)  # for the final word; never trained on
+    policy: Literal["refuse", "drop", "demos"] = "drop"
+    guard_min_cells: Optional = (
+        20  # fewer cells in the pairs that two tasks share are taken for chance
+    )
+    query: Literal["leave_one_out", "test"] = "leave_one_out"
+    max_demos: Count = 10
+    min_demos: Optional = 0  # 0: all demos; else each episode draws a subset of at least that many
+    canvases: tuple[
+        Side, ...
+    ] = ()  # sides a canvas may have; none: all, so that a canvas fits its task exactly
+    demo_canvases: tuple[Side, ...] = ()  # the same of the demos
+    dihedral: bool = True
+    colours: Literal["fixed", "keep_black", "all"] = "keep_black"
+    translate: bool = True
+    turn_outputs: Share = 0.0  # share of the episodes whose outputs an element of D8 turns further
+    symmetries: Optional = (
+        0  # of a task, fixed by the seed, the first: none; 0: every episode draws anew
+    )
+    composed: Annotated[float, msgspec.Meta(ge=0, lt=1)] = (
+        0.0  # share of the sample-steps for composed:N; 0: a task is a task
+    )
+    max_train_tasks: Optional = 0  # 0: all
+    max_eval_tasks: Optional = 0
+
+
+class EncoderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which demonstration encoder, and its shape."""
+
+    kind: str = "perceiver"
+    width: Optional = 0  # of its tokens; 0: the core's
+    heads: Optional = 0  # 0: the core's
+    layers: Optional = 2  # blocks over the cells of one demo
+    set_layers: Count = (
+        1  # blocks in which the context tokens attend to the demos, or demos to each other
+    )
+    pooling: Literal["mean", "max", "attention", "weighted"] = (
+        "mean"  # cells to a vector, where there is no class token
+    )
+    norm: Literal["post", "pre"] = (
+        "post"  # lpn* and hybrid*: of what follows the cells, there it is always pre
+    )
+    qk_norm: bool = False
+    layer_scale: NonNegative = 0.0  # 0: none
+    attend_padding: bool = False  # published: the empty cells of a canvas attend and are attended
+    cached: bool = False  # published, and failing: read at an episode's first step alone; later steps have no gradient for it
+    query: bool = False  # reads the test input too, as one more demo, without an output
+    difference: bool = False  # perceiver, set_transformer: tokens say where input and output differ
+    H_cycles: Count = 2  # trm_style
+    L_cycles: Count = 3
+    latent: Optional = 0  # of a variational encoder; 0: its width
+    kl_weight: NonNegative = 1e-3
+    published: bool = False  # contexts not normed, states smoothed and without gradient, KL divided by the batch once more
+
+
+class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Shape and behaviour of the model. Each switch named `published` reproduces the published code."""
+
+    hidden: Count = 128
+    heads: Count = 2
+    expansion: Annotated[float, msgspec.Meta(ge=0.25, le=100)] = 4.0
+    layers: Count = 2
+    H_cycles: Count = 3
+    L_cycles: Count = 4
+    context_tokens: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 16
+    positions: Literal["rope", "rope2d", "learned", "both", "borders", "none"] = (
+        "rope2d"  # both: and learned; borders: and codes
+    )
+    raster: Annotated[int, msgspec.Meta(ge=1, le=50)] = (
+        30  # position codes are those of a raster x raster canvas, whatever the pool
+    )
+    tied_head: bool = True  # logits from the query's own token embedding
+    context_scale: Literal["gain", "published"] = "gain"
+    halt_max_steps: Count = 16
+    exploration: Share = 0.1
+    fixed_steps: bool = False  # every episode takes halt_max_steps, all slots in step (ETRM-FCT); no q, no exploration
+    loss: Literal["stablemax", "softmax"] = "stablemax"
+    q_weight: NonNegative = 0.5
+    published_halting: bool = (
+        False  # a row without a valid label counts as correct and trains the halting head
+    )
+    proposals: bool = (
+        False  # what hard attention to the demos proposes (experts.py) is read and corrected
+    )
+    mixer: bool = False  # tokens meet by an MLP over their places instead of attention: one canvas, the raster
+    feedback: Literal["", "reset", "kept"] = (
+        ""  # argmax-feedback TRM, whose z begins anew in each cycle or is kept
+    )
+    unrolled: Count = 1  # ACT steps of one optimizer step, ended when all slots halt: loss is their mean, slots begin together
+    encoder: EncoderConfig = EncoderConfig()
+
+
 class OptimizerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Patterns are regular expressions that match a whole parameter path, e.g. "encoder\\..*"; the first match counts."""
 
     kind: Literal["adamw", "muon", "adam_atan2"] = "muon"  # muon: matrices only, AdamW beside it
     lr: NonNegative = 1e-3
     warmup: Optional = 100
-    final_lr: Share = 0.1  # share of lr at the last step, reached by a cosine; 1: constant after warm-up
+    final_lr: Share = (
+        0.1  # share of lr at the last step, reached by a cosine; 1: constant after warm-up
+    )
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     weight_decay: NonNegative = 0.1
     clip: NonNegative = 1.0  # of the global norm, after the all-reduce; 0: none
@@ -45,7 +158,7 @@ class OptimizerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class InitConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Weights that training starts from, instead of drawn ones: see transfer.py."""
+    """Weights that training starts from, instead of drawn ones: see checkpoint.py."""
 
     path: str = ""  # a checkpoint of ours, a run folder, or a published one
     take: tuple[str, ...] = (".*",)  # patterns of our parameter paths
@@ -62,8 +175,12 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ema: Beta = 0.999
     log_every: Count = 10
     save_every: Count = 200
-    keep_every: Optional = 0  # steps after which the weights are kept for good; 0: last and best only
-    non_finite: Literal["stop", "skip"] = "stop"  # a gradient that is not finite ends the run, or its step is left out
+    keep_every: Optional = (
+        0  # steps after which the weights are kept for good; 0: last and best only
+    )
+    non_finite: Literal["stop", "skip"] = (
+        "stop"  # a gradient that is not finite ends the run, or its step is left out
+    )
 
 
 class EvalConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -71,10 +188,14 @@ class EvalConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     every: Count = 500
     on: Literal["dev", "train"] = "dev"
-    weights: Annotated[tuple[Literal["ema", "raw"], ...], msgspec.Meta(min_length=1)] = ("ema",)  # the first decides what is best
+    weights: Annotated[tuple[Literal["ema", "raw"], ...], msgspec.Meta(min_length=1)] = (
+        "ema",
+    )  # the first decides what is best
     act_steps: Count = 16
     foreign: bool = True  # also with another task's demos: is the encoder used?
-    best: Literal["loss", "cell_accuracy", "exact"] = "loss"  # with the task's own demos: what the best checkpoint is best in
+    best: Literal["loss", "cell_accuracy", "exact"] = (
+        "loss"  # with the task's own demos: what the best checkpoint is best in
+    )
     min_gain: NonNegative = 0.0  # by which the best must be beaten
     patience: Optional = 0  # evaluations without such a gain after which training ends; 0: never
     stop_at: Share = 0.0  # exact match with the task's own demos at which training ends; 0: never
@@ -85,8 +206,10 @@ class SolveConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How tasks are answered: by `etrm eval` and `etrm solve`, whose options override it; chosen on the dev split."""
 
     views: Count = 8  # symmetries and demo orders to vote over
-    other: Annotated[int, msgspec.Meta(ge=0)] = 4  # one view in so many is proposed the demos' second answer, view 1 first; 0: none
-    vote: Literal["count", "probability", "demos"] = "count"  # see votes.RULES
+    other: Annotated[int, msgspec.Meta(ge=0)] = (
+        4  # one view in so many is proposed the demos' second answer, view 1 first; 0: none
+    )
+    vote: Literal["count", "probability", "demos"] = "count"  # see score.RULES
     leave: Literal["never", "q", "stable"] = "never"  # when a view stops thinking, see etrm.think
     stable: Count = 3  # ACT steps on end with the same answer after which "stable" leaves
     steps: tuple[Count, ...] = ()  # ACT steps whose answers vote; none: the last one
@@ -94,9 +217,13 @@ class SolveConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         0.0  # std of what is added to the states before each ACT step, for all samples of a view but the first
     )
     samples: Count = 1  # of a view: the one with the highest q votes
-    adapt: Literal["none", "context", "full", "joint"] = "none"  # from the demos alone, see adapt.py
+    adapt: Literal["none", "context", "full", "joint"] = (
+        "none"  # from the demos alone, see solve.py
+    )
     adapt_steps: Count = 60
-    adapt_lr: Annotated[float, msgspec.Meta(ge=0, le=1e6)] = 0.0  # 0: 0.1 for a context, 1e-3 for weights
+    adapt_lr: Annotated[float, msgspec.Meta(ge=0, le=1e6)] = (
+        0.0  # 0: 0.1 for a context, 1e-3 for weights
+    )
     adapt_batch: Count = 16  # slots of a step of full and joint adaptation
     adapt_weights: str = ".*"  # pattern of the parameters that full and joint adaptation train
 
@@ -158,7 +285,11 @@ SHIPPED = Path(__file__).parent / "configs"
 
 def joined(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """Tables key by key, all else from `over`."""
-    both = {k: joined(base[k], v) for k, v in over.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
+    both = {
+        k: joined(base[k], v)
+        for k, v in over.items()
+        if isinstance(v, dict) and isinstance(base.get(k), dict)
+    }
     return {**base, **over, **both}
 
 
@@ -174,13 +305,19 @@ def read_recipe(path: Path, names: Sequence[str], above: tuple[Path, ...] = ()) 
     if base is None:
         return raw
     if not isinstance(base, str) or path.resolve() in above:
-        raise UserError(f"{path}: extends must name one TOML file" + ", none that extends this one" * (path.resolve() in above))
+        raise UserError(
+            f"{path}: extends must name one TOML file"
+            + ", none that extends this one" * (path.resolve() in above)
+        )
     return joined(read_recipe(path.parent / base, names, (*above, path.resolve())), raw)
 
 
 def load_config(path: str | Path, sets: Sequence[str] = (), fast: bool = False) -> Config:
     """Read a TOML recipe, ours by name; --fast applies its [fast] table, then each 'a.b=value' (TOML, else a plain string)."""
-    shipped = {p.relative_to(SHIPPED).with_suffix("").as_posix(): p for p in sorted(SHIPPED.rglob("*.toml"))}
+    shipped = {
+        p.relative_to(SHIPPED).with_suffix("").as_posix(): p
+        for p in sorted(SHIPPED.rglob("*.toml"))
+    }
     path = Path(path)
     if not path.is_file():
         path = shipped.get(path.as_posix().removesuffix(".toml").removeprefix("configs/"), path)
@@ -190,7 +327,9 @@ def load_config(path: str | Path, sets: Sequence[str] = (), fast: bool = False) 
         faster, usual = copy.deepcopy(raw), parse_config(raw, str(path))
         for key, value in {"run.dir": f"{usual.run.dir}-fast", **quick}.items():
             override(faster, key, value, f"{path}, [fast], {key}")
-        parse_config(faster, f"{path}, [fast]")  # what is wrong there is said before it is asked for
+        parse_config(
+            faster, f"{path}, [fast]"
+        )  # what is wrong there is said before it is asked for
         raw = faster if fast else raw
     elif fast:
         raise UserError(f"{path}: has no [fast] table, so --fast means nothing")

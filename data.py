@@ -6,23 +6,30 @@ Tokens as published: 0 PAD, 1 end of grid, 2..11 the colours 0..9.
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-import msgspec
 import numpy as np
 import torch
 from torch import Tensor
 
+from .config import DataConfig, UserError
+
 PAD, EOS, FIRST_COLOUR, MAX_SIDE = 0, 1, 2, 30
 IGNORE = -100  # label of a cell that is not asked for
-PALETTE = ("#000000", "#0074D9", "#FF4136", "#2ECC40", "#FFDC00", "#AAAAAA", "#F012BE", "#FF851B", "#7FDBFF", "#870C25")  # ARC's
-
-
-class UserError(Exception):
-    """A mistake of the user's, said in one line that names the file, task, key or step."""
+PALETTE = (
+    "#000000",
+    "#0074D9",
+    "#FF4136",
+    "#2ECC40",
+    "#FFDC00",
+    "#AAAAAA",
+    "#F012BE",
+    "#FF851B",
+    "#7FDBFF",
+    "#870C25",
+)  # ARC's
 
 
 def parsed(text: str | bytes) -> Any:
@@ -33,48 +40,12 @@ def parsed(text: str | bytes) -> Any:
         raise ValueError(str(e)) from None
 
 
-Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
-Optional = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
-Side = Annotated[int, msgspec.Meta(ge=1, le=50)]  # of a canvas
-NonNegative = Annotated[float, msgspec.Meta(ge=0)]
-Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
-
-
-class DataConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where tasks come from and how episodes are drawn from them."""
-
-    train: tuple[str, ...] = ("arc1:training",)
-    dev: tuple[str, ...] = ("arc1:dev",)  # all choices are made on it; never trained on
-    held_out: tuple[str, ...] = ("arc1:evaluation",)  # for the final word; never trained on
-    policy: Literal["refuse", "drop", "demos"] = "drop"
-    guard_min_cells: Optional = 20  # fewer cells in the pairs that two tasks share are taken for chance
-    query: Literal["leave_one_out", "test"] = "leave_one_out"
-    max_demos: Count = 10
-    min_demos: Optional = 0  # 0: all demos; else each episode draws a subset of at least that many
-    canvases: tuple[Side, ...] = ()  # sides a canvas may have; none: all, so that a canvas fits its task exactly
-    demo_canvases: tuple[Side, ...] = ()  # the same of the demos
-    dihedral: bool = True
-    colours: Literal["fixed", "keep_black", "all"] = "keep_black"
-    translate: bool = True
-    turn_outputs: Share = 0.0  # share of the episodes whose outputs an element of D8 turns further
-    symmetries: Optional = 0  # of a task, fixed by the seed, the first: none; 0: every episode draws anew
-    composed: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0  # share of the sample-steps for composed:N; 0: a task is a task
-    max_train_tasks: Optional = 0  # 0: all
-    max_eval_tasks: Optional = 0
-
-
 class Task(NamedTuple):
     """A puzzle on the host: its demos and queries as (input, output) grids; a hidden output is None."""
 
     name: str
     demos: list[tuple[np.ndarray, np.ndarray]]
     queries: list[tuple[np.ndarray, np.ndarray | None]]
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """' (did you mean X?)' or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {close[0]}?)" if close else ""
 
 
 # ---------------------------------------------------------------- the symmetry group
@@ -97,7 +68,12 @@ def _compose_table() -> Tensor:
         return x.T if SWAP[k] else x
 
     images = {tuple(act(k, probe).flatten().tolist()): k for k in range(8)}
-    return torch.tensor([[images[tuple(act(j, act(i, probe)).flatten().tolist())] for j in range(8)] for i in range(8)])
+    return torch.tensor(
+        [
+            [images[tuple(act(j, act(i, probe)).flatten().tolist())] for j in range(8)]
+            for i in range(8)
+        ]
+    )
 
 
 COMPOSE = _compose_table()
@@ -111,7 +87,9 @@ class Symmetry(NamedTuple):
 
 
 def identity(*shape: int) -> Symmetry:
-    return Symmetry(torch.zeros(shape, dtype=torch.int64), torch.arange(10).expand(*shape, 10).contiguous())
+    return Symmetry(
+        torch.zeros(shape, dtype=torch.int64), torch.arange(10).expand(*shape, 10).contiguous()
+    )
 
 
 def compose(first: Symmetry, then: Symmetry) -> Symmetry:
@@ -203,11 +181,19 @@ def queries(tasks: Tasks, rule: str, canvases: Sequence[int]) -> Queries:
     place = torch.arange(len(size)) - tasks.first[tasks.task_of]
     is_demo = known if rule == "leave_one_out" else place < tasks.n_demos[tasks.task_of]
     asked = known if rule == "leave_one_out" else ~is_demo
-    others = torch.stack([_largest_other(tasks, torch.where(is_demo, size[:, :, i].amax(1), 0)) for i in (0, 1)], -1)
+    others = torch.stack(
+        [_largest_other(tasks, torch.where(is_demo, size[:, :, i].amax(1), 0)) for i in (0, 1)], -1
+    )
     ratio = torch.where(is_demo[:, None], size[:, 1] / size[:, 0].double(), 0.0)
     grows = torch.stack([_largest_other(tasks, ratio[:, i]) for i in (0, 1)], -1)
-    shrinks = torch.stack([_largest_other(tasks, (1 / ratio[:, i]).nan_to_num(posinf=0.0)) for i in (0, 1)], -1)
-    foretold = torch.where((grows * shrinks - 1).abs() < 1e-9, (grows * size[:, 0]).round(), 0).long().clamp(max=MAX_SIDE)
+    shrinks = torch.stack(
+        [_largest_other(tasks, (1 / ratio[:, i]).nan_to_num(posinf=0.0)) for i in (0, 1)], -1
+    )
+    foretold = (
+        torch.where((grows * shrinks - 1).abs() < 1e-9, (grows * size[:, 0]).round(), 0)
+        .long()
+        .clamp(max=MAX_SIDE)
+    )
     pair = torch.nonzero(asked & (others[:, 0] > 0)).flatten()
     shown = torch.maximum(others[pair], size[pair, 0])
     canvas = snug(torch.maximum(shown, foretold[pair]), canvases)
@@ -223,8 +209,14 @@ def _largest_other(tasks: Tasks, value: Tensor) -> Tensor:
     top = order[tasks.first[:-1]]
     rest = value.clone()
     rest[top] = 0
-    second = torch.zeros(len(tasks.n_demos), dtype=value.dtype).scatter_reduce(0, tasks.task_of, rest, "amax")
-    return torch.where(top[tasks.task_of] == torch.arange(len(value)), second[tasks.task_of], value[top][tasks.task_of])
+    second = torch.zeros(len(tasks.n_demos), dtype=value.dtype).scatter_reduce(
+        0, tasks.task_of, rest, "amax"
+    )
+    return torch.where(
+        top[tasks.task_of] == torch.arange(len(value)),
+        second[tasks.task_of],
+        value[top][tasks.task_of],
+    )
 
 
 def donors(asked: Queries, seed: int) -> Tensor:
@@ -233,16 +225,24 @@ def donors(asked: Queries, seed: int) -> Tensor:
     fit = asked.canvas[:, 0] > 0
     tasks = asked.task[fit].unique()
     if len(tasks) < 2:
-        raise UserError(f"eval.foreign: needs two tasks that fit a canvas, there is {('none', 'one')[len(tasks)]}")
+        raise UserError(
+            f"eval.foreign: needs two tasks that fit a canvas, there is {('none', 'one')[len(tasks)]}"
+        )
     order = tasks[uniform(len(tasks), seed, DONOR).argsort()]
     other = dict(zip(order.tolist(), order.roll(1).tolist(), strict=True))
-    rows = {t: i for i, (t, fits) in enumerate(zip(asked.task.tolist(), fit.tolist(), strict=True)) if fits}
+    rows = {
+        t: i
+        for i, (t, fits) in enumerate(zip(asked.task.tolist(), fit.tolist(), strict=True))
+        if fits
+    }
     return torch.tensor([rows[other.get(t, int(order[0]))] for t in asked.task.tolist()])
 
 
 def histogram(sides: Tensor) -> dict[str, int]:
     """How many sides are at most 5, 10, ... 30, each counted once; 0 is none."""
-    found = {f"<={n}": int(((sides > n - 5) & (sides <= n)).sum()) for n in range(5, MAX_SIDE + 1, 5)}
+    found = {
+        f"<={n}": int(((sides > n - 5) & (sides <= n)).sum()) for n in range(5, MAX_SIDE + 1, 5)
+    }
     return {k: n for k, n in found.items() if n}
 
 
@@ -265,7 +265,9 @@ def deck(asked: Queries, slots: int, weight: Tensor | None = None) -> Deck:
     """weight (T,) f64 of each task, the same for all by default. Raises UserError when nothing can be trained on."""
     asked = chosen(asked, asked.fits & asked.known)
     if not len(asked.pair):
-        raise UserError("data: no query to train on: every task needs two pairs and an output that fits its canvas")
+        raise UserError(
+            "data: no query to train on: every task needs two pairs and an output that fits its canvas"
+        )
     h, w = asked.canvas.T
     asked = chosen(asked, torch.argsort(h * w * 1000 + torch.maximum(h, w), stable=True))
     each = 1.0 / torch.bincount(asked.task).double()
@@ -319,7 +321,11 @@ class Episodes(NamedTuple):
 def candidates(tasks: Tasks, query: Tensor, rule: str) -> Tensor:
     """(B, M) the pairs that may be demos of each query, -1 beyond their number."""
     task = tasks.task_of[query]
-    count = tasks.first[task + 1] - tasks.first[task] if rule == "leave_one_out" else tasks.n_demos[task]
+    count = (
+        tasks.first[task + 1] - tasks.first[task]
+        if rule == "leave_one_out"
+        else tasks.n_demos[task]
+    )
     pair = tasks.first[task][:, None] + torch.arange(int(count.max()))
     shown = (pair < (tasks.first[task] + count)[:, None]) & (pair != query[:, None])
     if rule == "leave_one_out":
@@ -341,8 +347,14 @@ def draw_symmetry(u: Tensor, dihedral: bool, colours: str) -> Symmetry:
 
 def row_symmetry(cfg: DataConfig, seed: int, task: Tensor, k: Tensor) -> Symmetry:
     """The k-th symmetry of each task (B,), whoever asks; the first changes nothing."""
-    s, none = draw_symmetry(uniform(11, seed, ROW, task, k), cfg.dihedral, cfg.colours), identity(len(task))
-    return Symmetry(torch.where(k == 0, none.dihedral, s.dihedral), torch.where((k == 0)[:, None], none.colours, s.colours))
+    s, none = (
+        draw_symmetry(uniform(11, seed, ROW, task, k), cfg.dihedral, cfg.colours),
+        identity(len(task)),
+    )
+    return Symmetry(
+        torch.where(k == 0, none.dihedral, s.dihedral),
+        torch.where((k == 0)[:, None], none.colours, s.colours),
+    )
 
 
 def choose_demos(possible: Tensor, u: Tensor, k: int, least: int = 0) -> Tensor:
@@ -386,12 +398,20 @@ def draw(tasks: Tasks, d: Deck, cfg: DataConfig, seed: int, slot: Tensor, n: Ten
 
 
 def posed(
-    tasks: Tasks, cfg: DataConfig, rule: str, asked: Queries, shown: Tensor | None = None, view: tuple[Symmetry, Tensor] | None = None
+    tasks: Tasks,
+    cfg: DataConfig,
+    rule: str,
+    asked: Queries,
+    shown: Tensor | None = None,
+    view: tuple[Symmetry, Tensor] | None = None,
 ) -> Episodes:
     """Queries as evaluation asks them: no offset; a view gives symmetries and lots (B, 1 + M) for the order of demos,
     else the task is as it is. `shown`: pairs whose task's demos are shown instead."""
     demos = candidates(tasks, asked.pair if shown is None else shown, rule)
-    symmetry, lots = view or (identity(len(asked.pair)), torch.arange(demos.shape[1] + 1).expand(len(asked.pair), -1) / 1e4)
+    symmetry, lots = view or (
+        identity(len(asked.pair)),
+        torch.arange(demos.shape[1] + 1).expand(len(asked.pair), -1) / 1e4,
+    )
     demos = choose_demos(demos, lots, cfg.max_demos)
     shift = torch.zeros(len(asked.pair), 1 + demos.shape[1], 2, dtype=torch.float64)
     return Episodes(asked.pair, demos, symmetry, shift, turned(symmetry.dihedral, asked.canvas))
@@ -425,18 +445,28 @@ class Batch(NamedTuple):
     cells: tuple[int, ...]  # of each slot
     demos: Demos
     borders: Tensor  # (M, 4) of each cell, 1 + the input's cells above, left of, below and right of it; 0: it lies beyond
-    noise: Tensor | None = None  # (B, demos, latent) standard normal, for a variational encoder; None: the mean
+    noise: Tensor | None = (
+        None  # (B, demos, latent) standard normal, for a variational encoder; None: the mean
+    )
     rows: Tensor | None = None  # (B,) each slot's row of a table of tasks
     other: Tensor | None = None  # (B,) bool: proposals are to be the demos' second answer
 
 
 def both_sides(sym: Symmetry, further: Tensor | None) -> Tensor:
     """(m, 2) the elements of D8 that turn inputs and outputs."""
-    return torch.stack((sym.dihedral, sym.dihedral if further is None else COMPOSE[sym.dihedral, further]), 1)
+    return torch.stack(
+        (sym.dihedral, sym.dihedral if further is None else COMPOSE[sym.dihedral, further]), 1
+    )
 
 
 def paint(
-    tasks: Tasks, pair: Tensor, sym: Symmetry, shift: Tensor, canvas: Tensor, raster: int = MAX_SIDE, further: Tensor | None = None
+    tasks: Tasks,
+    pair: Tensor,
+    sym: Symmetry,
+    shift: Tensor,
+    canvas: Tensor,
+    raster: int = MAX_SIDE,
+    further: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Pairs (m,) under symmetries (m,) on canvases (m, 2): tokens (M,) of inputs, of outputs, their raster positions and how
     far they are from the borders of the input.
@@ -467,28 +497,43 @@ def paint(
     palette, painted = (sym.colours + FIRST_COLOUR).flatten().to(device), []
     in_rows, in_columns = i >= top, j >= left
     for side in range(2):
-        first, step_i, step_j, bottom, right = rest[side], rest[2 + side], rest[4 + side], rest[6 + 2 * side], rest[7 + 2 * side]
+        first, step_i, step_j, bottom, right = (
+            rest[side],
+            rest[2 + side],
+            rest[4 + side],
+            rest[6 + 2 * side],
+            rest[7 + 2 * side],
+        )
         in_row, in_column = in_rows & (i < bottom), in_columns & (j < right)
         inside = in_row & in_column
         colour = tasks.cells[torch.where(inside, first + step_i * i + step_j * j, 0)]
         mark = ((i == bottom) & in_column) | ((j == right) & in_row)
         painted.append(torch.where(inside, palette[of * 10 + colour], mark.long() * EOS))
-    borders = torch.stack((i - top, j - left, rest[6] - 1 - i, rest[7] - 1 - j), 1).clamp(-1, raster - 1) + 1
+    borders = (
+        torch.stack((i - top, j - left, rest[6] - 1 - i, rest[7] - 1 - j), 1).clamp(-1, raster - 1)
+        + 1
+    )
     return painted[0], painted[1], torch.stack((r0 + i, c0 + j), 1), borders
 
 
 def batch(tasks: Tasks, e: Episodes, cfg: DataConfig, raster: int = MAX_SIDE) -> Batch:
     """Paint episodes; the cells of grids lie where they are painted, all else on the host, which so knows every shape."""
-    x, y, at, borders = paint(tasks, e.query, e.symmetry, e.shift[:, 0], e.canvas, raster, e.further)
+    x, y, at, borders = paint(
+        tasks, e.query, e.symmetry, e.shift[:, 0], e.canvas, raster, e.further
+    )
     owner, place = torch.nonzero(e.demos >= 0, as_tuple=True)
-    size = turned(both_sides(e.symmetry, e.further)[owner], tasks.grids[e.demos[owner, place], :, 1:])  # (N, 2, 2)
+    size = turned(
+        both_sides(e.symmetry, e.further)[owner], tasks.grids[e.demos[owner, place], :, 1:]
+    )  # (N, 2, 2)
     canvas = snug(size.amax(1), cfg.demo_canvases)
     gaps = ~(size == canvas[:, None]).all(-1).any(1)
     order = torch.argsort(canvas.prod(1) * 2 + gaps, stable=True)
     owner, place, canvas, gaps = owner[order], place[order], canvas[order], gaps[order]
     sym = Symmetry(e.symmetry.dihedral[owner], e.symmetry.colours[owner])
     further = None if e.further is None else e.further[owner]
-    shown_in, shown_out, shown_at, far = paint(tasks, e.demos[owner, place], sym, e.shift[owner, 1 + place], canvas, raster, further)
+    shown_in, shown_out, shown_at, far = paint(
+        tasks, e.demos[owner, place], sym, e.shift[owner, 1 + place], canvas, raster, further
+    )
     area = canvas.prod(1)
     by_slot = torch.argsort(owner.repeat_interleave(area), stable=True)
     cells_of = torch.zeros(len(e.query), dtype=torch.int64).index_add_(0, owner, area)
@@ -504,7 +549,9 @@ def batch(tasks: Tasks, e: Episodes, cfg: DataConfig, raster: int = MAX_SIDE) ->
     )  # fmt: skip
 
 
-def tokenise(grid: np.ndarray, canvas: tuple[int, int], offset: tuple[int, int] = (0, 0)) -> np.ndarray:
+def tokenise(
+    grid: np.ndarray, canvas: tuple[int, int], offset: tuple[int, int] = (0, 0)
+) -> np.ndarray:
     """One grid as tokens of a canvas, the plain way; `paint` is tested against it."""
     (h, w), (r, c) = grid.shape, offset
     out = np.zeros(canvas, np.uint8)
@@ -518,7 +565,11 @@ def crop(tokens: np.ndarray) -> np.ndarray:
     """As published: the largest all-colour rectangle anchored at the top left, columns shrinking row by row; may be empty."""
     width = np.minimum.accumulate(np.logical_and.accumulate(tokens >= FIRST_COLOUR, axis=1).sum(1))
     rows = int(np.argmax(width * np.arange(1, len(tokens) + 1))) + 1
-    return tokens[:rows, : width[rows - 1]] - FIRST_COLOUR if width[rows - 1] else np.zeros((0, 0), tokens.dtype)
+    return (
+        tokens[:rows, : width[rows - 1]] - FIRST_COLOUR
+        if width[rows - 1]
+        else np.zeros((0, 0), tokens.dtype)
+    )
 
 
 def untokenise(tokens: np.ndarray) -> np.ndarray | None:

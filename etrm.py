@@ -1,73 +1,188 @@
-"""The model: parameters, block, recursive core, one ACT step, its loss. Pure functions; the last ones are the model.
+"""Layers as pure functions: norms, positions, attention over packed tokens, SwiGLU.
 
-Axes: B slots, M cells of all slots, N = B * T + M tokens of all slots (packed: slot after slot, the T context tokens of
-a slot, then the cells of its canvas), D hidden, F inner width, h heads, V vocabulary; runs as in layers.py.
-After Jolicoeur-Martineau, "Less is More: Recursive Reasoning with Tiny Networks" (arXiv 2510.04871).
+Axes: N tokens of all slots (packed: slot after slot), B slots, D hidden, F inner width, h heads. A run is some consecutive
+slots (b) with equally many tokens (s): only attention goes run by run.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import msgspec
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data import Batch, Count, NonNegative, Optional, Share
-from .layers import Runs, Turn, position_of, rms, runs_of, self_attention, swiglu, turn_of
+from .config import ModelConfig
+from .data import Batch
 
 
-class EncoderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Which demonstration encoder, and its shape."""
+class _Rms(torch.autograd.Function):
+    """A third of the passes over memory that F.rms_norm and its backward take on CPU in bf16 (5.6 -> 2.4 ms together)."""
 
-    kind: str = "perceiver"
-    width: Optional = 0  # of its tokens; 0: the core's
-    heads: Optional = 0  # 0: the core's
-    layers: Optional = 2  # blocks over the cells of one demo
-    set_layers: Count = 1  # blocks in which the context tokens attend to the demos, or demos to each other
-    pooling: Literal["mean", "max", "attention", "weighted"] = "mean"  # cells to a vector, where there is no class token
-    norm: Literal["post", "pre"] = "post"  # lpn* and hybrid*: of what follows the cells, there it is always pre
-    qk_norm: bool = False
-    layer_scale: NonNegative = 0.0  # 0: none
-    attend_padding: bool = False  # published: the empty cells of a canvas attend and are attended
-    cached: bool = False  # published, and failing: read at an episode's first step alone; later steps have no gradient for it
-    query: bool = False  # reads the test input too, as one more demo, without an output
-    difference: bool = False  # perceiver, set_transformer: tokens say where input and output differ
-    H_cycles: Count = 2  # trm_style
-    L_cycles: Count = 3
-    latent: Optional = 0  # of a variational encoder; 0: its width
-    kl_weight: NonNegative = 1e-3
-    published: bool = False  # contexts not normed, states smoothed and without gradient, KL divided by the batch once more
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(
+            x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)
+        )
+        scale = (norm.square() / x.shape[-1] + 1e-5).rsqrt().to(x.dtype)
+        y = x * scale
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (g,), (y, scale) = grads, ctx.saved_tensors
+        along = (g * y).sum(
+            -1, keepdim=True, dtype=torch.promote_types(y.dtype, torch.float32)
+        ) / y.shape[-1]
+        return torch.addcmul(g, y, -along.to(g.dtype)).mul_(scale)
 
 
-class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Shape and behaviour of the model. Each switch named `published` reproduces the published code."""
+def rms(x: Tensor) -> Tensor:
+    """Root-mean-square norm without gain; the mean is taken in float32."""
+    return _Rms.apply(x)
 
-    hidden: Count = 128
-    heads: Count = 2
-    expansion: Annotated[float, msgspec.Meta(ge=0.25, le=100)] = 4.0
-    layers: Count = 2
-    H_cycles: Count = 3
-    L_cycles: Count = 4
-    context_tokens: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 16
-    positions: Literal["rope", "rope2d", "learned", "both", "borders", "none"] = "rope2d"  # both: and learned; borders: and codes
-    raster: Annotated[int, msgspec.Meta(ge=1, le=50)] = 30  # position codes are those of a raster x raster canvas, whatever the pool
-    tied_head: bool = True  # logits from the query's own token embedding
-    context_scale: Literal["gain", "published"] = "gain"
-    halt_max_steps: Count = 16
-    exploration: Share = 0.1
-    fixed_steps: bool = False  # every episode takes halt_max_steps, all slots in step (ETRM-FCT); no q, no exploration
-    loss: Literal["stablemax", "softmax"] = "stablemax"
-    q_weight: NonNegative = 0.5
-    published_halting: bool = False  # a row without a valid label counts as correct and trains the halting head
-    proposals: bool = False  # what hard attention to the demos proposes (proposals.py) is read and corrected
-    mixer: bool = False  # tokens meet by an MLP over their places instead of attention: one canvas, the raster
-    feedback: Literal["", "reset", "kept"] = ""  # argmax-feedback TRM, whose z begins anew in each cycle or is kept
-    unrolled: Count = 1  # ACT steps of one optimizer step, ended when all slots halt: loss is their mean, slots begin together
-    encoder: EncoderConfig = EncoderConfig()
+
+class _Gate(torch.autograd.Function):
+    """silu(a) * b without a second copy of either (forward and backward of a SwiGLU layer: 43 -> 40 ms)."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return F.silu(a).mul_(b)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (g,), (a, b) = grads, ctx.saved_tensors
+        return torch.ops.aten.silu_backward(g * b, a), F.silu(a).mul_(g)
+
+
+@functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)  # tables made while evaluating must serve training too
+def waves(size: int, planes: int, device: str) -> tuple[Tensor, Tensor]:
+    """cos, sin (size, planes) of positions 0..size - 1."""
+    rate = 1e4 ** -(torch.arange(planes, dtype=torch.float32) / planes)
+    angle = torch.arange(size)[:, None] * rate
+    return angle.cos().to(device), angle.sin().to(device)
+
+
+Turn = (
+    tuple[Tensor, Tensor] | None
+)  # cos, sin (N, 2, h, head) of queries and keys; None: positions are not rotary
+
+
+def turn_of(position: Tensor | None, heads: int, head: int, dtype: torch.dtype) -> Turn:
+    """Rotary tables of positions (N,), or (N, 2): rows turn one half of a head's planes, columns the other.
+
+    Attention's 1 / sqrt(head) is part of the queries' tables."""
+    if position is None:
+        return None
+    axes = position.T if position.ndim == 2 else position[None]
+    tables = waves(8192 if len(axes) == 1 else 128, head // 2 // len(axes), str(position.device))
+    cos, sin = (torch.cat([t[x] for x in axes], -1) for t in tables)
+    cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+    scale = torch.tensor([head**-0.5, 1.0], device=position.device)[:, None, None]
+    wide = [
+        (x[:, None, None] * scale).to(dtype).expand(-1, -1, heads, -1).contiguous()
+        for x in (cos, sin)
+    ]
+    return wide[0], wide[1]
+
+
+def position_of(kind: str, at: Tensor, raster: int) -> Tensor | None:
+    """Cells on the raster, at (M, 2), to rotary positions: their number in reading order (published), or row and column
+    counted from 1, for context tokens stand at the origin. None: positions are not rotary."""
+    if kind == "rope":
+        return at[:, 0] * raster + at[:, 1]
+    return at + 1 if kind in ("rope2d", "both", "borders") else None
+
+
+def rotate(qk: Tensor, turn: Turn) -> Tensor:
+    """(N, 2, h, head) queries and keys turned by their positions, queries scaled by 1 / sqrt(head)."""
+    if turn is None:
+        return qk * qk.new_tensor([qk.shape[-1] ** -0.5, 1.0])[:, None, None]
+    return torch.addcmul(qk * turn[0], qk.roll(qk.shape[-1] // 2, -1), turn[1])
+
+
+RUN = 512  # tokens of a run, about
+SCORES = 4_000_000  # numbers in the score matrices that attention makes at once
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Softmax attention of scaled queries, (b, h, s, head) each; mask (b, 1, 1, s) true where a key may be seen; no key
+    seen gives 0.
+
+    On CPU plain products, a few slots at a time so that their scores stay in cache: torch's fused kernel is slower
+    there in bf16, 2.5 times at 10 x 2 x 416 x 64 and 2 times at 10 x 2 x 916 x 64, forward and backward, and its
+    backward 5 times at 48 x 2 x 116 x 64; in float32 it is no better.
+    """
+    if q.device.type == "cuda":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+    at_once = max(1, SCORES // (q.shape[1] * q.shape[2] * max(1, k.shape[2])))
+    out = []
+    for i in range(0, max(1, len(q)), at_once):
+        part = slice(i, i + at_once)
+        score = q[part] @ k[part].transpose(-1, -2)
+        if mask is None:
+            out.append(torch.softmax(score, -1) @ v[part])
+        else:
+            seen = mask[part]
+            score = score.masked_fill(~seen, torch.finfo(score.dtype).min)
+            out.append(torch.softmax(score, -1) @ (v[part] * seen.transpose(-1, -2).to(v.dtype)))
+    return out[0] if len(out) == 1 else torch.cat(out)
+
+
+Runs = Sequence[
+    tuple[int, int, bool]
+]  # (slots, tokens of a slot, whether some may not be seen), in packed order
+
+
+def runs_of(tokens: Sequence[int], masked: Sequence[int] | None = None) -> Runs:
+    """Neighbours of equal size and kind together, in powers of two and few if they are large: a shape that was not seen
+    before costs a kernel's compilation on CPU (bf16, every canvas new: 3.0 instead of 2.5 s a step)."""
+    found: list[tuple[int, int, bool]] = []
+    for (s, m), same in itertools.groupby(zip(tokens, masked or [0] * len(tokens), strict=True)):
+        left, most = len(list(same)), 1 << (RUN // max(1, s)).bit_length() >> 1
+        while left:
+            b = min(max(1, most), 1 << left.bit_length() >> 1)
+            found.append((b, s, bool(m)))
+            left -= b
+    return found
+
+
+def self_attention(
+    qkv: Tensor, o: Tensor, heads: int, x: Tensor, runs: Runs, turn: Turn, seen: Tensor | None = None, norm: bool = False
+) -> Tensor:  # fmt: skip
+    """(N, D): products and positions for all tokens at once, attention within each slot, run by run; seen (N,) bool; norm:
+    queries and keys have rms 1 before they turn."""
+    if not runs:
+        return x
+    d, sizes = x.shape[1], [b * s for b, s, _ in runs]
+    queries_keys = (x @ qkv[: 2 * d].T).unflatten(-1, (2, heads, -1))
+    queries_keys = rotate(rms(queries_keys) if norm else queries_keys, turn)
+    values = (x @ qkv[2 * d :].T).unflatten(-1, (heads, -1))
+    masks = None if seen is None else seen.split(sizes)
+    out = []
+    for i, ((b, s, masked), qk, v) in enumerate(
+        zip(runs, queries_keys.split(sizes), values.split(sizes), strict=True)
+    ):
+        q, k = qk.unflatten(0, (b, s)).permute(2, 0, 3, 1, 4)
+        mask = masks[i].view(b, 1, 1, s) if masked and masks else None
+        y = attention(q, k, v.unflatten(0, (b, s)).transpose(1, 2), mask)
+        out.append(y.transpose(1, 2).reshape(b * s, d))
+    return torch.cat(out) @ o.T
+
+
+def swiglu(gate_up: Tensor, down: Tensor, x: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2)
+    return _Gate.apply(x @ gate.T, x @ up.T) @ down.T
+
+
+# ---------------------------------------------------------------- etrm
 
 
 # ---------------------------------------------------------------- parameters
@@ -98,7 +213,9 @@ class Core(NamedTuple):
     H_init: Tensor  # (D,) drawn, not trained unless a config unfreezes it
     L_init: Tensor  # (D,)
     context_gain: Tensor | None  # (D,) None: published scale, sqrt(D)
-    position: Tensor | None  # (T + raster * raster, D) learned positions, or (T + 4 (raster + 1), D): borders
+    position: (
+        Tensor | None
+    )  # (T + raster * raster, D) learned positions, or (T + 4 (raster + 1), D): borders
     proposal_embed: Tensor | None = None  # (V, D) tokens proposed for a cell
     trust_head: Tensor | None = None  # (D,) how much more than once a cell's proposal counts
 
@@ -114,7 +231,9 @@ def normal(g: torch.Generator, *shape: int, std: float | None = None) -> Tensor:
     bound = math.erf(2 / math.sqrt(2))
     # std of a standard normal cut at +-2
     cut = math.sqrt(1 - 4 * math.exp(-2) / (math.sqrt(2 * math.pi) * bound))
-    return torch.erfinv((torch.rand(shape, generator=g) * 2 - 1) * bound) * (math.sqrt(2) * std / cut)
+    return torch.erfinv((torch.rand(shape, generator=g) * 2 - 1) * bound) * (
+        math.sqrt(2) * std / cut
+    )
 
 
 def inner_width(hidden: int, expansion: float) -> int:
@@ -134,7 +253,12 @@ def init_mixer(cfg: ModelConfig, g: torch.Generator) -> Mixer:
 
 
 def init_core(cfg: ModelConfig, g: torch.Generator, vocab: int = 12) -> Core:
-    d, places = cfg.hidden, {"learned": cfg.raster**2, "both": cfg.raster**2, "borders": 4 * (cfg.raster + 1)}.get(cfg.positions, 0)
+    d, places = (
+        cfg.hidden,
+        {"learned": cfg.raster**2, "both": cfg.raster**2, "borders": 4 * (cfg.raster + 1)}.get(
+            cfg.positions, 0
+        ),
+    )
     return Core(
         embed=normal(g, vocab, d),
         blocks=tuple((init_mixer if cfg.mixer else init_block)(cfg, g) for _ in range(cfg.layers)),
@@ -157,7 +281,11 @@ def leaves(tree: Any, path: str = "") -> dict[str, Tensor]:
     if tree is None or isinstance(tree, int):
         return {}
     names = getattr(tree, "_fields", range(len(tree)))
-    return {k: v for n, sub in zip(names, tree, strict=True) for k, v in leaves(sub, f"{path}.{n}" if path else str(n)).items()}
+    return {
+        k: v
+        for n, sub in zip(names, tree, strict=True)
+        for k, v in leaves(sub, f"{path}.{n}" if path else str(n)).items()
+    }
 
 
 def rebuild(tree: Any, new: dict[str, Any], path: str = "") -> Any:
@@ -167,7 +295,9 @@ def rebuild(tree: Any, new: dict[str, Any], path: str = "") -> Any:
     if tree is None or isinstance(tree, int):
         return tree
     names = getattr(tree, "_fields", range(len(tree)))
-    parts = [rebuild(s, new, f"{path}.{n}" if path else str(n)) for n, s in zip(names, tree, strict=True)]
+    parts = [
+        rebuild(s, new, f"{path}.{n}" if path else str(n)) for n, s in zip(names, tree, strict=True)
+    ]
     return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
 
 
@@ -178,7 +308,14 @@ def tree_map(f: Callable[[Tensor], Any], tree: Any) -> Any:
 # ---------------------------------------------------------------- the block
 
 
-def block(p: Block | Mixer, heads: int, x: Tensor, runs: Runs, turn: Turn, gains: tuple[Tensor, Tensor] | None = None) -> Tensor:
+def block(
+    p: Block | Mixer,
+    heads: int,
+    x: Tensor,
+    runs: Runs,
+    turn: Turn,
+    gains: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Post-norm transformer block on packed tokens (N, D); gains (D,) of its two norms. A mixer's first norm is over places."""
     if isinstance(p, Mixer):
         places = x.unflatten(0, (-1, len(p.mix_down))).transpose(1, 2).contiguous()  # (B, D, S)
@@ -193,7 +330,9 @@ def block(p: Block | Mixer, heads: int, x: Tensor, runs: Runs, turn: Turn, gains
 # ---------------------------------------------------------------- the recursive core
 
 
-def reason(p: Core, cfg: ModelConfig, z_H: Tensor, z_L: Tensor, e: Tensor, runs: Runs, turn: Turn) -> tuple[Tensor, Tensor]:
+def reason(
+    p: Core, cfg: ModelConfig, z_H: Tensor, z_L: Tensor, e: Tensor, runs: Runs, turn: Turn
+) -> tuple[Tensor, Tensor]:
     """H_cycles of (L_cycles updates of z_L, one of z_H), all by the same blocks; only the last cycle has gradient."""
 
     def level(z: Tensor) -> Tensor:
@@ -215,7 +354,9 @@ def reason(p: Core, cfg: ModelConfig, z_H: Tensor, z_L: Tensor, e: Tensor, runs:
 
 def ragged(sizes: Tensor, total: int) -> tuple[Tensor, Tensor]:
     """(total,) the owner of each place where owners of these sizes lie one after the other, and the place's number within it."""
-    owner = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes, output_size=total)
+    owner = torch.arange(len(sizes), device=sizes.device).repeat_interleave(
+        sizes, output_size=total
+    )
     return owner, torch.arange(total, device=sizes.device) - (sizes.cumsum(0) - sizes)[owner]
 
 
@@ -234,39 +375,59 @@ def layout_of(cfg: ModelConfig, cells: Sequence[int], device: torch.device) -> L
     tokens = tuple(t + c for c in cells)
     count = torch.tensor(cells, device=device)
     slot, place = ragged(count + t, b * t + m)
-    source = torch.where(place < t, slot * t + place, b * t - t + torch.arange(b * t + m, device=device) - slot * t)
+    source = torch.where(
+        place < t, slot * t + place, b * t - t + torch.arange(b * t + m, device=device) - slot * t
+    )
     of_cell, _ = ragged(count, m)
-    return Layout(tokens, slot, (count + t).cumsum(0) - count - t, torch.arange(m, device=device) + t * (of_cell + 1), source)
+    return Layout(
+        tokens,
+        slot,
+        (count + t).cumsum(0) - count - t,
+        torch.arange(m, device=device) + t * (of_cell + 1),
+        source,
+    )
 
 
 def codes(cfg: ModelConfig, table: Tensor, at: Tensor, borders: Tensor) -> Tensor:
     """(M, D) learned codes of cells: of their places on the raster or, "borders", half the sum of those of their distances to
     the input's four borders, by which a mirrored place is found in a grid of any size."""
     if cfg.positions == "borders":
-        return 0.5 * F.embedding(borders + torch.arange(4, device=at.device) * (cfg.raster + 1), table).sum(1)
+        return 0.5 * F.embedding(
+            borders + torch.arange(4, device=at.device) * (cfg.raster + 1), table
+        ).sum(1)
     return F.embedding(at[:, 0] * cfg.raster + at[:, 1], table)
 
 
-def place(p: Core, cfg: ModelConfig, said: Context, batch: Batch, layout: Layout) -> tuple[Tensor, Turn]:
+def place(
+    p: Core, cfg: ModelConfig, said: Context, batch: Batch, layout: Layout
+) -> tuple[Tensor, Turn]:
     """Context (B, T, D) and the cells' tokens to the injected embedding (N, D), and its rotary tables; tokens enter with std 1."""
     root, t, context = math.sqrt(cfg.hidden), cfg.context_tokens, said.tokens
     scale = root if p.context_gain is None else p.context_gain
     cells = F.embedding(batch.inputs, p.embed) * root
     if p.proposal_embed is not None and said.proposals is not None:
-        cells = math.sqrt(0.5) * (cells + said.proposals.exp().to(cells.dtype) @ p.proposal_embed * root)
+        cells = math.sqrt(0.5) * (
+            cells + said.proposals.exp().to(cells.dtype) @ p.proposal_embed * root
+        )
     if said.cells is not None:
         cells = math.sqrt(0.5) * (cells + said.cells * scale)
     slots = len(layout.tokens)
     if p.position is not None:
         ours = p.position[:t].expand(slots, -1, -1)
         context = math.sqrt(0.5) * (context * scale + root * ours)
-        cells = math.sqrt(0.5) * (cells + root * codes(cfg, p.position[t:], batch.at, batch.borders))
+        cells = math.sqrt(0.5) * (
+            cells + root * codes(cfg, p.position[t:], batch.at, batch.borders)
+        )
     else:
         context = context * scale
     e = torch.cat((context.flatten(0, 1), cells))[layout.source]
     position = position_of(cfg.positions, batch.at, cfg.raster)
     if position is not None:
-        start = torch.arange(t, device=position.device).repeat(slots) if position.ndim == 1 else position.new_zeros(slots * t, 2)
+        start = (
+            torch.arange(t, device=position.device).repeat(slots)
+            if position.ndim == 1
+            else position.new_zeros(slots * t, 2)
+        )
         position = torch.cat((start, position + (t if position.ndim == 1 else 0)))[layout.source]
     return e, turn_of(position, cfg.heads, cfg.hidden // cfg.heads, e.dtype)
 
@@ -291,7 +452,9 @@ class Output(NamedTuple):
     context: Tensor | None = None  # (B, T, D), to be watched
 
 
-def fresh_carry(cfg: ModelConfig, cells: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Carry:
+def fresh_carry(
+    cfg: ModelConfig, cells: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Carry:
     """The carry before the first step on canvases of so many cells: all halted, so that nothing in it is ever read."""
     tokens = tuple(cfg.context_tokens + c for c in cells)
     zeros = torch.zeros(len(cells), dtype=torch.int64, device=device)
@@ -319,16 +482,24 @@ class Context(NamedTuple):
     kl: Tensor | None = None  # (B,) float32: how far a variational encoder is from its prior
     z_E: Tensor | None = None  # (B, S, T, D) states of a recurrent encoder
     cells: Tensor | None = None  # (M, D) what it says of each cell of the test inputs
-    proposals: Tensor | None = None  # (M, V) float32 log-probabilities of its answer, to be corrected
+    proposals: Tensor | None = (
+        None  # (M, V) float32 log-probabilities of its answer, to be corrected
+    )
 
 
 class Encode(NamedTuple):
     """An encoder as ACT steps take it. What is read of a batch stays the same while its slots think; a recurrent encoder goes
     on from that, and its states, in every step."""
 
-    read: Callable[[Any, Batch], Any]  # encoder parameters, batch -> Context, or what `recur` is given; slot by slot
-    recur: Callable[[Any, Any, Tensor, Tensor], Context] | None = None  # its parameters, what was read, z_E, slots that begin
-    step: Callable[..., tuple[Carry, Output]] | None = None  # another core, as `act_step` without encoder
+    read: Callable[
+        [Any, Batch], Any
+    ]  # encoder parameters, batch -> Context, or what `recur` is given; slot by slot
+    recur: Callable[[Any, Any, Tensor, Tensor], Context] | None = (
+        None  # its parameters, what was read, z_E, slots that begin
+    )
+    step: Callable[..., tuple[Carry, Output]] | None = (
+        None  # another core, as `act_step` without encoder
+    )
 
 
 SURE = math.log(9)  # the logit of 0.9
@@ -342,11 +513,20 @@ def sure(cfg: ModelConfig, q: Tensor) -> Tensor:
 def halts(cfg: ModelConfig, q: Tensor, steps: Tensor, min_steps: Tensor | None) -> Tensor:
     """(B,) bool: slots that end here, by their number of steps or by q; without `min_steps`, and in FCT, never by q."""
     last = steps >= cfg.halt_max_steps
-    return last if min_steps is None or cfg.fixed_steps else (last | sure(cfg, q)) & (steps >= min_steps)
+    return (
+        last
+        if min_steps is None or cfg.fixed_steps
+        else (last | sure(cfg, q)) & (steps >= min_steps)
+    )
 
 
 def act_step(
-    params: Params, cfg: ModelConfig, encode: Encode, carry: Carry, batch: Batch, min_steps: Tensor | None
+    params: Params,
+    cfg: ModelConfig,
+    encode: Encode,
+    carry: Carry,
+    batch: Batch,
+    min_steps: Tensor | None,
 ) -> tuple[Carry, Output]:
     """One ACT step of every slot; halted slots start from the initial states.
 
@@ -406,13 +586,19 @@ class Loss(NamedTuple):
 
 def per_slot(x: Tensor, cells: Sequence[int]) -> Tensor:
     """(M,) to (B,): the float32 sum over each slot's cells."""
-    return torch.segment_reduce(x.float(), "sum", lengths=torch.tensor(cells, device=x.device), unsafe=True)
+    return torch.segment_reduce(
+        x.float(), "sum", lengths=torch.tensor(cells, device=x.device), unsafe=True
+    )
 
 
 def act_loss(cfg: ModelConfig, out: Output, labels: Tensor, cells: Sequence[int]) -> Loss:
     """Loss and scores of one ACT step, per slot, in float32; labels (M,), cells of each slot. A negative label is not
     asked for, nor is the mark of a grid's end where no logit stands for it."""
-    valid, x, log_p = labels >= (2 if cfg.feedback else 0), out.logits.float(), log_prob(cfg, out.logits)
+    valid, x, log_p = (
+        labels >= (2 if cfg.feedback else 0),
+        out.logits.float(),
+        log_prob(cfg, out.logits),
+    )
     ce = -log_p.gather(-1, labels.clamp(min=0)[:, None]).squeeze(-1)
     asked = per_slot(valid, cells)
     hits = per_slot((x.argmax(-1) == labels) & valid, cells)
@@ -448,14 +634,24 @@ def only(batch: Batch, read: Any, carry: Carry, slots: Sequence[int]) -> tuple[B
     """Some slots alone, as if the others had never been there; demos are not taken along, what was read stands for them."""
     rows = torch.tensor(slots, device=batch.inputs.device)
     cells, tokens = [batch.cells[i] for i in slots], [carry.tokens[i] for i in slots]
-    inputs, labels, at, borders = (part_of(x, batch.cells, slots) for x in (batch.inputs, batch.labels, batch.at, batch.borders))
+    inputs, labels, at, borders = (
+        part_of(x, batch.cells, slots)
+        for x in (batch.inputs, batch.labels, batch.at, batch.borders)
+    )
     own = batch._replace(inputs=inputs, labels=labels, at=at, borders=borders, cells=tuple(cells))
     said: dict[str, Tensor] = {}
     if isinstance(read, Context):
         each = {k: x for k in ("cells", "proposals") if (x := getattr(read, k)) is not None}
-        said, read = {k: part_of(x, batch.cells, slots) for k, x in each.items()}, read._replace(cells=None, proposals=None)
+        said, read = (
+            {k: part_of(x, batch.cells, slots) for k, x in each.items()},
+            read._replace(cells=None, proposals=None),
+        )
     states = {k: part_of(getattr(carry, k), carry.tokens, slots) for k in ("z_H", "z_L")}
-    kept = carry._replace(**states, **{k: getattr(carry, k)[rows] for k in ("steps", "halted", "n", "z_E")}, tokens=tuple(tokens))
+    kept = carry._replace(
+        **states,
+        **{k: getattr(carry, k)[rows] for k in ("steps", "halted", "n", "z_E")},
+        tokens=tuple(tokens),
+    )
     read = tree_map(lambda x: x[rows], read)
     return own, read._replace(**said) if said else read, kept
 
@@ -475,13 +671,24 @@ def think(
     """
     with torch.no_grad():
         carry = fresh_carry(cfg, batch.cells, dtype, batch.inputs.device)
-        read, here, device = encode.read(params.encoder, batch), list(range(len(batch.cells))), batch.inputs.device
-        found: list[tuple[Tensor, Tensor, Tensor, int]] = [(batch.inputs, batch.inputs, batch.inputs, 0)] * len(here)
-        last, same = torch.zeros_like(batch.inputs), torch.zeros(len(here), dtype=torch.int64, device=device)
+        read, here, device = (
+            encode.read(params.encoder, batch),
+            list(range(len(batch.cells))),
+            batch.inputs.device,
+        )
+        found: list[tuple[Tensor, Tensor, Tensor, int]] = [
+            (batch.inputs, batch.inputs, batch.inputs, 0)
+        ] * len(here)
+        last, same = (
+            torch.zeros_like(batch.inputs),
+            torch.zeros(len(here), dtype=torch.int64, device=device),
+        )
         for step in range(1, act_steps + 1):
             given = encode._replace(read=lambda *_, r=read: r)
             carry, out = act_step(params, cfg, given, before(step, here, carry), batch, None)
-            carry = carry._replace(halted=torch.zeros_like(carry.halted))  # also beyond halt_max_steps it thinks on
+            carry = carry._replace(
+                halted=torch.zeros_like(carry.halted)
+            )  # also beyond halt_max_steps it thinks on
             look(step, here, out)
             going = torch.zeros(len(here), dtype=torch.bool, device=device)
             if leave == "q":
@@ -491,7 +698,10 @@ def think(
                 changed = per_slot(answer != last, batch.cells) > 0
                 last, same = answer, torch.where(changed, 0, same) + 1
                 going = same >= stable
-            gone = [step == act_steps or g for g in (going.tolist() if leave != "never" else [False] * len(here))]
+            gone = [
+                step == act_steps or g
+                for g in (going.tolist() if leave != "never" else [False] * len(here))
+            ]
             logits = out.logits.split(batch.cells)
             for i, slot in enumerate(here):
                 if gone[i]:
@@ -500,8 +710,13 @@ def think(
             if not stay:
                 break
             if len(stay) < len(here):
-                last, same = part_of(last, batch.cells, stay), same[torch.tensor(stay, device=device)]
+                last, same = (
+                    part_of(last, batch.cells, stay),
+                    same[torch.tensor(stay, device=device)],
+                )
                 batch, read, carry = only(batch, read, carry, stay)
                 here = [here[i] for i in stay]
         logits, q_halt, q_continue, spent = zip(*found, strict=True)
-        return Output(torch.cat(logits), torch.stack(q_halt), torch.stack(q_continue)), torch.tensor(spent)
+        return Output(
+            torch.cat(logits), torch.stack(q_halt), torch.stack(q_continue)
+        ), torch.tensor(spent)

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import OptimizerConfig
-from .data import UserError
+from .config import OptimizerConfig, UserError
 
 
 def learning_rate(cfg: OptimizerConfig, step: int, steps: int) -> float:
@@ -28,7 +27,9 @@ class AdamAtan2(torch.optim.Optimizer):
     The bias correction of the first moment scales the step instead of m inside the arctangent; there is no epsilon.
     """
 
-    def __init__(self, params: Any, lr: float, betas: tuple[float, float], weight_decay: float) -> None:
+    def __init__(
+        self, params: Any, lr: float, betas: tuple[float, float], weight_decay: float
+    ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -36,7 +37,11 @@ class AdamAtan2(torch.optim.Optimizer):
         for group in self.param_groups:
             lr, (b1, b2) = group["lr"], group["betas"]
             for p in (p for p in group["params"] if p.grad is not None):
-                s = self.state[p] or {"step": torch.zeros(()), "m": torch.zeros_like(p), "v": torch.zeros_like(p)}
+                s = self.state[p] or {
+                    "step": torch.zeros(()),
+                    "m": torch.zeros_like(p),
+                    "v": torch.zeros_like(p),
+                }
                 self.state[p] = s
                 s["step"] += 1
                 p.mul_(1 - lr * group["weight_decay"])
@@ -56,7 +61,9 @@ def orthogonal(m: Tensor, dtype: torch.dtype) -> Tensor:
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+        x = torch.baddbmm(
+            x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445
+        )
     return (x if wide else x.mT).to(m.dtype)
 
 
@@ -85,9 +92,13 @@ class Muon(torch.optim.Optimizer):
                 grads = [p.grad for p in ps if p.grad is not None]
                 kept = [self.state[p]["momentum_buffer"] for p in ps]
                 torch._foreach_lerp_(kept, grads, 1 - momentum)
-                turned = orthogonal(torch.stack(torch._foreach_lerp(grads, kept, momentum)), self.dtype)
+                turned = orthogonal(
+                    torch.stack(torch._foreach_lerp(grads, kept, momentum)), self.dtype
+                )
                 torch._foreach_mul_(ps, 1 - lr * group["weight_decay"])
-                torch._foreach_add_(ps, list(turned.unbind()), alpha=-lr * 0.2 * math.sqrt(max(shape)))
+                torch._foreach_add_(
+                    ps, list(turned.unbind()), alpha=-lr * 0.2 * math.sqrt(max(shape))
+                )
 
 
 def first_match(rules: Mapping[str, float], path: str, default: float = 1.0) -> float:
@@ -127,10 +138,14 @@ def check_patterns(cfg: OptimizerConfig, params: Iterable[str]) -> None:
 
 def is_matrix(path: str, p: Tensor) -> bool:
     """What Muon orthogonalises: products inside blocks; not embeddings, queries, heads and positions."""
-    return p.ndim == 2 and not re.search(r"embed|queries|head|halt|q_weight|position|pool\.0$", path)
+    return p.ndim == 2 and not re.search(
+        r"embed|queries|head|halt|q_weight|position|pool\.0$", path
+    )
 
 
-def optimizers(cfg: OptimizerConfig, params: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> list[torch.optim.Optimizer]:
+def optimizers(
+    cfg: OptimizerConfig, params: dict[str, Tensor], dtype: torch.dtype = torch.float32
+) -> list[torch.optim.Optimizer]:
     """Optimizers over the trained leaves; each group carries `scale`, its share of the learning rate. `dtype`: of the run."""
     groups: dict[tuple[bool, float, float], list[Tensor]] = {}
     for path, p in params.items():
@@ -141,12 +156,16 @@ def optimizers(cfg: OptimizerConfig, params: dict[str, Tensor], dtype: torch.dty
     made: list[torch.optim.Optimizer] = []
     for muon in (True, False):
         own = [
-            {"params": ps, "scale": lr, "weight_decay": cfg.weight_decay * decay} for (m, lr, decay), ps in groups.items() if m == muon
+            {"params": ps, "scale": lr, "weight_decay": cfg.weight_decay * decay}
+            for (m, lr, decay), ps in groups.items()
+            if m == muon
         ]
         if not own:
             continue
         if muon:
-            made.append(Muon(own, cfg.lr, torch.bfloat16 if dtype == torch.bfloat16 else torch.float32))
+            made.append(
+                Muon(own, cfg.lr, torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+            )
         elif cfg.kind == "adam_atan2":
             made.append(AdamAtan2(own, cfg.lr, cfg.betas, cfg.weight_decay))
         else:

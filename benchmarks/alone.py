@@ -15,13 +15,22 @@ from etrm_arc import checkpoint, etrm
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("checkpoint")
     options.add_argument("out", type=Path)
     args = options.parse_args()
     found = checkpoint.load(args.checkpoint)
-    silent = {"core.embed", "core.head", "core.trust_head"}  # logits are products with these, and proposals
-    weights = {f"params.{k}": torch.zeros_like(v) if k in silent else v for k, v in etrm.leaves(found.ema).items()}
+    silent = {
+        "core.embed",
+        "core.head",
+        "core.trust_head",
+    }  # logits are products with these, and proposals
+    weights = {
+        f"params.{k}": torch.zeros_like(v) if k in silent else v
+        for k, v in etrm.leaves(found.ema).items()
+    }
     checkpoint.save(args.out, weights, found.meta)
 
 

@@ -24,48 +24,75 @@ import msgspec
 import torch
 
 from benchmarks import throughput
-from etrm_arc import config, data, encoders, etrm, solve, sources, train, votes
+from etrm_arc import config, data, encoders, etrm, score, solve, sources, train
 
-WAYS = {"stable 2": ("stable", 2), "stable 3": ("stable", 3), "stable 4": ("stable", 4), "q": ("q", 0)}
+WAYS = {
+    "stable 2": ("stable", 2),
+    "stable 3": ("stable", 3),
+    "stable 4": ("stable", 4),
+    "q": ("q", 0),
+}
 LADDER = ("published layout", "true tokens", "demos read once", "stable answers leave")
 
 
 def model_of(checkpoint: str, act_steps: int) -> tuple[etrm.Params, config.Config, config.Config]:
     """(weights, config, the same in the published layout)."""
-    published = {k: v for k, v in throughput.LAYOUT.items() if not checkpoint or k.startswith("data__")}
+    published = {
+        k: v for k, v in throughput.LAYOUT.items() if not checkpoint or k.startswith("data__")
+    }
     if checkpoint:
         s = solve.opened(checkpoint)
         params, cfg = s.params, s.cfg
-        wide = msgspec.structs.replace(cfg.data, **{k.removeprefix("data__"): tuple(v) for k, v in published.items()})
+        wide = msgspec.structs.replace(
+            cfg.data, **{k.removeprefix("data__"): tuple(v) for k, v in published.items()}
+        )
         padded = msgspec.structs.replace(cfg, data=wide)
     else:
         own = {k: v for k, v in published.items() if k.startswith("model__") and "padding" not in k}
         cfg, padded = throughput.recipe([], **own), throughput.recipe([], **published)
         params = encoders.init_params(cfg.model, 0)
-    longer = lambda c: msgspec.structs.replace(c, model=msgspec.structs.replace(c.model, halt_max_steps=act_steps))  # noqa: E731
+    longer = lambda c: msgspec.structs.replace(
+        c, model=msgspec.structs.replace(c.model, halt_max_steps=act_steps)
+    )  # noqa: E731
     return params, *((longer(cfg), longer(padded)) if act_steps else (cfg, padded))
 
 
-def batches(cfg: config.Config, tasks: Sequence[data.Task], views: int, limit: int = 0) -> list[tuple[data.Batch, list[list[int]]]]:
+def batches(
+    cfg: config.Config, tasks: Sequence[data.Task], views: int, limit: int = 0
+) -> list[tuple[data.Batch, list[list[int]]]]:
     """Every query of the tasks under so many views each, as `etrm eval` asks them, and their canvases; limit: so many."""
     packed = data.pack(tasks)
     asked = data.queries(packed, "test", cfg.data.canvases)
-    units = [(r, v) for r in torch.nonzero(asked.canvas[:, 0]).flatten().tolist() for v in range(views)]
+    units = [
+        (r, v) for r in torch.nonzero(asked.canvas[:, 0]).flatten().tolist() for v in range(views)
+    ]
     units = units[:: max(1, len(units) // limit)][:limit] if limit else units
     rows, made = torch.tensor([r for r, _ in units]), []
     for part in train.portions(data.chosen(asked, rows), cfg.model, cfg.eval.tokens):
         seen = []
         for r, v in (units[i] for i in part.tolist()):
             t = int(asked.task[r])
-            seen.append(solve.view(tasks[t], int(asked.pair[r] - packed.first[t] - packed.n_demos[t]), v, cfg.data))
+            seen.append(
+                solve.view(
+                    tasks[t], int(asked.pair[r] - packed.first[t] - packed.n_demos[t]), v, cfg.data
+                )
+            )
         symmetry = data.Symmetry(*(torch.stack([s[i] for s, _ in seen]) for i in range(2)))
         turn = symmetry, torch.nn.utils.rnn.pad_sequence([u for _, u in seen], batch_first=True)
         episodes = data.posed(packed, cfg.data, "test", data.chosen(asked, rows[part]), view=turn)
-        made.append((data.batch(packed, episodes, cfg.data, cfg.model.raster), episodes.canvas.tolist()))
+        made.append(
+            (data.batch(packed, episodes, cfg.data, cfg.model.raster), episodes.canvas.tolist())
+        )
     return made
 
 
-def again(params: etrm.Params, cfg: config.Config, encode: etrm.Encode, batch: data.Batch, dtype: torch.dtype) -> None:
+def again(
+    params: etrm.Params,
+    cfg: config.Config,
+    encode: etrm.Encode,
+    batch: data.Batch,
+    dtype: torch.dtype,
+) -> None:
     """The published loop: demos are read anew in each ACT step, and no view leaves."""
     with torch.no_grad():
         carry = etrm.fresh_carry(cfg.model, batch.cells, dtype)
@@ -75,7 +102,14 @@ def again(params: etrm.Params, cfg: config.Config, encode: etrm.Encode, batch: d
 
 
 def rates(
-    checkpoint: str, tasks: Sequence[data.Task], views: int, act_steps: int, dtype: str, limit: int, slow: int, repeats: int
+    checkpoint: str,
+    tasks: Sequence[data.Task],
+    views: int,
+    act_steps: int,
+    dtype: str,
+    limit: int,
+    slow: int,
+    repeats: int,
 ) -> dict[str, float]:
     """Views/s of each rung of the ladder, the median of the repeats; slow: views in the published layout (0: none)."""
     params, cfg, padded = model_of(checkpoint, act_steps)
@@ -93,7 +127,10 @@ def rates(
         with throughput.published_layout():
             few = [b for b, _ in batches(padded, tasks, 1, slow)]
         wide = encoders.encoder_of(padded.model)
-        asked.insert(0, (LADDER[0], few, lambda b: again(published_cast(params, kind), padded, wide, b, kind)))
+        asked.insert(
+            0,
+            (LADDER[0], few, lambda b: again(published_cast(params, kind), padded, wide, b, kind)),
+        )
     found = {}
     for name, some, run in asked:
         seconds = []
@@ -112,16 +149,25 @@ def published_cast(params: etrm.Params, dtype: torch.dtype) -> etrm.Params:
     return train.rebuild(params, {k: v.to(dtype) for k, v in etrm.leaves(params).items()})
 
 
-def agreement(checkpoint: str, tasks: Sequence[data.Task], views: int, act_steps: int, dtype: str) -> dict[str, dict[str, float]]:
+def agreement(
+    checkpoint: str, tasks: Sequence[data.Task], views: int, act_steps: int, dtype: str
+) -> dict[str, dict[str, float]]:
     """For each way of leaving: share of views whose answer is that of the full run, and the ACT steps that a view takes."""
     params, cfg, _ = model_of(checkpoint, act_steps)
     kind = train.dtype_of(dtype, torch.device("cpu"))
-    cast, encode, steps = etrm.tree_map(lambda x: x.to(kind), params), encoders.encoder_of(cfg.model), cfg.model.halt_max_steps
+    cast, encode, steps = (
+        etrm.tree_map(lambda x: x.to(kind), params),
+        encoders.encoder_of(cfg.model),
+        cfg.model.halt_max_steps,
+    )
     same, spent, n = dict.fromkeys(WAYS, 0), dict.fromkeys(WAYS, 0), 0
 
     def answers(out: etrm.Output, b: data.Batch, canvas: list[list[int]]) -> list[str | None]:
-        tokens = [x.view(*c).numpy() for x, c in zip(out.logits.argmax(-1).split(b.cells), canvas, strict=True)]
-        return [votes.written(data.untokenise(x)) for x in tokens]
+        tokens = [
+            x.view(*c).numpy()
+            for x, c in zip(out.logits.argmax(-1).split(b.cells), canvas, strict=True)
+        ]
+        return [score.written(data.untokenise(x)) for x in tokens]
 
     for b, canvas in batches(cfg, tasks, views):
         full = answers(etrm.think(cast, cfg.model, encode, b, kind, steps)[0], b, canvas)
@@ -141,7 +187,11 @@ def report(found: dict[str, dict[str, float]]) -> dict[str, Any]:
         factors = {b: rate[b] / rate[a] for a, b in zip(rungs, rungs[1:], strict=False)}
         said[dtype] = {"views_per_s": rate, "factors": factors, "all": math.prod(factors.values())}
         print(f"{dtype}, views/s: " + ", ".join(f"{k} {v:.3g}" for k, v in rate.items()))
-        print(f"{dtype}, factors: " + ", ".join(f"{k} {v:.2f}" for k, v in factors.items()) + f"; together {said[dtype]['all']:.1f}")
+        print(
+            f"{dtype}, factors: "
+            + ", ".join(f"{k} {v:.2f}" for k, v in factors.items())
+            + f"; together {said[dtype]['all']:.1f}"
+        )
     if {"bf16", "fp32"} <= found.keys():
         said["dtype"] = found["bf16"][LADDER[-1]] / found["fp32"][LADDER[-1]]
         print(f"dtype: bf16 is {said['dtype']:.2f} times as fast as fp32", flush=True)
@@ -154,27 +204,48 @@ def measured(
 ) -> dict[str, Any]:  # fmt: skip
     """All of it, printed and returned."""
     tasks = sources.load([source], hide=True)
-    said = report({d: rates(checkpoint, tasks, views, act_steps, d, limit, slow, repeats) for d in dtypes})
+    said = report(
+        {d: rates(checkpoint, tasks, views, act_steps, d, limit, slow, repeats) for d in dtypes}
+    )
     if checkpoint:
         said["agreement"] = agreement(checkpoint, tasks, views, act_steps, dtypes[0])
         for name, row in said["agreement"].items():
-            print(f"leaving by {name}: {100 * row['agree']:.2f} % of {row['n']} views as in the full run, {row['act_steps']:.1f} steps")
+            print(
+                f"leaving by {name}: {100 * row['agree']:.2f} % of {row['n']} views as in the full run, {row['act_steps']:.1f} steps"
+            )
     return said
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--checkpoint", default="", help="a trained one: its own model, and whether leaving changes its answers")
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument(
+        "--checkpoint",
+        default="",
+        help="a trained one: its own model, and whether leaving changes its answers",
+    )
     options.add_argument("--data", default="arc1:dev")
     options.add_argument("--views", type=int, default=8)
     options.add_argument("--act-steps", type=int, default=0, help="default: those of the model")
     options.add_argument("--limit", type=int, default=64, help="views that are timed; 0: all")
-    options.add_argument("--slow", type=int, default=4, help="views in the published layout; 0: none")
+    options.add_argument(
+        "--slow", type=int, default=4, help="views in the published layout; 0: none"
+    )
     options.add_argument("--dtype", choices=throughput.DTYPES, action="append")
     options.add_argument("--repeats", type=int, default=3)
     options.add_argument("--json", type=Path)
     a = options.parse_args()
-    said = measured(a.dtype or throughput.DTYPES, a.checkpoint, a.data, a.views, a.act_steps, a.slow, a.limit, a.repeats)
+    said = measured(
+        a.dtype or throughput.DTYPES,
+        a.checkpoint,
+        a.data,
+        a.views,
+        a.act_steps,
+        a.slow,
+        a.limit,
+        a.repeats,
+    )
     if a.json:
         a.json.write_text(json.dumps(said, indent=1))
 

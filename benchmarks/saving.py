@@ -14,11 +14,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from etrm_arc import config, optim, runs, train
+from etrm_arc import checkpoint, config, optim, train
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("config", nargs="?", default="cpu")
     options.add_argument("--repeats", type=int, default=20)
     options.add_argument("--json", action="store_true")
@@ -37,12 +39,14 @@ def main() -> None:
             for n in range(args.repeats):
                 state.facts["step"] = n + 1
                 began, used = time.perf_counter(), time.process_time()
-                runs.save(run, s, state, 1, ("last",), True)
+                checkpoint.save(run, s, state, 1, ("last",), True)
                 times["waits"].append(time.perf_counter() - began)
                 run.wait()
                 times["written"].append(time.perf_counter() - began)
                 times["work"].append(time.process_time() - used)
-            found["mb"] = sum(p.stat().st_size for p in run.folder.glob(f"*{args.repeats:08d}*")) / 1e6
+            found["mb"] = (
+                sum(p.stat().st_size for p in run.folder.glob(f"*{args.repeats:08d}*")) / 1e6
+            )
     found |= {k: statistics.median(v) for k, v in times.items()}
     found["share"] = (found["waits"] + found["work"]) / 60
     print(json.dumps(found) if args.json else ", ".join(f"{k} {v:.4f}" for k, v in found.items()))

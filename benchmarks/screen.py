@@ -20,8 +20,9 @@ from unittest import mock
 import torch
 
 from etrm_arc import checkpoint, config, data, etrm, sources, train
+from etrm_arc.config import ModelConfig
 from etrm_arc.encoders import ENCODERS, Encoder, Perceiver, apply_matching, init_matching
-from etrm_arc.etrm import Batch, Context, ModelConfig
+from etrm_arc.etrm import Batch, Context
 
 SMALL = [
     "model.hidden=64", 'data.train=["arc2:training"]', "data.canvases=[1,2,3,4,5,6,7,8,9,10,11,12,13,14,15]", "train.steps=100",
@@ -37,34 +38,68 @@ class Row(NamedTuple):
 
 ROWS = {
     "base": Row("start: `matching`", []),
-    "fixed-query": Row("the published query, a task's test pair, makes fewer episodes of a task", ['data.query="test"']),
-    "published-scale": Row("a context at the published scale drowns the cells", ['model.context_scale="published"']),
-    "standard": Row("a pooled vector per demo loses what many tokens keep", ['model.encoder.kind="standard"']),
-    "perceiver": Row("the test input must be asked with: without it", ['model.encoder.kind="perceiver"', "model.encoder.set_layers=1"]),
+    "fixed-query": Row(
+        "the published query, a task's test pair, makes fewer episodes of a task",
+        ['data.query="test"'],
+    ),
+    "published-scale": Row(
+        "a context at the published scale drowns the cells", ['model.context_scale="published"']
+    ),
+    "standard": Row(
+        "a pooled vector per demo loses what many tokens keep", ['model.encoder.kind="standard"']
+    ),
+    "perceiver": Row(
+        "the test input must be asked with: without it",
+        ['model.encoder.kind="perceiver"', "model.encoder.set_layers=1"],
+    ),
     "perceiver-query": Row(
         "and with it as one more demo, through 16 tokens",
-        ['model.encoder.kind="perceiver"', "model.encoder.set_layers=1", "model.encoder.query=true"],
+        [
+            'model.encoder.kind="perceiver"',
+            "model.encoder.set_layers=1",
+            "model.encoder.query=true",
+        ],
     ),
-    "concat": Row("input and output one after the other: correspondence must be learned", ['model.encoder.kind="concat"']),
+    "concat": Row(
+        "input and output one after the other: correspondence must be learned",
+        ['model.encoder.kind="concat"'],
+    ),
     "one-demo": Row("one demo says little", ["data.max_demos=1"]),
     "two-demos": Row("two demos say most", ["data.max_demos=2"]),
     "demo-subsets": Row("random subsets of the demos are more episodes", ["data.min_demos=1"]),
     "no-dihedral": Row("without D8 there are too few tasks", ["data.dihedral=false"]),
-    "colours-fixed": Row("without permuted colours there are too few tasks", ['data.colours="fixed"']),
+    "colours-fixed": Row(
+        "without permuted colours there are too few tasks", ['data.colours="fixed"']
+    ),
     "colours-all": Row("black is special: permuted too", ['data.colours="all"']),
     "untied": Row("a free head can say more", ["model.tied_head=false"]),
     "adamw": Row("Muon learns faster than AdamW", ['optimizer.kind="adamw"', "optimizer.lr=1e-3"]),
     "deep": Row("equal time: depth for width", ["model.hidden=48", "model.L_cycles=5"]),
     "wide": Row("equal time: width for depth", ["model.hidden=80", "model.L_cycles=1"]),
-    "act": Row("up to four ACT steps an episode", ["model.halt_max_steps=4", "model.exploration=0.1", "eval.act_steps=4"]),
-    "curriculum": Row("small canvases first: half of the steps up to 8", ["optimizer.warmup=5"], ["data.canvases=[1,2,3,4,5,6,7,8]"]),
-    "arc1": Row("fewer real tasks: ARC-AGI-1 alone", ['data.train=["arc1:training"]']),
-    "composed": Row("composed tasks, at half of the steps", ['data.train=["arc2:training","composed:6000"]', "data.composed=0.5"]),
-    "swapped": Row("every task backwards is a task more", ['data.train=["arc2:training","{dir}/swapped"]']),
-    "agree": Row(
-        "auxiliary: contexts of all demos and of all but one agree", ['model.encoder.kind="agree"', "model.encoder.kl_weight=0.1"]
+    "act": Row(
+        "up to four ACT steps an episode",
+        ["model.halt_max_steps=4", "model.exploration=0.1", "eval.act_steps=4"],
     ),
-    "proposals": Row("what hard attention to the demos proposes is read and corrected", ["model.proposals=true"]),
+    "curriculum": Row(
+        "small canvases first: half of the steps up to 8",
+        ["optimizer.warmup=5"],
+        ["data.canvases=[1,2,3,4,5,6,7,8]"],
+    ),
+    "arc1": Row("fewer real tasks: ARC-AGI-1 alone", ['data.train=["arc1:training"]']),
+    "composed": Row(
+        "composed tasks, at half of the steps",
+        ['data.train=["arc2:training","composed:6000"]', "data.composed=0.5"],
+    ),
+    "swapped": Row(
+        "every task backwards is a task more", ['data.train=["arc2:training","{dir}/swapped"]']
+    ),
+    "agree": Row(
+        "auxiliary: contexts of all demos and of all but one agree",
+        ['model.encoder.kind="agree"', "model.encoder.kl_weight=0.1"],
+    ),
+    "proposals": Row(
+        "what hard attention to the demos proposes is read and corrected", ["model.proposals=true"]
+    ),
     "reconstruct": Row("auxiliary: in 0.3 of the episodes a demo is asked for that is shown", []),
 }
 
@@ -78,7 +113,9 @@ def agree(p: Perceiver, cfg: ModelConfig, batch: Batch) -> Context:
     part = apply_matching(p, cfg, batch._replace(demos=less))
     assert full.cells is not None and part.cells is not None
     tokens = (full.tokens - part.tokens).float().square().mean((1, 2))
-    cells = etrm.per_slot((full.cells - part.cells).float().square().mean(-1), batch.cells) / torch.tensor(batch.cells)
+    cells = etrm.per_slot(
+        (full.cells - part.cells).float().square().mean(-1), batch.cells
+    ) / torch.tensor(batch.cells)
     return full._replace(kl=torch.where(shown > 1, tokens + cells, 0.0))
 
 
@@ -107,9 +144,19 @@ def asked_for_what_is_shown(share: float) -> Iterator[None]:
     """In this share of the episodes the query is the first of the demos."""
     plain = data.draw
 
-    def draw(tasks: data.Tasks, d: data.Deck, cfg: data.DataConfig, seed: int, slot: torch.Tensor, n: torch.Tensor) -> data.Episodes:
+    def draw(
+        tasks: data.Tasks,
+        d: data.Deck,
+        cfg: data.DataConfig,
+        seed: int,
+        slot: torch.Tensor,
+        n: torch.Tensor,
+    ) -> data.Episodes:
         e = plain(tasks, d, cfg, seed, slot, n)
-        demos, known = e.demos.clone(), data.uniform(1, seed, data.EPISODE, slot, n, 9)[:, 0] < share
+        demos, known = (
+            e.demos.clone(),
+            data.uniform(1, seed, data.EPISODE, slot, n, 9)[:, 0] < share,
+        )
         demos[:, 0] = torch.where(known, e.query, demos[:, 0])
         return e._replace(demos=demos)
 
@@ -122,9 +169,15 @@ def swap_tasks(folder: Path, cfg: config.Config) -> None:
     (left, _, _), part = sources.prepare(cfg.data), folder.with_name("swapped.part")
     part.mkdir(parents=True, exist_ok=True)
     for task in left:
-        pairs = [{"input": y.tolist(), "output": x.tolist()} for x, y in (*task.demos, *task.queries) if y is not None]
+        pairs = [
+            {"input": y.tolist(), "output": x.tolist()}
+            for x, y in (*task.demos, *task.queries)
+            if y is not None
+        ]
         n = len(task.demos)
-        (part / f"{task.name}-swapped.json").write_text(json.dumps({"train": pairs[:n], "test": pairs[n:]}))
+        (part / f"{task.name}-swapped.json").write_text(
+            json.dumps({"train": pairs[:n], "test": pairs[n:]})
+        )
     part.rename(folder)
 
 
@@ -143,13 +196,20 @@ def run(name: str, row: Row, seed: int, root: Path) -> dict[str, float]:
     if row.before:
         first = root / f"{name}-{seed}-before"
         trained([*row.before, "train.steps=50", "eval.every=50", "optimizer.final_lr=1.0"], first)
-        row = row._replace(sets=[*row.sets, "train.steps=50", "eval.every=50", f"init_from.path={first}"])
+        row = row._replace(
+            sets=[*row.sets, "train.steps=50", "eval.every=50", f"init_from.path={first}"]
+        )
     trained(row.sets, folder)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     loss = [r["all/lm_loss"] for r in rows if "all/lm_loss" in r][-1]
     last = next(r for r in reversed(rows) if "dev/ema/own/loss" in r)
     said = {whose: last[f"dev/ema/{whose}/loss"] for whose in ("own", "foreign")}
-    return {"train": loss, **said, "cells": 100 * last["dev/ema/own/cell_accuracy"], "minutes": last["seconds"] / 60}
+    return {
+        "train": loss,
+        **said,
+        "cells": 100 * last["dev/ema/own/cell_accuracy"],
+        "minutes": last["seconds"] / 60,
+    }
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -157,17 +217,26 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("--rows", default=",".join(ROWS))
     options.add_argument("--seeds", type=int, default=1)
     options.add_argument("--first", type=int, default=0, help="the first seed")
     options.add_argument("--dir", type=Path, default=Path("runs/screen"))
     args = options.parse_args()
     seeds = range(args.first, args.first + args.seeds)
-    found = {name: [run(name, ROWS[name], seed, args.dir) for seed in seeds] for name in args.rows.split(",")}
-    print("| hypothesis | row | training loss | loss, own demos | foreign demos | cells, % | minutes |\n|---|---|---|---|---|---|---|")
+    found = {
+        name: [run(name, ROWS[name], seed, args.dir) for seed in seeds]
+        for name in args.rows.split(",")
+    }
+    print(
+        "| hypothesis | row | training loss | loss, own demos | foreign demos | cells, % | minutes |\n|---|---|---|---|---|---|---|"
+    )
     for name, runs in found.items():
-        said = {k: spread([r[k] for r in runs], 1 if k in ("cells", "minutes") else 3) for k in runs[0]}
+        said = {
+            k: spread([r[k] for r in runs], 1 if k in ("cells", "minutes") else 3) for k in runs[0]
+        }
         print(f"| {ROWS[name].hypothesis} | `{name}` | {' | '.join(said.values())} |")
 
 

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from etrm_arc import blocks, config, data, encoders, etrm, launch, layers, sources, train
+from etrm_arc import config, data, encoders, etrm, sources, train
 from etrm_arc.optim import optimizers, update
 
 DTYPES = ("bf16", "fp32")
@@ -76,7 +76,11 @@ class Trainer:
         """Median samples/s over so many lives of an episode (`life` steps, in one of which all slots draw anew)."""
         for _ in range(warm):
             self.step()
-        return self.cfg.train.batch * life / statistics.median(sum(self.step() for _ in range(life)) for _ in range(repeats))
+        return (
+            self.cfg.train.batch
+            * life
+            / statistics.median(sum(self.step() for _ in range(life)) for _ in range(repeats))
+        )
 
 
 # ---------------------------------------------------------------- the published layout, by our own means
@@ -87,7 +91,9 @@ def ten_demos(d: data.Demos) -> data.Demos:
     slots, cells = len(d.cells_of), 900
     inputs, outputs = (x.new_zeros(slots, 10, cells) for x in (d.inputs, d.outputs))
     for i, (owner, place) in enumerate(zip(d.owner.tolist(), d.place.tolist(), strict=True)):
-        inputs[owner, place], outputs[owner, place] = (x[i * cells : (i + 1) * cells] for x in (d.inputs, d.outputs))
+        inputs[owner, place], outputs[owner, place] = (
+            x[i * cells : (i + 1) * cells] for x in (d.inputs, d.outputs)
+        )
     n = slots * 10
     owner, place = torch.arange(slots).repeat_interleave(10), torch.arange(10).repeat(slots)
     at = torch.cartesian_prod(torch.arange(30), torch.arange(30)).repeat(n, 1)
@@ -108,16 +114,20 @@ def ten_demos(d: data.Demos) -> data.Demos:
 
 @contextlib.contextmanager
 def published_layout() -> Iterator[None]:
-    batch, attend = data.batch, layers.self_attention
+    batch, attend = data.batch, etrm.self_attention
 
     def padded(*args: Any) -> data.Batch:
         made = batch(*args)
         return made._replace(demos=ten_demos(made.demos))
 
-    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    def attention(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
 
-    def self_attention(qkv: torch.Tensor, o: torch.Tensor, heads: int, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def self_attention(
+        qkv: torch.Tensor, o: torch.Tensor, heads: int, x: torch.Tensor, *rest: Any
+    ) -> torch.Tensor:
         return attend(qkv.to(x.dtype), o.to(x.dtype), heads, x, *rest)
 
     def swiglu(gate_up: torch.Tensor, down: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -132,14 +142,25 @@ def published_layout() -> Iterator[None]:
 
     def cast_late(like: Any, leaves: dict[str, torch.Tensor]) -> Any:
         blocks = (".qkv", ".o", ".gate_up", ".down")
-        return rebuild(like, {k: v.float() if k.endswith(blocks) and ".sets." not in k else v for k, v in leaves.items()})
+        return rebuild(
+            like,
+            {
+                k: v.float() if k.endswith(blocks) and ".sets." not in k else v
+                for k, v in leaves.items()
+            },
+        )
 
     with contextlib.ExitStack() as stack:
-        for module in (layers, etrm, blocks, encoders):
-            for name, new in (("attention", attention), ("self_attention", self_attention), ("swiglu", swiglu), ("rms", rms)):
+        for module in (etrm, etrm, encoders, encoders):
+            for name, new in (
+                ("attention", attention),
+                ("self_attention", self_attention),
+                ("swiglu", swiglu),
+                ("rms", rms),
+            ):
                 if hasattr(module, name):
                     stack.enter_context(mock.patch.object(module, name, new))
-        stack.enter_context(mock.patch.object(layers, "RUN", 1 << 40))
+        stack.enter_context(mock.patch.object(etrm, "RUN", 1 << 40))
         stack.enter_context(mock.patch.object(data, "batch", padded))
         stack.enter_context(mock.patch.object(train, "rebuild", cast_late))
         yield
@@ -203,10 +224,15 @@ def parts(t: Trainer, repeats: int) -> dict[str, dict[str, float]]:
             seconds.append(time.perf_counter() - begun)
         with FlopCounterMode(display=False) as counter:
             f()
-        found[name] = {"seconds": statistics.median(seconds), "gflop": counter.get_total_flops() / 1e9}
+        found[name] = {
+            "seconds": statistics.median(seconds),
+            "gflop": counter.get_total_flops() / 1e9,
+        }
         return result
 
-    carry, batch, least = timed("drawing and painting", lambda: train.next_batch(s, cfg, s.shards[0], t.carries[0]))
+    carry, batch, least = timed(
+        "drawing and painting", lambda: train.next_batch(s, cfg, s.shards[0], t.carries[0])
+    )
     cast = etrm.rebuild(s.like, {k: v.to(s.dtype) for k, v in s.params.items()})
     wanted = [v for v in s.params.values() if v.requires_grad]
     context = s.encode.read(cast.encoder, batch).tokens.detach()
@@ -219,7 +245,9 @@ def parts(t: Trainer, repeats: int) -> dict[str, dict[str, float]]:
 
     timed("encoder", encode)
     _, out = etrm.act_step(cast, cfg.model, said, carry, batch, least)
-    out = out._replace(logits=out.logits.detach().requires_grad_(), q_halt=out.q_halt.detach().requires_grad_())
+    out = out._replace(
+        logits=out.logits.detach().requires_grad_(), q_halt=out.q_halt.detach().requires_grad_()
+    )
 
     def loss() -> tuple[torch.Tensor, ...]:
         total = etrm.act_loss(cfg.model, out, batch.labels, batch.cells).total.sum()
@@ -229,7 +257,13 @@ def parts(t: Trainer, repeats: int) -> dict[str, dict[str, float]]:
 
     def core() -> None:
         _, made = etrm.act_step(cast, cfg.model, said, carry, batch, least)
-        torch.autograd.grad((made.logits, made.q_halt), wanted, (g_logits, g_q), allow_unused=True, retain_graph=True)
+        torch.autograd.grad(
+            (made.logits, made.q_halt),
+            wanted,
+            (g_logits, g_q),
+            allow_unused=True,
+            retain_graph=True,
+        )
 
     timed("core", core)
     grads = [torch.zeros_like(p) for p in t.trained]
@@ -245,7 +279,10 @@ def grown(tasks: int) -> list[data.Task]:
     base, made = sources.load(("arc1:training",)), []
     g = torch.Generator().manual_seed(0)
     for i in range(tasks):
-        task, s = base[i % len(base)], data.draw_symmetry(torch.rand(1, 11, generator=g), True, "keep_black")
+        task, s = (
+            base[i % len(base)],
+            data.draw_symmetry(torch.rand(1, 11, generator=g), True, "keep_black"),
+        )
         one = data.Symmetry(s.dihedral[0], s.colours[0])
         turn = lambda pairs, one=one: [tuple(data.apply(one, x) for x in pair) for pair in pairs]  # noqa: E731
         made.append(data.Task(f"{task.name}-{i}", turn(task.demos), turn(task.queries)))
@@ -269,11 +306,22 @@ def with_processes(n: int, repeats: int) -> float:
         **os.environ,
         "WORLD_SIZE": str(n),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(launch.free_port()),
+        "MASTER_PORT": str(train.free_port()),
         "OMP_NUM_THREADS": threads,
     }
-    command = [sys.executable, "-m", "benchmarks.throughput", "--worker", str(n), "--repeats", str(repeats)]
-    ranks = [subprocess.Popen(command, env={**shared, "RANK": str(r)}, stdout=subprocess.PIPE, text=True) for r in range(n)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.throughput",
+        "--worker",
+        str(n),
+        "--repeats",
+        str(repeats),
+    ]
+    ranks = [
+        subprocess.Popen(command, env={**shared, "RANK": str(r)}, stdout=subprocess.PIPE, text=True)
+        for r in range(n)
+    ]
     said = [r.communicate()[0] for r in ranks]
     return float(said[0].splitlines()[-1])
 
@@ -298,7 +346,9 @@ def one_dtype(dtype: str, sets: list[str], repeats: int, stand_in: int) -> dict[
     first = t.start + time.perf_counter() - begun
     rate = t.rate(repeats, 4, 16)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    t = Trainer(recipe(sets, train__dtype=dtype, train__shards=1))  # in one piece, to be taken apart
+    t = Trainer(
+        recipe(sets, train__dtype=dtype, train__shards=1)
+    )  # in one piece, to be taken apart
     t.rate(1, 4)
     seconds, gflop = attainable(t)
     found: dict[str, Any] = {
@@ -308,7 +358,11 @@ def one_dtype(dtype: str, sets: list[str], repeats: int, stand_in: int) -> dict[
         "peak_memory_gb": peak,
         "ratio_to_published": rate / PUBLISHED[dtype],
     }  # fmt: skip
-    trm = Trainer(recipe(sets, train__dtype=dtype, data__canvases=[30], train__shards=1, model__positions="rope"))
+    trm = Trainer(
+        recipe(
+            sets, train__dtype=dtype, data__canvases=[30], train__shards=1, model__positions="rope"
+        )
+    )
     context = torch.zeros(t.cfg.train.batch, 16, 128, dtype=trm.s.dtype)
     trm.s = trm.s._replace(encode=etrm.Encode(lambda *_: etrm.Context(context)))
     found["full_canvas_without_encoder_samples_per_s"] = trm.rate(repeats, 1)
@@ -339,7 +393,13 @@ def plot(found: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     kinds = [k for k in ("tasks", "canvas", "demos", "hidden") if k in found["growth"]]
-    figure, axes = plt.subplots(1, 1 + len(kinds), figsize=(3.2 * (1 + len(kinds)), 3), squeeze=False, constrained_layout=True)
+    figure, axes = plt.subplots(
+        1,
+        1 + len(kinds),
+        figsize=(3.2 * (1 + len(kinds)), 3),
+        squeeze=False,
+        constrained_layout=True,
+    )
     axes = axes[0]
     names, bars = [], []
     for dtype in (d for d in DTYPES if d in found):
@@ -352,25 +412,42 @@ def plot(found: dict[str, Any], path: Path) -> None:
         rows = found["growth"][kind]
         values = [v["samples_per_s"] if isinstance(v, dict) else v for v in rows.values()]
         axis.plot([int(k) for k in rows], values, "o-", color="#0074D9")
-        axis.set(title=f"samples/s against {kind}", ylim=(0, 1.1 * max(values)), xscale="log" if kind == "tasks" else "linear")
+        axis.set(
+            title=f"samples/s against {kind}",
+            ylim=(0, 1.1 * max(values)),
+            xscale="log" if kind == "tasks" else "linear",
+        )
     figure.savefig(path, dpi=110)
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("--json", type=Path, help="write all numbers there")
     options.add_argument("--plot", type=Path, help="write a figure there (needs matplotlib)")
     options.add_argument("--quick", action="store_true", help="neither stand-in nor growth")
-    options.add_argument("--dtype", choices=DTYPES, action="append", help="only this one (a CPU without bf16 takes hours for it)")
+    options.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        action="append",
+        help="only this one (a CPU without bf16 takes hours for it)",
+    )
     options.add_argument("--conceptarc", help="folder of ConceptARC, added to the training tasks")
-    options.add_argument("--checkpoint", default="", help="a trained one, for evaluation (benchmarks/evaluation.py)")
+    options.add_argument(
+        "--checkpoint", default="", help="a trained one, for evaluation (benchmarks/evaluation.py)"
+    )
     options.add_argument("--repeats", type=int, default=5)
     options.add_argument("--worker", type=int, default=0, help=argparse.SUPPRESS)
     args = options.parse_args()
     if args.worker:
         return worker(args.worker, args.repeats)
     sets = [args.conceptarc] if args.conceptarc else []
-    found: dict[str, Any] = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    found: dict[str, Any] = {
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
     dtypes = args.dtype or DTYPES
 
     def keep() -> None:
@@ -379,8 +456,12 @@ def main() -> None:
             args.json.write_text(json.dumps(found, indent=1))
 
     for dtype in dtypes:
-        with ProcessPoolExecutor(1, get_context("spawn")) as alone:  # memory is counted from nothing
-            row = found[dtype] = alone.submit(one_dtype, dtype, sets, args.repeats, 0 if args.quick else args.repeats).result()
+        with ProcessPoolExecutor(
+            1, get_context("spawn")
+        ) as alone:  # memory is counted from nothing
+            row = found[dtype] = alone.submit(
+                one_dtype, dtype, sets, args.repeats, 0 if args.quick else args.repeats
+            ).result()
         print(
             f"{dtype}: {row['samples_per_s']:.2f} samples/s, {row['gflop_per_sample']:.1f} GFLOP a sample, "
             f"{row['gflop_per_s']:.0f} GFLOP/s; its matrix products alone run at {row['products_gflop_per_s']:.0f} and take "
@@ -400,14 +481,18 @@ def main() -> None:
     found["peak_memory_gb"] = max(found[d]["peak_memory_gb"] for d in dtypes)
     found["growth"] = {} if args.quick else growth(sets, 3)
     for kind, rows in found["growth"].items():
-        said = (f"{k}: {v['samples_per_s'] if isinstance(v, dict) else v:.1f}" for k, v in rows.items())
+        said = (
+            f"{k}: {v['samples_per_s'] if isinstance(v, dict) else v:.1f}" for k, v in rows.items()
+        )
         print(f"samples/s by {kind}: {', '.join(said)}", flush=True)
     keep()
     if args.plot:
         plot(found, args.plot)
     from benchmarks import evaluation
 
-    found["evaluation"] = evaluation.measured(dtypes, args.checkpoint, slow=0 if args.quick else 2, limit=16)
+    found["evaluation"] = evaluation.measured(
+        dtypes, args.checkpoint, slow=0 if args.quick else 2, limit=16
+    )
     keep()
 
 

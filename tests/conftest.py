@@ -12,7 +12,9 @@ from hypothesis import settings
 from safetensors import safe_open
 from torch import Tensor
 
-torch.set_num_threads(1)  # before `train` counts them: tensors are tiny here, and a forked copy of a pool of threads hangs
+torch.set_num_threads(
+    1
+)  # before `train` counts them: tensors are tiny here, and a forked copy of a pool of threads hangs
 pytest.register_assert_rewrite("etrm_arc.tests.puzzles")  # its `close` says both values
 from etrm_arc import config, train  # noqa: E402
 from etrm_arc.tests.puzzles import SET  # noqa: E402
@@ -22,7 +24,9 @@ Golden = tuple[dict[str, Tensor], dict[str, Any]]
 # No deadline: the first call of a torch function can take seconds.
 settings.register_profile("same", deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("explore", deadline=None)
-settings.load_profile("explore" if os.environ.get("EXPLORE") else "same")  # EXPLORE=1 pytest: new examples each time
+settings.load_profile(
+    "explore" if os.environ.get("EXPLORE") else "same"
+)  # EXPLORE=1 pytest: new examples each time
 
 
 def decode(value: str) -> Any:
@@ -38,7 +42,9 @@ def golden() -> Callable[[str], Golden]:
     """name -> (tensors, metadata) of tests/golden/<name>.safetensors, read anew at each call."""
 
     def load(name: str) -> Golden:
-        with safe_open(Path(__file__).parent / "golden" / f"{name}.safetensors", framework="pt") as file:
+        with safe_open(
+            Path(__file__).parent / "golden" / f"{name}.safetensors", framework="pt"
+        ) as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
             return tensors, {key: decode(value) for key, value in file.metadata().items()}
 

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
-from etrm_arc import checkpoint, config, solve, sources, train, votes
-from etrm_arc.data import UserError
+from etrm_arc import checkpoint, config, score, solve, sources, train
+from etrm_arc.config import UserError
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "configs"
@@ -57,7 +57,15 @@ def run_of(folder: Path) -> None:
     raw = {
         "run": {"dir": str(folder)},
         "data": {"train": [str(HERE / "data" / "set")], "dev": [], "held_out": []},
-        "model": {"hidden": 16, "heads": 2, "expansion": 1.0, "layers": 1, "H_cycles": 1, "L_cycles": 1, "context_tokens": 2},
+        "model": {
+            "hidden": 16,
+            "heads": 2,
+            "expansion": 1.0,
+            "layers": 1,
+            "H_cycles": 1,
+            "L_cycles": 1,
+            "context_tokens": 2,
+        },
         "train": {"batch": 4, "steps": 4, "save_every": 2, "dtype": "fp32"},
         "eval": {"on": "train", "foreign": False, "act_steps": 1},
     }
@@ -76,7 +84,9 @@ def main() -> None:
     whole, parts, _ = checkpoint.load_state(work / "run")
 
     asked, sent = work / "predictions.jsonl", work / "submission.json"
-    solve.evaluate([work / "run"], [str(HERE / "data" / "set")], predictions_file=str(asked), submit=str(sent))
+    solve.evaluate(
+        [work / "run"], [str(HERE / "data" / "set")], predictions_file=str(asked), submit=str(sent)
+    )
 
     def state(path: Path) -> str:
         """What is taken up when one file of the newest state is mutated: the state before it, or the same bits."""
@@ -96,8 +106,10 @@ def main() -> None:
         return "valid" if sources.load([str(path)]) else "refused"
 
     def votes_of(path: Path) -> str:
-        found = votes.union(votes.read(path))
-        return "valid" if all(votes.rank(p.votes) is not None for p in found.values()) else "refused"
+        found = score.union(score.read(path))
+        return (
+            "valid" if all(score.rank(p.votes) is not None for p in found.values()) else "refused"
+        )
 
     def recipe(path: Path) -> str:
         config.load_config(path)
@@ -109,7 +121,10 @@ def main() -> None:
         "config": (sorted(CONFIGS.glob("*.toml")), recipe),
         "predictions": ([asked], votes_of),
         "submission": ([sent], votes_of),
-        "task": ([HERE / "data" / "task.json", *sorted((HERE / "data" / "set").glob("*.json"))], task),
+        "task": (
+            [HERE / "data" / "task.json", *sorted((HERE / "data" / "set").glob("*.json"))],
+            task,
+        ),
     }
     counts: dict[str, collections.Counter[str]] = {k: collections.Counter() for k in kinds}
     for name, (files, judge) in kinds.items():

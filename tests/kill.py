@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 
 from etrm_arc import checkpoint
-from etrm_arc.runs import is_held
+from etrm_arc.checkpoint import is_held
 
 STEPS = 32
 RECIPE = f"""
@@ -63,7 +63,9 @@ def prepare(work: Path) -> None:
     for h, w in SIZES:
         grids = [[[draw.randrange(10) for _ in range(w)] for _ in range(h)] for _ in range(3)]
         demo, other, query = ({"input": x, "output": x[::-1]} for x in grids)
-        (work / "tasks" / f"{h}x{w}.json").write_text(json.dumps({"train": [demo, other], "test": [query]}))
+        (work / "tasks" / f"{h}x{w}.json").write_text(
+            json.dumps({"train": [demo, other], "test": [query]})
+        )
 
 
 def start(work: Path, folder: Path, dtype: str, procs: int) -> subprocess.Popen[bytes]:
@@ -71,7 +73,9 @@ def start(work: Path, folder: Path, dtype: str, procs: int) -> subprocess.Popen[
     sets = ["--set", f"run.dir={folder}", "--set", f"train.dtype={dtype}", "--procs", str(procs)]
     command = [sys.executable, "-m", "etrm_arc.cli", "train", "kill.toml", *sets, *resume]
     with open(work / "stderr", "w") as said:
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said, start_new_session=True, cwd=work)
+        return subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=said, start_new_session=True, cwd=work
+        )
 
 
 def kill(run: subprocess.Popen[bytes], folder: Path) -> None:
@@ -90,7 +94,14 @@ def outcome(folder: Path, step: float = math.inf) -> Outcome:
     found = {f"{p.stem}.{k}": v for p in files for k, v in checkpoint.read_file(p)[0].items()}
     for part in checkpoint.load_state(folder)[1]:
         found |= part
-    return Outcome([{k: v for k, v in row.items() if k not in WALL_CLOCK} for row in rows if row["step"] <= step], found)
+    return Outcome(
+        [
+            {k: v for k, v in row.items() if k not in WALL_CLOCK}
+            for row in rows
+            if row["step"] <= step
+        ],
+        found,
+    )
 
 
 def equal(one: Outcome, other: Outcome) -> bool:
@@ -114,7 +125,10 @@ def left_whole(folder: Path, whole: Whole) -> bool:
     if manifest is None:
         return not checkpoint.manifests(folder)
     rows = [row for row in whole.outcome.rows if row["step"] <= manifest["step"]]
-    return manifest["files"] == whole.states[manifest["step"]] and outcome(folder, manifest["step"]).rows == rows
+    return (
+        manifest["files"] == whole.states[manifest["step"]]
+        and outcome(folder, manifest["step"]).rows == rows
+    )
 
 
 def unbroken(work: Path, dtype: str, procs: int) -> Whole:
@@ -142,8 +156,17 @@ def writing(folder: Path, since: float) -> set[tuple[str, int]]:
 
 def strike(run: subprocess.Popen[bytes], folder: Path, draw: random.Random, whole: Whole) -> str:
     """Kill the run at a drawn instant, and say where that fell; nothing where it ended before."""
-    since, before, seen, deadline = time.time(), states(folder).keys(), set[tuple[str, int]](), math.inf
-    kind, nth, share = draw.choices(("start-up", "write", "training"), (1, 5, 4))[0], draw.randint(1, 20), draw.random()
+    since, before, seen, deadline = (
+        time.time(),
+        states(folder).keys(),
+        set[tuple[str, int]](),
+        math.inf,
+    )
+    kind, nth, share = (
+        draw.choices(("start-up", "write", "training"), (1, 5, 4))[0],
+        draw.randint(1, 20),
+        draw.random(),
+    )
     if kind == "start-up":
         deadline = time.monotonic() + share * whole.begins
     while run.poll() is None:
@@ -165,13 +188,17 @@ def where(folder: Path, since: float) -> str:
         return "start-up"
     if at := writing(folder, since):
         return f"mid-write of {re.split('[-.]', min(at)[0])[1]}"
-    if {p.name for p in folder.glob("state-*-*.safetensors")} - {name for files in states(folder).values() for name in files}:
+    if {p.name for p in folder.glob("state-*-*.safetensors")} - {
+        name for files in states(folder).values() for name in files
+    }:
         return "before the manifest"
     return "mid-line" if log.read_text()[-1:] not in ("", "\n") else "between writes"
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("--kills", type=int, default=20)
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--json", action="store_true")
@@ -186,7 +213,9 @@ def main() -> None:
             whole[kind] = whole.get(kind) or unbroken(work, *kind)
             while True:
                 run = start(work, folder, *kind)
-                fallen = strike(run, folder, draw, whole[kind]) if kills + len(good) < args.kills else ""
+                fallen = (
+                    strike(run, folder, draw, whole[kind]) if kills + len(good) < args.kills else ""
+                )
                 if not fallen:
                     break
                 at.append(fallen)
@@ -195,7 +224,11 @@ def main() -> None:
             fell.update(at)
             kills, runs = kills + len(good), runs + 1
             identical += sum(good) * equal(outcome(folder), whole[kind].outcome)
-            print(f"{kills} kills in {runs} runs, {identical} identical; they fell: {dict(fell)}", file=sys.stderr, flush=True)
+            print(
+                f"{kills} kills in {runs} runs, {identical} identical; they fell: {dict(fell)}",
+                file=sys.stderr,
+                flush=True,
+            )
             if identical == kills:
                 shutil.rmtree(folder)
     if run.poll() is None:
@@ -203,7 +236,11 @@ def main() -> None:
     if identical == kills:
         shutil.rmtree(work)
     found = {"kills": kills, "identical": identical, "runs": runs, "fell": dict(fell)}
-    print(json.dumps(found) if args.json else f"{identical} of {kills} kills identical, in {runs} runs; they fell: {dict(fell)}")
+    print(
+        json.dumps(found)
+        if args.json
+        else f"{identical} of {kills} kills identical, in {runs} runs; they fell: {dict(fell)}"
+    )
     sys.exit(0 if identical == kills else 1)
 
 

@@ -2,8 +2,9 @@
 
 import torch
 
+from etrm_arc.config import ModelConfig
 from etrm_arc.encoders import CellBlock, Latent, SetBlock, Standard, Widened
-from etrm_arc.etrm import Block, Core, ModelConfig
+from etrm_arc.etrm import Block, Core
 
 
 def sub(tensors, prefix):
@@ -16,7 +17,9 @@ def block(sd, p, kind=Block):
         names[2:] = ["mlp.fc1", "mlp.fc2"]
     attention = p if f"{p}qkv_proj.weight" in sd else f"{p}self_attn."
     tensors = [sd[f"{p if n.startswith('mlp') else attention}{n}.weight"] for n in names]
-    return kind(*tensors, *((sd.get(p + "gamma_1"), sd.get(p + "gamma_2")) if kind is CellBlock else ()))
+    return kind(
+        *tensors, *((sd.get(p + "gamma_1"), sd.get(p + "gamma_2")) if kind is CellBlock else ())
+    )
 
 
 def core(sd):
@@ -37,7 +40,9 @@ def set_block(sd, p):
     """The blocks of a set encoder, or the two halves of the only one of a recurrent encoder."""
     attention = p if p else "cross_attn."
     names = [*(f"{attention}{n}_proj" for n in "qkvo"), f"{p}mlp.gate_up_proj", f"{p}mlp.down_proj"]
-    return SetBlock(*(sd[f"{n}.weight"] for n in names), sd.get(p + "gamma_1"), sd.get(p + "gamma_2"))
+    return SetBlock(
+        *(sd[f"{n}.weight"] for n in names), sd.get(p + "gamma_1"), sd.get(p + "gamma_2")
+    )
 
 
 def latent(sd):
@@ -58,14 +63,24 @@ def standard(sd, sets=1):
     g, s = "grid_encoder.", "set_encoder."
     pool = [g + "pool_query", *(f"{g}pool_{n}_proj.weight" for n in "qkvo")]
     weighted = g + "pool_weight_proj.weight"
-    blocks = [f"{s}layers.{i}." for i in range(sets)] if f"{s}query_tokens" in sd else [""] * ("cross_attn.q_proj.weight" in sd)
+    blocks = (
+        [f"{s}layers.{i}." for i in range(sets)]
+        if f"{s}query_tokens" in sd
+        else [""] * ("cross_attn.q_proj.weight" in sd)
+    )
     start = [sd[n] for n in ("z_e_init", "z_e_H_init", "z_e_L_init") if n in sd]
-    level = [f"L_level.layers.{i}." for i in range(2)] if "L_level.layers.0.mlp.down_proj.weight" in sd else []
+    level = (
+        [f"L_level.layers.{i}." for i in range(2)]
+        if "L_level.layers.0.mlp.down_proj.weight" in sd
+        else []
+    )
     return Standard(
         input_embed=either(sd, g + "input_embed.embedding_weight", g + "color_embed.weight"),
         output_embed=sd.get(g + "output_embed.embedding_weight"),
         cells=tuple(block(sd, f"{g}layers.{i}.", CellBlock) for i in range(2)),
-        pool=tuple(sd[n] for n in pool) if pool[0] in sd else ((sd[weighted],) if weighted in sd else ()),
+        pool=tuple(sd[n] for n in pool)
+        if pool[0] in sd
+        else ((sd[weighted],) if weighted in sd else ()),
         pool_proj=sd.get(g + "pool_proj.weight"),
         queries=sd.get(s + "query_tokens"),
         sets=tuple(set_block(sd, b) for b in blocks),
@@ -89,5 +104,22 @@ def widened(p, width, hidden):
 
 
 def config(**changes):
-    base = dict(hidden=64, heads=4, H_cycles=2, L_cycles=2, halt_max_steps=4, exploration=0.5, positions="rope", raster=6)
-    return ModelConfig(**{**base, "tied_head": False, "context_scale": "published", "published_halting": True, **changes})
+    base = dict(
+        hidden=64,
+        heads=4,
+        H_cycles=2,
+        L_cycles=2,
+        halt_max_steps=4,
+        exploration=0.5,
+        positions="rope",
+        raster=6,
+    )
+    return ModelConfig(
+        **{
+            **base,
+            "tied_head": False,
+            "context_scale": "published",
+            "published_halting": True,
+            **changes,
+        }
+    )

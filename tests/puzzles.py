@@ -10,10 +10,11 @@ import msgspec
 import numpy as np
 import torch
 
-from etrm_arc import data, encoders, sources, train, votes
-from etrm_arc.data import DataConfig, Symmetry, Task
+from etrm_arc import data, encoders, score, sources, train
+from etrm_arc.config import DataConfig, EncoderConfig, ModelConfig
+from etrm_arc.data import Symmetry, Task
 from etrm_arc.encoders import Widened, encoder_of, init_params
-from etrm_arc.etrm import EncoderConfig, ModelConfig, act_loss, act_step, fresh_carry, leaves, tree_map
+from etrm_arc.etrm import act_loss, act_step, fresh_carry, leaves, tree_map
 
 generators = st.integers(0, 2**32 - 1).map(lambda seed: torch.Generator().manual_seed(seed))
 
@@ -28,18 +29,24 @@ def grid(g: torch.Generator, low: int = 1, high: int = 6, colours: int = 10) -> 
     return torch.randint(0, colours, size, generator=g).to(torch.uint8).numpy()
 
 
-def pair(g: torch.Generator, low: int = 1, high: int = 6, colours: int = 10) -> tuple[np.ndarray, np.ndarray]:
+def pair(
+    g: torch.Generator, low: int = 1, high: int = 6, colours: int = 10
+) -> tuple[np.ndarray, np.ndarray]:
     return grid(g, low, high, colours), grid(g, low, high, colours)
 
 
-def task(g: torch.Generator, name: str = "t", low: int = 1, high: int = 6, hidden: bool = False) -> Task:
+def task(
+    g: torch.Generator, name: str = "t", low: int = 1, high: int = 6, hidden: bool = False
+) -> Task:
     """1..5 demos and 1..2 queries; with `hidden` about half of the queries have no output."""
     demos = [pair(g, low, high) for _ in range(integer(g, 1, 5))]
     asked = [pair(g, low, high) for _ in range(integer(g, 1, 2))]
     return Task(name, demos, [(x, None if hidden and integer(g, 0, 1) else y) for x, y in asked])
 
 
-def tasks(g: torch.Generator, n: int, low: int = 1, high: int = 6, hidden: bool = False) -> list[Task]:
+def tasks(
+    g: torch.Generator, n: int, low: int = 1, high: int = 6, hidden: bool = False
+) -> list[Task]:
     return [task(g, f"t{i}", low, high, hidden) for i in range(n)]
 
 
@@ -59,12 +66,23 @@ SLOTS = 5
 KINDS = {kind: {"kind": kind} for kind in encoders.ENCODERS}
 OTHER = {
     "standard, pre": {"kind": "standard", "pooling": "max", "norm": "pre", "layer_scale": 0.5},
-    "standard, QK norm": {"kind": "standard", "pooling": "attention", "set_layers": 2, "qk_norm": True},
+    "standard, QK norm": {
+        "kind": "standard",
+        "pooling": "attention",
+        "set_layers": 2,
+        "qk_norm": True,
+    },
     "standard, weighted": {"kind": "standard", "pooling": "weighted"},
     "perceiver, pre": {"kind": "perceiver", "norm": "pre", "layer_scale": 0.5, "difference": True},
     "perceiver, wide": {"kind": "perceiver", "width": 48, "heads": 3, "qk_norm": True},
     "perceiver, query": {"kind": "perceiver", "query": True},
-    "matching, wide": {"kind": "matching", "width": 48, "heads": 3, "qk_norm": True, "set_layers": 2},
+    "matching, wide": {
+        "kind": "matching",
+        "width": 48,
+        "heads": 3,
+        "qk_norm": True,
+        "set_layers": 2,
+    },
     "lpn_var, wide": {"kind": "lpn_var", "width": 16, "latent": 8, "query": True},
     "recurrent, wide": {"kind": "recurrent", "width": 16, "norm": "pre", "set_layers": 2},
 }
@@ -75,7 +93,15 @@ RECURRENT = [kind for kind, e in encoders.ENCODERS.items() if e.recur]
 
 def config(encoder="perceiver", published=False, **options):
     e = EncoderConfig(**{"layers": 1, "published": published, **{**KINDS, **OTHER}[encoder]})
-    small = {"hidden": 32, "heads": 2, "expansion": 1.0, "layers": 1, "H_cycles": 2, "L_cycles": 1, "context_tokens": 4}
+    small = {
+        "hidden": 32,
+        "heads": 2,
+        "expansion": 1.0,
+        "layers": 1,
+        "H_cycles": 2,
+        "L_cycles": 1,
+        "context_tokens": 4,
+    }
     return ModelConfig(**{**small, "halt_max_steps": 4, "encoder": e, **options})
 
 
@@ -113,11 +139,19 @@ class World:
         return fresh_carry(self.cfg, (batch or self.batch).cells, torch.float32)
 
     def step(self, carry, params=None, batch=None, min_steps=None):
-        return act_step(params or self.params, self.cfg, self.encode, carry, batch or self.batch, min_steps)
+        return act_step(
+            params or self.params, self.cfg, self.encode, carry, batch or self.batch, min_steps
+        )
 
     def noise(self, step):
         lanes, zeros = encoders.latent_of(self.cfg), torch.zeros(SLOTS, dtype=torch.int64)
-        return None if lanes is None else train.noise(lanes, self.batch.demos.most + 1, 7, torch.arange(SLOTS), zeros, zeros + step)
+        return (
+            None
+            if lanes is None
+            else train.noise(
+                lanes, self.batch.demos.most + 1, 7, torch.arange(SLOTS), zeros, zeros + step
+            )
+        )
 
     def owner(self, batch=None):
         """(N,) whose token it is."""
@@ -132,7 +166,9 @@ class World:
         halted = torch.rand(SLOTS, generator=g) < 0.5
         start = getattr(own(self.params.encoder), "start", None)
         z_E = fresh.z_E if start is None else torch.randn(SLOTS, *start.shape, generator=g)
-        return fresh._replace(z_H=z[0], z_L=z[1], steps=steps, halted=halted, n=torch.zeros_like(steps), z_E=z_E)
+        return fresh._replace(
+            z_H=z[0], z_L=z[1], steps=steps, halted=halted, n=torch.zeros_like(steps), z_E=z_E
+        )
 
     def of(self, slot, out, batch=None):
         """What one slot gets: its logits, q and KL, its states."""
@@ -140,7 +176,13 @@ class World:
         token = self.owner(batch) == slot
         states = carry.z_H[token], carry.z_L[token], carry.z_E[slot]
         kl = () if out.kl is None else (out.kl[slot],)
-        return out.logits.split(batch.cells)[slot], out.q_halt[slot], out.q_continue[slot], *kl, *states
+        return (
+            out.logits.split(batch.cells)[slot],
+            out.q_halt[slot],
+            out.q_continue[slot],
+            *kl,
+            *states,
+        )
 
 
 def own(encoder):
@@ -181,9 +223,12 @@ def with_solve(cfg, **fields):
 
 
 def told(predictions):
-    return [(p.task, p.query, [(v.view, v.step, v.q, v.logp, votes.written(v.grid)) for v in p.votes]) for p in predictions]
+    return [
+        (p.task, p.query, [(v.view, v.step, v.q, v.logp, score.written(v.grid)) for v in p.votes])
+        for p in predictions
+    ]
 
 
 def lines(file):
     """What stands in a file of predictions, the clock aside."""
-    return told(votes.union(votes.read(file)).values())
+    return told(score.union(score.read(file)).values())

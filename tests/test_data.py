@@ -10,7 +10,8 @@ import torch
 from hypothesis import example, given, settings
 
 from etrm_arc import data
-from etrm_arc.data import DataConfig, Symmetry, Task, UserError
+from etrm_arc.config import DataConfig, UserError
+from etrm_arc.data import Symmetry, Task
 from etrm_arc.tests import puzzles
 from etrm_arc.tests.puzzles import generators
 
@@ -106,7 +107,11 @@ shares = st.one_of(st.sampled_from([0.0, 0.5, 1 - 2.0**-53]), st.floats(0, 1, ex
 sizes = st.tuples(st.integers(6, 30), st.integers(6, 30))
 
 
-@given(generators, st.lists(sizes, min_size=8, max_size=8), st.lists(st.tuples(shares, shares), min_size=8, max_size=8))
+@given(
+    generators,
+    st.lists(sizes, min_size=8, max_size=8),
+    st.lists(st.tuples(shares, shares), min_size=8, max_size=8),
+)
 @settings(max_examples=50)
 def test_painting_is_apply_then_tokenise(g, canvas, shift):
     some = puzzles.tasks(g, 4, hidden=True)
@@ -130,11 +135,17 @@ def test_painting_is_apply_then_tokenise(g, canvas, shift):
             mine = tokens.split(cells)[i]
             assert np.array_equal(mine.view(h, w).numpy(), want)
             assert (mine >= data.FIRST_COLOUR).sum() == (0 if x is None else x.size)
-        origin = torch.tensor([int(u * (30 - c + 1)) for u, c in zip(shift[i], (h, w), strict=True)])
-        places = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"), -1).flatten(0, 1)
+        origin = torch.tensor(
+            [int(u * (30 - c + 1)) for u, c in zip(shift[i], (h, w), strict=True)]
+        )
+        places = torch.stack(
+            torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"), -1
+        ).flatten(0, 1)
         assert torch.equal(at.split(cells)[i], origin + places) and at.max() < 30
         ends = torch.tensor(offset) + torch.tensor(grids[0].shape)
-        want = torch.cat((places - torch.tensor(offset) + 1, ends - places), 1)  # 1 where a cell touches that border from within
+        want = torch.cat(
+            (places - torch.tensor(offset) + 1, ends - places), 1
+        )  # 1 where a cell touches that border from within
         assert torch.equal(borders.split(cells)[i], want.clamp(0, 30))
 
 
@@ -148,21 +159,41 @@ def test_a_batch_paints_each_episode_on_its_canvas(g):
     b = data.batch(packed, e, cfg)
     canvas = dict(zip(made.pair.tolist(), made.canvas.tolist(), strict=True))
     assert len(b.cells) == 8 and sum(b.cells) == len(b.inputs) == len(b.labels)
-    for slot, (x, y) in enumerate(zip(b.inputs.split(b.cells), b.labels.split(b.cells), strict=True)):
+    for slot, (x, y) in enumerate(
+        zip(b.inputs.split(b.cells), b.labels.split(b.cells), strict=True)
+    ):
         s, at = Symmetry(*(v[slot : slot + 1] for v in e.symmetry)), e.shift[slot : slot + 1, 0]
         further = None if e.further is None else e.further[slot : slot + 1]
         h, w = canvas[int(e.query[slot])]
         square = further is not None and data.SWAP[further]
-        assert e.canvas[slot].tolist() == ([max(h, w)] * 2 if square else [w, h] if data.SWAP[s.dihedral] else [h, w])
-        want = data.paint(packed, e.query[slot : slot + 1], s, at, e.canvas[slot : slot + 1], further=further)
+        assert e.canvas[slot].tolist() == (
+            [max(h, w)] * 2 if square else [w, h] if data.SWAP[s.dihedral] else [h, w]
+        )
+        want = data.paint(
+            packed, e.query[slot : slot + 1], s, at, e.canvas[slot : slot + 1], further=further
+        )
         assert torch.equal(x, want[0])
         assert torch.equal(y, torch.where(want[1] == data.PAD, data.IGNORE, want[1]))
     d, seen = b.demos, set()
-    assert list(d.cells) == sorted(d.cells) and sum(d.cells) == len(d.inputs) and d.most == e.demos.shape[1]
-    rows = zip(d.inputs.split(d.cells), d.outputs.split(d.cells), d.gaps, d.owner.tolist(), d.place.tolist(), strict=True)
+    assert (
+        list(d.cells) == sorted(d.cells)
+        and sum(d.cells) == len(d.inputs)
+        and d.most == e.demos.shape[1]
+    )
+    rows = zip(
+        d.inputs.split(d.cells),
+        d.outputs.split(d.cells),
+        d.gaps,
+        d.owner.tolist(),
+        d.place.tolist(),
+        strict=True,
+    )
     for x, y, gap, owner, place in rows:
         pair = e.demos[owner, place]
-        s, at = Symmetry(*(v[owner : owner + 1] for v in e.symmetry)), e.shift[owner : owner + 1, 1 + place]
+        s, at = (
+            Symmetry(*(v[owner : owner + 1] for v in e.symmetry)),
+            e.shift[owner : owner + 1, 1 + place],
+        )
         further = None if e.further is None else e.further[owner : owner + 1]
         sizes = data.turned(data.both_sides(s, further), packed.grids[pair[None], :, 1:])
         size = torch.tensor([[3 if n <= 3 else 6 for n in sizes[0].amax(0)]])
@@ -192,17 +223,26 @@ def test_a_canvas_is_the_smallest_for_demos_and_input(g, rule, canvases):
             demos = [p for i, (u, p) in enumerate(pairs) if u == t and i != q and p[1] is not None]
             is_query = y is not None
         if is_query and demos:
-            size = np.max([grid.shape for grid in (x, *(grid for p in demos for grid in p))], axis=0)
+            size = np.max(
+                [grid.shape for grid in (x, *(grid for p in demos for grid in p))], axis=0
+            )
             foretold = size.copy()
             for axis in (0, 1):  # by a ratio that all demos share
                 ratios = {Fraction(b.shape[axis], a.shape[axis]) for a, b in demos}
                 if len(ratios) == 1:
-                    foretold[axis] = max(size[axis], min(30, round(float(ratios.pop() * x.shape[axis]))))
-            tried = [[min((c for c in canvases or range(31) if c >= n), default=0) for n in s] for s in (foretold, size)]
+                    foretold[axis] = max(
+                        size[axis], min(30, round(float(ratios.pop() * x.shape[axis])))
+                    )
+            tried = [
+                [min((c for c in canvases or range(31) if c >= n), default=0) for n in s]
+                for s in (foretold, size)
+            ]
             canvas = next((c for c in tried if all(c)), [0, 0])
             fits = y is None or all(n <= c for n, c in zip(y.shape, canvas, strict=True))
             expected.append((q, t, canvas, canvas[0] > 0 and fits))
-    found = zip(*(v.tolist() for v in (asked.pair, asked.task, asked.canvas, asked.fits)), strict=True)
+    found = zip(
+        *(v.tolist() for v in (asked.pair, asked.task, asked.canvas, asked.fits)), strict=True
+    )
     assert list(found) == expected
 
 
@@ -218,7 +258,11 @@ def test_a_canvas_knows_nothing_of_the_output(g, rule):
     for output in others:
         changed = [*pairs[:place], (pairs[place][0], output), *pairs[place + 1 :]]
         n = len(some[t].demos)
-        after = data.queries(data.pack([*some[:t], Task("t", changed[:n], changed[n:]), *some[t + 1 :]]), rule, CANVASES)
+        after = data.queries(
+            data.pack([*some[:t], Task("t", changed[:n], changed[n:]), *some[t + 1 :]]),
+            rule,
+            CANVASES,
+        )
         assert torch.equal(after.pair, before.pair)
         assert torch.equal(after.canvas[which], before.canvas[which])
         size = [0, 0] if output is None else output.shape
@@ -235,14 +279,20 @@ def test_every_task_has_the_same_share_of_a_batch(g, rule, slots):
     assert torch.equal(made.pair.sort().values, asked.pair[asked.fits]) and made.cdf[-1] == 1
     cells = made.canvas.prod(1)
     assert torch.equal(cells, cells.sort().values)
-    share = torch.zeros(8, dtype=torch.float64).scatter_add_(0, packed.task_of[made.pair], torch.diff(made.cdf, prepend=torch.zeros(1)))
+    share = torch.zeros(8, dtype=torch.float64).scatter_add_(
+        0, packed.task_of[made.pair], torch.diff(made.cdf, prepend=torch.zeros(1))
+    )
     there = asked.task[asked.fits].unique()
     torch.testing.assert_close(share[there], torch.full_like(share[there], 1 / len(there)))
     u = torch.tensor([0.0, 0.5, 1 - 2.0**-53], dtype=torch.float64)
     rows = data.dealt(made, u, torch.arange(slots)[:, None])
     assert torch.equal(rows.flatten(), rows.flatten().sort().values)
     last = torch.searchsorted(made.cdf, (torch.arange(slots) + 1.0) / slots - 1e-12, right=True)
-    assert (rows[:, -1] <= last.clamp(max=len(cells) - 1) + 1).all() and rows[0, 0] == 0 and rows[-1, -1] == len(cells) - 1
+    assert (
+        (rows[:, -1] <= last.clamp(max=len(cells) - 1) + 1).all()
+        and rows[0, 0] == 0
+        and rows[-1, -1] == len(cells) - 1
+    )
 
 
 def test_a_deck_without_a_query_is_refused():
@@ -263,7 +313,9 @@ def test_queries_are_drawn_task_by_task(rule):
     made = data.deck(data.queries(packed, rule, (6,)), 3)
     n = torch.arange(6000)
     query = data.draw(packed, made, DataConfig(query=rule), 5, n % 3, n // 3).query
-    assert chi_square(torch.bincount(packed.task_of[query], minlength=6), torch.full((6,), 1000)) < 25  # 5 degrees
+    assert (
+        chi_square(torch.bincount(packed.task_of[query], minlength=6), torch.full((6,), 1000)) < 25
+    )  # 5 degrees
     asked = torch.bincount(query, minlength=len(packed.task_of))[made.pair]
     each = torch.diff(made.cdf, prepend=torch.zeros(1)) * 6000
     assert chi_square(asked, each) < 3 * len(asked) + 15
@@ -291,7 +343,9 @@ def test_uniform_is_uniform(seed):
         data.uniform(1, line, 0, 0, 0)[:, 0],
         data.uniform(8192, seed, 0, 0, 0),
     ):
-        assert chi_square(torch.bincount((u * 16).long(), minlength=16), torch.full((16,), 512)) < 50
+        assert (
+            chi_square(torch.bincount((u * 16).long(), minlength=16), torch.full((16,), 512)) < 50
+        )
         both = (u[:-1] * 8).long() * 8 + (u[1:] * 8).long()
         assert chi_square(torch.bincount(both, minlength=64), torch.full((64,), 8191 / 64)) < 120
 
@@ -321,7 +375,11 @@ def test_an_episode_never_shows_its_query(g, rule, most):
         assert row[: len(shown)] == shown and len(set(shown)) == len(shown)
         first, t = int(packed.first[task]), some[task]
         pairs = [*t.demos, *t.queries]
-        allowed = range(len(t.demos)) if rule == "test" else [i for i, p in enumerate(pairs) if p[1] is not None]
+        allowed = (
+            range(len(t.demos))
+            if rule == "test"
+            else [i for i, p in enumerate(pairs) if p[1] is not None]
+        )
         allowed = {first + i for i in allowed} - {query}
         assert set(shown) <= allowed and len(shown) == min(most, len(allowed))
 
@@ -339,7 +397,9 @@ def test_demo_subsets_have_the_size_asked_for(g, rule, least, most):
 def test_every_size_order_and_demo_occurs():
     possible = torch.tensor([[10, 11, 12, -1]]).expand(600, 4)
     u = data.uniform(5, 1, torch.arange(600))
-    subsets = {tuple(d for d in row if d >= 0) for row in data.choose_demos(possible, u, 10, 1).tolist()}
+    subsets = {
+        tuple(d for d in row if d >= 0) for row in data.choose_demos(possible, u, 10, 1).tolist()
+    }
     assert len(subsets) == 3 + 6 + 6  # ordered choices of one, two and three of three
     assert len({tuple(row) for row in data.choose_demos(possible, u, 2).tolist()}) == 6
 
@@ -357,7 +417,10 @@ def test_episodes_are_a_pure_function_of_seed_slot_and_n(g, rule):
         assert same((e.query, *e.symmetry), (whole.query[part], *(v[part] for v in whole.symmetry)))
         assert torch.equal(e.demos, whole.demos[part, :k]) and (whole.demos[part, k:] == -1).all()
         assert torch.equal(e.shift, whole.shift[part, : 1 + k])
-    for other in (data.draw(packed, deck, cfg, 4, slot, n), data.draw(packed, deck, cfg, 3, slot + 1, n)):
+    for other in (
+        data.draw(packed, deck, cfg, 4, slot, n),
+        data.draw(packed, deck, cfg, 3, slot + 1, n),
+    ):
         assert not torch.equal(other.shift[:, 0], whole.shift[:, 0])
 
 
@@ -366,9 +429,18 @@ def test_one_demo_and_one_query_are_enough(rule):
     g = torch.Generator().manual_seed(0)
     packed = data.pack([Task("t", [puzzles.pair(g)], [puzzles.pair(g)])])
     made = data.deck(data.queries(packed, rule, (6,)), 20)
-    e = data.draw(packed, made, DataConfig(query=rule), 0, torch.arange(20), torch.zeros(20, dtype=torch.int64))
+    e = data.draw(
+        packed,
+        made,
+        DataConfig(query=rule),
+        0,
+        torch.arange(20),
+        torch.zeros(20, dtype=torch.int64),
+    )
     assert set(e.query.tolist()) == ({0, 1} if rule == "leave_one_out" else {1})
-    assert [[d for d in row if d >= 0] for row in e.demos.tolist()] == (1 - e.query[:, None]).tolist()
+    assert [[d for d in row if d >= 0] for row in e.demos.tolist()] == (
+        1 - e.query[:, None]
+    ).tolist()
     assert len(data.batch(packed, e, DataConfig()).demos.owner) == 20
 
 
@@ -378,16 +450,38 @@ def test_outputs_alone_are_turned_further_and_all_of_an_episode_alike(g):
     some, packed, deck, cfg, _, _ = drawn(g, "leave_one_out", translate=False)
     pairs = [p for t in some for p in (*t.demos, *t.queries)]
     slot, n = torch.arange(6).repeat(100), torch.arange(100).repeat_interleave(6)
-    plain, e = (data.draw(packed, deck, msgspec.structs.replace(cfg, turn_outputs=x), 0, slot, n) for x in (0.0, 0.5))
+    plain, e = (
+        data.draw(packed, deck, msgspec.structs.replace(cfg, turn_outputs=x), 0, slot, n)
+        for x in (0.0, 0.5)
+    )
     assert plain.further is None and 0.3 < float((e.further > 0).double().mean()) < 0.6  # 7 of 16
-    assert same((plain.query, plain.demos, plain.shift, *plain.symmetry), (e.query, e.demos, e.shift, *e.symmetry))
-    first = data.Episodes(*(data.Symmetry(*(y[:8] for y in x)) if isinstance(x, tuple) else x if x is None else x[:8] for x in e))
+    assert same(
+        (plain.query, plain.demos, plain.shift, *plain.symmetry),
+        (e.query, e.demos, e.shift, *e.symmetry),
+    )
+    first = data.Episodes(
+        *(
+            data.Symmetry(*(y[:8] for y in x))
+            if isinstance(x, tuple)
+            else x
+            if x is None
+            else x[:8]
+            for x in e
+        )
+    )
     b = data.batch(packed, first, cfg)
-    for i, (x, y) in enumerate(zip(b.demos.inputs.split(b.demos.cells), b.demos.outputs.split(b.demos.cells), strict=True)):
+    for i, (x, y) in enumerate(
+        zip(b.demos.inputs.split(b.demos.cells), b.demos.outputs.split(b.demos.cells), strict=True)
+    ):
         owner = int(b.demos.owner[i])
         x_in, x_out = pairs[int(first.demos[owner, b.demos.place[i]])]
         s = Symmetry(first.symmetry.dihedral[owner], first.symmetry.colours[owner])
-        want = data.apply(s, x_in), data.apply(data.identity()._replace(dihedral=first.further[owner]), data.apply(s, x_out))
+        want = (
+            data.apply(s, x_in),
+            data.apply(
+                data.identity()._replace(dihedral=first.further[owner]), data.apply(s, x_out)
+            ),
+        )
         canvas = tuple(np.max([grid.shape for grid in want], axis=0))
         for tokens, grid in zip((x, y), want, strict=True):
             assert np.array_equal(tokens.view(*canvas).numpy(), data.tokenise(grid, canvas))

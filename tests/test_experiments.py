@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 
 from etrm_arc import checkpoint, config, solve, sources, train
-from etrm_arc.data import UserError
+from etrm_arc.config import UserError
 from etrm_arc.encoders import ENCODERS
 from etrm_arc.etrm import leaves
 
 SET = Path(__file__).parent / "data" / "set"
-SHIPPED = sorted(p.relative_to(config.SHIPPED).with_suffix("").as_posix() for p in config.SHIPPED.rglob("*.toml"))
+SHIPPED = sorted(
+    p.relative_to(config.SHIPPED).with_suffix("").as_posix() for p in config.SHIPPED.rglob("*.toml")
+)
 SMALL = [
     "model.hidden=16", "model.heads=2", "model.expansion=0.5", "model.L_cycles=1", "train.batch=4", "train.shards=1", "train.steps=3",
     "train.dtype=fp32", "eval.every=3", "eval.act_steps=1", "optimizer.warmup=2", "data.max_train_tasks=0",
@@ -58,7 +60,9 @@ def test_every_encoder_has_a_recipe_and_a_line_in_the_table():
     kinds = {n.removeprefix("encoders/") for n in SHIPPED if n.startswith("encoders/")}
     assert kinds == {k for k in ENCODERS if k != "table"}
     assert all(config.load_config(f"encoders/{k}").model.encoder.kind == k for k in kinds)
-    table = (config.SHIPPED.parent / "docs" / "encoders.md").read_text().split("Each has a recipe")[0]
+    table = (
+        (config.SHIPPED.parent / "docs" / "encoders.md").read_text().split("Each has a recipe")[0]
+    )
     lines = re.findall(r"^\| (`.*?) \|", table, re.M)
     assert {k for line in lines for k in re.findall(r"`(\w+)`", line)} == kinds
 
@@ -67,20 +71,37 @@ def test_the_book_has_a_row_for_every_experiment_and_they_differ():
     book = (config.SHIPPED.parent / "docs" / "experiments.md").read_text()
     names = [n.removeprefix("experiments/") for n in SHIPPED if n.startswith("experiments/")]
     assert sorted(re.findall(r"^\| `([^`]+)` \|", book, re.M)) == sorted(names)
-    bare = {n: re.sub(r"dir='[^']*'", "", repr(config.load_config(f"experiments/{n}"))) for n in names}
-    alike = {frozenset(m for m in names if bare[m] == bare[n]) for n in names} - {frozenset([n]) for n in names}
-    assert alike == {frozenset(("E0", "scratch", "H16"))}  # what they are compared with has another name there
+    bare = {
+        n: re.sub(r"dir='[^']*'", "", repr(config.load_config(f"experiments/{n}"))) for n in names
+    }
+    alike = {frozenset(m for m in names if bare[m] == bare[n]) for n in names} - {
+        frozenset([n]) for n in names
+    }
+    assert alike == {
+        frozenset(("E0", "scratch", "H16"))
+    }  # what they are compared with has another name there
 
 
 def test_a_recipe_extends_another_table_by_table(tmp_path):
     (tmp_path / "below").mkdir()
-    (tmp_path / "a.toml").write_text('[model]\nhidden = 64\nheads = 4\n[model.encoder]\nlayers = 3\n[fast]\n"train.steps" = 5\n')
-    (tmp_path / "below" / "b.toml").write_text('extends = "../a.toml"\n[model]\nheads = 8\n[model.encoder]\nset_layers = 2\n')
+    (tmp_path / "a.toml").write_text(
+        '[model]\nhidden = 64\nheads = 4\n[model.encoder]\nlayers = 3\n[fast]\n"train.steps" = 5\n'
+    )
+    (tmp_path / "below" / "b.toml").write_text(
+        'extends = "../a.toml"\n[model]\nheads = 8\n[model.encoder]\nset_layers = 2\n'
+    )
     cfg = config.load_config(tmp_path / "below" / "b.toml", fast=True)
-    assert (cfg.model.hidden, cfg.model.heads, cfg.model.encoder.layers, cfg.model.encoder.set_layers) == (64, 8, 3, 2)
+    assert (
+        cfg.model.hidden,
+        cfg.model.heads,
+        cfg.model.encoder.layers,
+        cfg.model.encoder.set_layers,
+    ) == (64, 8, 3, 2)
     assert (cfg.train.steps, cfg.run.dir) == (5, "runs/etrm-fast")
     (tmp_path / "a.toml").write_text('extends = "below/b.toml"')
-    with pytest.raises(UserError, match="extends must name one TOML file, none that extends this one"):
+    with pytest.raises(
+        UserError, match="extends must name one TOML file, none that extends this one"
+    ):
         config.load_config(tmp_path / "below" / "b.toml")
     (tmp_path / "a.toml").write_text('extends = "gone.toml"')
     with pytest.raises(UserError, match="gone.toml: No such file"):
@@ -90,12 +111,16 @@ def test_a_recipe_extends_another_table_by_table(tmp_path):
 def test_the_shipped_checkpoint_is_of_its_recipe_and_answers(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # found by name wherever one is
     s, recipe = solve.opened("cpu-best"), config.load_config("cpu-best")
-    assert (s.cfg.model, s.cfg.data, s.cfg.optimizer) == (recipe.model, recipe.data, recipe.optimizer)
+    assert (s.cfg.model, s.cfg.data, s.cfg.optimizer) == (
+        recipe.model,
+        recipe.data,
+        recipe.optimizer,
+    )
     finding = s.meta["finding"]
     assert finding["policy"] == "drop" and not finding["admitted"] and not finding["started"]
-    assert {a for a, _ in finding["dropped"]} >= {t.name for t in sources.load("arc1:evaluation")} & {
-        t.name for t in sources.load("arc2:training")
-    }
+    assert {a for a, _ in finding["dropped"]} >= {
+        t.name for t in sources.load("arc1:evaluation")
+    } & {t.name for t in sources.load("arc2:training")}
     assert s.path.stat().st_size < 15e6
     made = solve.predict(s.params, s.cfg, sources.load(str(SET / "mirror.json")), 2)
     assert all(len(p.votes) == 2 for p in made)

@@ -8,11 +8,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from etrm_arc import data, etrm, layers
+from etrm_arc import data, etrm
 from etrm_arc.encoders import Widened, encoder_of, init_params
 from etrm_arc.etrm import Output, act_loss, act_step, fresh_carry, leaves, tree_map
 from etrm_arc.tests import puzzles
-from etrm_arc.tests.puzzles import ENCODERS, RECURRENT, SLOTS, World, close, config, generators, gradients, own, total
+from etrm_arc.tests.puzzles import (
+    ENCODERS,
+    RECURRENT,
+    SLOTS,
+    World,
+    close,
+    config,
+    generators,
+    gradients,
+    own,
+    total,
+)
 
 cycles = st.integers(1, 2)
 
@@ -28,7 +39,11 @@ def test_no_gradient_reaches_an_earlier_step(encoder, g, H_cycles):
     w = World(g, config(encoder, H_cycles=H_cycles))
     together, alone, carry = w.trainable(), w.trainable(), w.running(g)
     second, _ = w.step(carry, together)
-    assert not second.z_H.requires_grad and not second.z_L.requires_grad and not second.z_E.requires_grad
+    assert (
+        not second.z_H.requires_grad
+        and not second.z_L.requires_grad
+        and not second.z_E.requires_grad
+    )
     total(w, w.step(second, together)[1]).sum().backward()
     with torch.no_grad():
         second, _ = w.step(carry, alone)
@@ -72,9 +87,13 @@ def test_every_slot_trains_the_encoder_in_every_step(encoder, g):
         loss = total(w, out)
         loss.sum().backward(retain_graph=True)
         tokens, *cells = (x.grad for x in contexts[-1])
-        assert all(x.any() for x in (*tokens, *(of for x in cells for of in x.split(w.batch.cells))))
+        assert all(
+            x.any() for x in (*tokens, *(of for x in cells for of in x.split(w.batch.cells)))
+        )
         slot = puzzles.integer(g, 0, SLOTS - 1)
-        mine = torch.autograd.grad(loss[slot], leaves(params.encoder).values(), retain_graph=True, allow_unused=True)
+        mine = torch.autograd.grad(
+            loss[slot], leaves(params.encoder).values(), retain_graph=True, allow_unused=True
+        )
         assert all(torch.isfinite(x).all() for x in mine if x is not None)
         assert sum(float(x.abs().sum()) for x in mine if x is not None) > 0
 
@@ -83,7 +102,9 @@ def test_every_slot_trains_the_encoder_in_every_step(encoder, g):
 @settings(max_examples=20)
 def test_a_context_read_once_starves_the_encoder(g):
     """The published failing baseline: only slots that begin an episode train the encoder, against all of them in ours."""
-    once = msgspec.structs.replace(config(), encoder=msgspec.structs.replace(config().encoder, cached=True))
+    once = msgspec.structs.replace(
+        config(), encoder=msgspec.structs.replace(config().encoder, cached=True)
+    )
     w = World(g, once)
     params, carry, shares = w.trainable(), w.start(), []
     for _ in range(3):
@@ -91,13 +112,18 @@ def test_a_context_read_once_starves_the_encoder(g):
         carry, out = act_step(params, w.cfg, w.encode, carry, w.batch, None)
         loss, fed = total(w, out), []
         for slot in range(SLOTS):
-            mine = torch.autograd.grad(loss[slot], leaves(params.encoder).values(), retain_graph=True, allow_unused=True)
+            mine = torch.autograd.grad(
+                loss[slot], leaves(params.encoder).values(), retain_graph=True, allow_unused=True
+            )
             fed.append(any(x is not None and bool(x.any()) for x in mine))
         assert fed == begins
         shares.append(sum(fed) / SLOTS)
         carry = carry._replace(halted=torch.arange(SLOTS) < puzzles.integer(g, 0, SLOTS))
     assert shares[0] == 1.0
-    thought = [etrm.think(w.params, c, encoder_of(c), w.batch, torch.float32, 3)[0].logits for c in (config(), once)]
+    thought = [
+        etrm.think(w.params, c, encoder_of(c), w.batch, torch.float32, 3)[0].logits
+        for c in (config(), once)
+    ]
     assert torch.equal(*thought)  # evaluated, it is the same model
 
 
@@ -111,14 +137,21 @@ def test_a_fixed_number_of_steps_is_what_every_episode_takes(g, steps, bias):
     for k in range(2 * steps):
         least = torch.randint(0, steps + 1, (SLOTS,), generator=g)
         carry, _ = w.step(carry, params, min_steps=least)
-        assert carry.halted.tolist() == [(k + 1) % steps == 0] * SLOTS and carry.steps.tolist() == [k % steps + 1] * SLOTS
+        assert (
+            carry.halted.tolist() == [(k + 1) % steps == 0] * SLOTS
+            and carry.steps.tolist() == [k % steps + 1] * SLOTS
+        )
     surely, last = torch.full((2,), 9.0), torch.tensor([1, 4])
     for fixed in (False, True):  # the argmax-feedback TRM has the same rule
         cfg = config(halt_max_steps=4, fixed_steps=fixed, feedback="kept")
         assert etrm.halts(cfg, surely, last, torch.zeros(2)).tolist() == [not fixed, True]
 
 
-@given(generators, st.sampled_from([math.nan, math.inf, 1e30, 1.0]), st.sampled_from(["perceiver", *RECURRENT]))
+@given(
+    generators,
+    st.sampled_from([math.nan, math.inf, 1e30, 1.0]),
+    st.sampled_from(["perceiver", *RECURRENT]),
+)
 @settings(max_examples=20)
 def test_a_halted_slot_forgets(g, garbage, encoder):
     w = World(g, config(encoder))
@@ -127,7 +160,9 @@ def test_a_halted_slot_forgets(g, garbage, encoder):
     spoilt = carry._replace(
         z_H=torch.where(halted, garbage, carry.z_H),
         z_L=torch.where(halted, -garbage, carry.z_L),
-        z_E=torch.where(carry.halted[:, None, None, None], garbage, carry.z_E) if w.encode.recur else carry.z_E,
+        z_E=torch.where(carry.halted[:, None, None, None], garbage, carry.z_E)
+        if w.encode.recur
+        else carry.z_E,
         steps=torch.where(carry.halted, 1000, carry.steps),
     )
     params = w.trainable()
@@ -158,24 +193,40 @@ def test_evaluation_is_the_same_steps_with_the_context_computed_once(encoder, g)
     assert steps.tolist() == [3] * SLOTS
 
 
-@given(generators, st.sampled_from(["q", "stable"]), st.sampled_from(["perceiver", "matching", *RECURRENT]), st.integers(1, 4))
+@given(
+    generators,
+    st.sampled_from(["q", "stable"]),
+    st.sampled_from(["perceiver", "matching", *RECURRENT]),
+    st.integers(1, 4),
+)
 @settings(max_examples=15)
 def test_a_view_leaves_with_the_answer_it_had(g, leave, encoder, stable):
     """Each slot's output is that of the step at which it left, whoever left before."""
-    w = World(g, config(encoder, halt_max_steps=6, positions="borders" if encoder == "matching" else "rope2d"))
+    w = World(
+        g,
+        config(
+            encoder, halt_max_steps=6, positions="borders" if encoder == "matching" else "rope2d"
+        ),
+    )
     core = w.params.core
-    params = w.params._replace(core=core._replace(q_weight=torch.randn(2, 32, generator=g), q_bias=torch.zeros(2)))
+    params = w.params._replace(
+        core=core._replace(q_weight=torch.randn(2, 32, generator=g), q_bias=torch.zeros(2))
+    )
     carry, every = w.start(), []
     for _ in range(6):
         carry, out = w.step(carry, params)
         every.append(out)
-    got, steps = etrm.think(params, w.cfg, w.encode, w.batch, torch.float32, 6, leave, stable=stable)
+    got, steps = etrm.think(
+        params, w.cfg, w.encode, w.batch, torch.float32, 6, leave, stable=stable
+    )
     answers = [out.logits.argmax(-1).split(w.batch.cells) for out in every]
     for slot in range(SLOTS):
         if leave == "q":
             due = next((i + 1 for i, out in enumerate(every) if out.q_halt[slot] > 0), 6)
         else:
-            calm = lambda i, slot=slot: all(torch.equal(answers[i - k][slot], answers[i][slot]) for k in range(stable))  # noqa: E731
+            calm = lambda i, slot=slot: all(
+                torch.equal(answers[i - k][slot], answers[i][slot]) for k in range(stable)
+            )  # noqa: E731
             due = next((i + 1 for i in range(stable - 1, 6) if calm(i)), 6)
         assert steps[slot] == due
         close(
@@ -186,8 +237,13 @@ def test_a_view_leaves_with_the_answer_it_had(g, leave, encoder, stable):
 
 def test_an_empty_answer_is_no_older_than_the_first_step():
     w = World(torch.Generator().manual_seed(0), config(halt_max_steps=6))
-    params = w.params._replace(core=w.params.core._replace(embed=torch.zeros_like(w.params.core.embed)))  # says PAD at once
-    assert etrm.think(params, w.cfg, w.encode, w.batch, torch.float32, 6, "stable")[1].tolist() == [3] * SLOTS
+    params = w.params._replace(
+        core=w.params.core._replace(embed=torch.zeros_like(w.params.core.embed))
+    )  # says PAD at once
+    assert (
+        etrm.think(params, w.cfg, w.encode, w.batch, torch.float32, 6, "stable")[1].tolist()
+        == [3] * SLOTS
+    )
 
 
 # ---------------------------------------------------------------- slots do not see each other
@@ -198,7 +254,11 @@ def mix(slot, mine, others):
     own, k = torch.arange(SLOTS) == slot, max(mine.demos.shape[1], others.demos.shape[1])
 
     def joined(a, b, n=None, value=0):
-        wide = lambda x: x if n is None else torch.cat((x, x.new_full((SLOTS, n - x.shape[1], *x.shape[2:]), value)), 1)  # noqa: E731
+        wide = lambda x: (
+            x
+            if n is None
+            else torch.cat((x, x.new_full((SLOTS, n - x.shape[1], *x.shape[2:]), value)), 1)
+        )  # noqa: E731
         return torch.cat((wide(a), wide(b)))
 
     both = data.Episodes(
@@ -212,7 +272,9 @@ def mix(slot, mine, others):
 
 
 def rows_of(e, rows):
-    return data.Episodes(*(data.Symmetry(*(y[rows] for y in x)) if isinstance(x, tuple) else x[rows] for x in e[:-2]))
+    return data.Episodes(
+        *(data.Symmetry(*(y[rows] for y in x)) if isinstance(x, tuple) else x[rows] for x in e[:-2])
+    )
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
@@ -226,7 +288,11 @@ def test_a_slot_is_untouched_by_what_others_hold(encoder, g):
         batch = w.paint(mix(slot, w.episodes, others))
         noise = torch.randn(2, len(w.owner(batch)), w.cfg.hidden, generator=g)
         noise[:, w.owner(batch) == slot] = torch.stack((carry.z_H, carry.z_L))[:, w.owner() == slot]
-        z_E = torch.where(torch.arange(SLOTS)[:, None, None, None] == slot, carry.z_E, torch.randn(carry.z_E.shape, generator=g))
+        z_E = torch.where(
+            torch.arange(SLOTS)[:, None, None, None] == slot,
+            carry.z_E,
+            torch.randn(carry.z_E.shape, generator=g),
+        )
         changed = carry._replace(z_H=noise[0], z_L=noise[1], z_E=z_E, tokens=w.start(batch).tokens)
         close(w.of(slot, w.step(changed, batch=batch), batch), w.of(slot, before))
 
@@ -242,7 +308,11 @@ def test_a_slot_that_goes_on_keeps_its_states_on_whatever_the_others_get(g):
     assert got.tokens == tuple(c + w.cfg.context_tokens for c in cells)
     for name in ("z_H", "z_L"):
         for slot, (new, old) in enumerate(
-            zip(getattr(got, name).split(got.tokens), getattr(carry, name).split(carry.tokens), strict=True)
+            zip(
+                getattr(got, name).split(got.tokens),
+                getattr(carry, name).split(carry.tokens),
+                strict=True,
+            )
         ):
             assert len(new) == got.tokens[slot] and (carry.halted[slot] or torch.equal(new, old))
 
@@ -267,7 +337,9 @@ def test_the_demos_of_others_get_exactly_no_gradient(encoder, g):
     """One slot's demos, and its test input as the encoder reads it, are written in colours of their own: only its loss may move
     the embeddings of these."""
     w = World(g, config(encoder))
-    names = {k for k in ("input_embed", "output_embed") if getattr(own(w.params.encoder), k) is not None}
+    names = {
+        k for k in ("input_embed", "output_embed") if getattr(own(w.params.encoder), k) is not None
+    }
 
     def replaced(e):
         if isinstance(e, Widened):
@@ -277,16 +349,29 @@ def test_the_demos_of_others_get_exactly_no_gradient(encoder, g):
     params = w.params._replace(encoder=replaced(w.params.encoder))
     other = puzzles.integer(g, 0, SLOTS - 1)
 
-    def recoloured(tokens, owner, cells):  # 13 and more; 12 stands for the output that is asked of any slot
-        return tokens + 12 * ((owner.repeat_interleave(torch.tensor(cells)) == other) & (tokens != data.PAD))
+    def recoloured(
+        tokens, owner, cells
+    ):  # 13 and more; 12 stands for the output that is asked of any slot
+        return tokens + 12 * (
+            (owner.repeat_interleave(torch.tensor(cells)) == other) & (tokens != data.PAD)
+        )
 
     def read(p, batch):
         d = batch.demos
-        demos = d._replace(**{k: recoloured(getattr(d, k), d.owner, d.cells) for k in ("inputs", "outputs")})
-        return w.encode.read(p, batch._replace(inputs=recoloured(batch.inputs, torch.arange(SLOTS), batch.cells), demos=demos))
+        demos = d._replace(
+            **{k: recoloured(getattr(d, k), d.owner, d.cells) for k in ("inputs", "outputs")}
+        )
+        return w.encode.read(
+            p,
+            batch._replace(
+                inputs=recoloured(batch.inputs, torch.arange(SLOTS), batch.cells), demos=demos
+            ),
+        )
 
     params = tree_map(lambda x: x.clone().requires_grad_(), params)
-    loss = total(w, act_step(params, w.cfg, w.encode._replace(read=read), w.start(), w.batch, None)[1])
+    loss = total(
+        w, act_step(params, w.cfg, w.encode._replace(read=read), w.start(), w.batch, None)[1]
+    )
     tables = [getattr(own(params.encoder), k) for k in names]
     for slot in range(SLOTS):
         for grad in torch.autograd.grad(loss[slot], tables, retain_graph=True):
@@ -306,22 +391,34 @@ def test_halting(g, exploring):
     params = w.params._replace(core=w.params.core._replace(q_weight=q_weight, q_bias=bias))
     carry = w.start()
     for _ in range(6):
-        least = torch.randint(0, cfg.halt_max_steps + 1, (SLOTS,), generator=g) if exploring else None
+        least = (
+            torch.randint(0, cfg.halt_max_steps + 1, (SLOTS,), generator=g) if exploring else None
+        )
         before, (carry, out) = carry, w.step(carry, params, min_steps=least)
         assert torch.equal(carry.steps, torch.where(before.halted, 1, before.steps + 1))
-        assert (carry.steps <= cfg.halt_max_steps).all() and carry.halted[carry.steps == cfg.halt_max_steps].all()
+        assert (carry.steps <= cfg.halt_max_steps).all() and carry.halted[
+            carry.steps == cfg.halt_max_steps
+        ].all()
         early = carry.halted & (carry.steps < cfg.halt_max_steps)
         if least is None:
             assert not early.any()
         else:
             assert (carry.steps >= least)[carry.halted].all()
-            assert torch.equal(early, (out.q_halt > 0) & (carry.steps >= least) & (carry.steps < cfg.halt_max_steps))
+            assert torch.equal(
+                early,
+                (out.q_halt > 0) & (carry.steps >= least) & (carry.steps < cfg.halt_max_steps),
+            )
 
 
 # ---------------------------------------------------------------- the loss
 
 
-@given(generators, st.sampled_from(["stablemax", "softmax"]), st.booleans(), st.sampled_from([0.0, 1.0, 1e4]))
+@given(
+    generators,
+    st.sampled_from(["stablemax", "softmax"]),
+    st.booleans(),
+    st.sampled_from([0.0, 1.0, 1e4]),
+)
 def test_extreme_logits_keep_the_loss_finite(g, loss, published, size):
     labels = torch.randint(0, 12, (4, 9), generator=g)
     labels[torch.rand(4, 9, generator=g) < 0.3] = data.IGNORE
@@ -369,7 +466,11 @@ def test_the_loss_of_a_slot_is_its_own(g):
 @settings(max_examples=20)
 def test_a_code_of_borders_is_that_of_all_four_distances_and_of_nothing_else(g):
     cfg = config(positions="borders")
-    table, at, borders = etrm.init_core(cfg, g).position[cfg.context_tokens :], cells_at(6), torch.randint(0, 31, (36, 4), generator=g)
+    table, at, borders = (
+        etrm.init_core(cfg, g).position[cfg.context_tokens :],
+        cells_at(6),
+        torch.randint(0, 31, (36, 4), generator=g),
+    )
     codes = etrm.codes(cfg, table, at, borders)
     assert torch.equal(codes, etrm.codes(cfg, table, at + 3, borders))
     for k in range(4):
@@ -384,7 +485,12 @@ def cells_at(side):
     return torch.cartesian_prod(torch.arange(side), torch.arange(side))
 
 
-@given(generators, st.sampled_from(["rope", "rope2d", "learned"]), st.integers(0, 20), st.integers(0, 20))
+@given(
+    generators,
+    st.sampled_from(["rope", "rope2d", "learned"]),
+    st.integers(0, 20),
+    st.integers(0, 20),
+)
 @settings(max_examples=20)
 def test_a_position_is_that_of_the_raster(g, kind, top, left):
     """Whatever the canvas, a token's code is that of its place on the raster, that of a context token its own."""
@@ -392,8 +498,12 @@ def test_a_position_is_that_of_the_raster(g, kind, top, left):
     p, context = etrm.init_core(cfg, g), torch.randn(1, 4, 32, generator=g)
     codes = {}
     for name, at in (("raster", cells_at(30)), ("canvas", cells_at(6) + torch.tensor([top, left]))):
-        batch = data.Batch(torch.full((len(at),), 5), torch.zeros(len(at)), at, (len(at),), None, at)
-        e, turn = etrm.place(p, cfg, etrm.Context(context), batch, etrm.layout_of(cfg, batch.cells, at.device))
+        batch = data.Batch(
+            torch.full((len(at),), 5), torch.zeros(len(at)), at, (len(at),), None, at
+        )
+        e, turn = etrm.place(
+            p, cfg, etrm.Context(context), batch, etrm.layout_of(cfg, batch.cells, at.device)
+        )
         codes[name] = e if turn is None else torch.cat([x.flatten(1) for x in turn], 1)
     rows = 4 + (cells_at(6) + torch.tensor([top, left])) @ torch.tensor([30, 1])
     assert torch.equal(codes["canvas"], codes["raster"][torch.cat((torch.arange(4), rows))])
@@ -405,9 +515,9 @@ def test_rotation_keeps_lengths_and_sees_distances_only(g, kind):
     turn = etrm.turn_of(etrm.position_of(kind, cells_at(6), 30), 1, 16, torch.float32)
     qk = torch.randn(36, 2, 1, 16, generator=g)
     scale = torch.tensor([0.25, 1.0])
-    close([layers.rotate(qk, turn).norm(dim=-1)], [qk.norm(dim=-1) * scale[:, None]])
-    close([layers.rotate(qk, None)], [qk * scale[:, None, None]])
-    same = layers.rotate(qk[:1].expand(36, -1, -1, -1), turn)
+    close([etrm.rotate(qk, turn).norm(dim=-1)], [qk.norm(dim=-1) * scale[:, None]])
+    close([etrm.rotate(qk, None)], [qk * scale[:, None, None]])
+    same = etrm.rotate(qk[:1].expand(36, -1, -1, -1), turn)
     dot = torch.einsum("ijd,kld->ijkl", same[:, 0, 0].view(6, 6, 16), same[:, 1, 0].view(6, 6, 16))
     close([dot[:-1, :-1, :-1, :-1]], [dot[1:, 1:, 1:, 1:]], 1e-4)
     assert (dot[0, 0] - dot[0, 0, 0, 0]).flatten()[1:].abs().min() > 0  # no two cells look alike
@@ -416,9 +526,9 @@ def test_rotation_keeps_lengths_and_sees_distances_only(g, kind):
 @given(generators, st.lists(st.tuples(st.integers(1, 40), st.booleans()), max_size=30))
 def test_runs_are_the_slots_in_order(g, slots):
     tokens, masked = [s for s, _ in slots], [int(m) for _, m in slots]
-    runs = layers.runs_of(tokens, masked)
+    runs = etrm.runs_of(tokens, masked)
     assert [(s, m) for b, s, m in runs for _ in range(b)] == slots
-    assert all(b == 1 << (b.bit_length() - 1) and b * s <= max(s, layers.RUN) for b, s, _ in runs)
+    assert all(b == 1 << (b.bit_length() - 1) and b * s <= max(s, etrm.RUN) for b, s, _ in runs)
 
 
 @given(generators, st.integers(2, 6))
@@ -430,18 +540,20 @@ def test_attention_stays_within_a_slot(g, slots):
     x = x[: sum(tokens)]
     turn = etrm.turn_of(torch.arange(sum(tokens)), 2, 16, torch.float32)
     seen, masked = torch.rand(sum(tokens), generator=g) < 0.7, [s % 2 for s in tokens]
-    got = layers.self_attention(qkv, o, 2, x, layers.runs_of(tokens, masked), turn, seen)
+    got = etrm.self_attention(qkv, o, 2, x, etrm.runs_of(tokens, masked), turn, seen)
     at = 0
     for s, m in zip(tokens, masked, strict=True):
         part = slice(at, at + s)
-        alone = layers.self_attention(qkv, o, 2, x[part], [(1, s, bool(m))], (turn[0][part], turn[1][part]), seen[part])
+        alone = etrm.self_attention(
+            qkv, o, 2, x[part], [(1, s, bool(m))], (turn[0][part], turn[1][part]), seen[part]
+        )
         close([got[part]], [alone])
         at += s
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
 def test_tables_made_while_evaluating_serve_training(mode):
-    layers.waves.cache_clear()
+    etrm.waves.cache_clear()
     w = World(torch.Generator().manual_seed(0), config())
     with mode():
         w.step(w.start())
@@ -453,18 +565,27 @@ def test_tables_made_while_evaluating_serve_training(mode):
 @given(generators, st.sampled_from([1e-3, 1.0, 1e4]))
 def test_rms_norm(g, size):
     x = torch.randn(5, 32, generator=g) * size
-    ours, plain, g_out = x.clone().requires_grad_(), x.clone().requires_grad_(), torch.randn(5, 32, generator=g)
+    ours, plain, g_out = (
+        x.clone().requires_grad_(),
+        x.clone().requires_grad_(),
+        torch.randn(5, 32, generator=g),
+    )
     want = plain / (plain.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-    close([layers.rms(ours)], [want])
-    got, expected = torch.autograd.grad(layers.rms(ours), ours, g_out), torch.autograd.grad(want, plain, g_out)
+    close([etrm.rms(ours)], [want])
+    got, expected = (
+        torch.autograd.grad(etrm.rms(ours), ours, g_out),
+        torch.autograd.grad(want, plain, g_out),
+    )
     close([got[0] * size], [expected[0] * size], 1e-4)
 
 
 @given(generators)
 def test_swiglu(g):
-    x, gate_up, down = (torch.randn(*shape, generator=g).requires_grad_() for shape in ((5, 8), (12, 8), (8, 6)))
+    x, gate_up, down = (
+        torch.randn(*shape, generator=g).requires_grad_() for shape in ((5, 8), (12, 8), (8, 6))
+    )
     a, b = (x @ gate_up.T).chunk(2, -1)
-    want, got = (torch.nn.functional.silu(a) * b) @ down.T, layers.swiglu(gate_up, down, x)
+    want, got = (torch.nn.functional.silu(a) * b) @ down.T, etrm.swiglu(gate_up, down, x)
     close([got], [want], 1e-4)
     g_out = torch.randn(5, 8, generator=g)
     close(*(torch.autograd.grad(y, (x, gate_up, down), g_out) for y in (got, want)), 1e-4)
@@ -477,11 +598,11 @@ def test_attention_is_the_same_however_many_slots_at_once(g, queries, keys):
     k, v = torch.randn(2, 4, 2, keys, 8, generator=g)
     mask = torch.rand(4, 1, 1, keys, generator=g) < 0.5
     for seen in (None, mask):
-        whole = layers.attention(q, k, v, seen)
+        whole = etrm.attention(q, k, v, seen)
         for slots in (0, 1, 2, 3):
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(layers, "SCORES", slots * 2 * queries * keys)
-                close([layers.attention(q, k, v, seen)], [whole])
+                patch.setattr(etrm, "SCORES", slots * 2 * queries * keys)
+                close([etrm.attention(q, k, v, seen)], [whole])
 
 
 @given(generators, st.integers(1, 5), st.integers(1, 40))
@@ -490,14 +611,17 @@ def test_attention_is_a_mean_over_what_may_be_seen(g, queries, keys):
     k, v = torch.randn(2, 3, 2, keys, 8, generator=g)
     mask = torch.rand(3, 1, 1, keys, generator=g) < 0.5
     mask[0] = False
-    got = layers.attention(q, k, v, mask)
+    got = etrm.attention(q, k, v, mask)
     assert not got[0].any()
     for b in (1, 2):
         seen = mask[b, 0, 0]
         if seen.any():
-            close([got[b : b + 1]], [layers.attention(q[b : b + 1], k[b : b + 1, :, seen], v[b : b + 1, :, seen])])
+            close(
+                [got[b : b + 1]],
+                [etrm.attention(q[b : b + 1], k[b : b + 1, :, seen], v[b : b + 1, :, seen])],
+            )
     want = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=1.0)
-    close([layers.attention(q, k, v)], [want])
+    close([etrm.attention(q, k, v)], [want])
 
 
 # ---------------------------------------------------------------- parameters
@@ -510,14 +634,23 @@ def test_a_tree_survives_being_taken_apart(encoder, positions):
     params = init_params(cfg, 0)
     found = leaves(params)
     again = etrm.rebuild(params, found)
-    assert list(leaves(again)) == list(found) and all(a is b for a, b in zip(leaves(again).values(), found.values(), strict=True))
+    assert list(leaves(again)) == list(found) and all(
+        a is b for a, b in zip(leaves(again).values(), found.values(), strict=True)
+    )
     assert type(again) is type(params) and type(again.core.blocks[0]) is etrm.Block
-    assert (again.core.head is None) == cfg.tied_head and (again.core.position is None) == (positions == "rope2d")
+    assert (again.core.head is None) == cfg.tied_head and (again.core.position is None) == (
+        positions == "rope2d"
+    )
     twice = etrm.tree_map(lambda x: 2 * x, params)
     assert torch.equal(leaves(twice)["core.blocks.0.qkv"], 2 * params.core.blocks[0].qkv)
-    assert leaves(params)["encoder.own.input_embed" if "wide" in encoder else "encoder.input_embed"] is own(params.encoder).input_embed
+    assert (
+        leaves(params)["encoder.own.input_embed" if "wide" in encoder else "encoder.input_embed"]
+        is own(params.encoder).input_embed
+    )
     batch = World(torch.Generator().manual_seed(0), config()).batch
-    of_demos = [f"demos.{k}" for k in ("inputs", "outputs", "at", "owner", "place", "by_slot", "borders")]
+    of_demos = [
+        f"demos.{k}" for k in ("inputs", "outputs", "at", "owner", "place", "by_slot", "borders")
+    ]
     names = ["inputs", "labels", "at", *of_demos, "borders"]
     assert list(leaves(batch)) == names
     moved = etrm.tree_map(lambda x: x + 1, batch)
@@ -539,7 +672,12 @@ def test_parameters_are_a_function_of_the_seed(seed):
 def test_every_leaf_that_should_learn_gets_a_gradient(positions, context_scale):
     w = World(
         torch.Generator().manual_seed(1),
-        config(positions=positions, context_scale=context_scale, raster=8, tied_head=positions == "none"),
+        config(
+            positions=positions,
+            context_scale=context_scale,
+            raster=8,
+            tied_head=positions == "none",
+        ),
     )
     params, carry = w.trainable(), w.start()
     for _ in range(2):
@@ -564,5 +702,7 @@ def test_a_whole_step_runs_on_the_meta_device(encoder):
         carry, out = w.step(carry, params, batch, least)
     act_loss(w.cfg, out, batch.labels, batch.cells).total.sum().backward()
     assert out.logits.shape == (len(w.batch.inputs), 12)
-    assert all(x.grad.shape == x.shape for k, x in leaves(params.encoder).items() if x.grad is not None)
+    assert all(
+        x.grad.shape == x.shape for k, x in leaves(params.encoder).items() if x.grad is not None
+    )
     assert sum(x.grad is not None for x in leaves(params.encoder).values()) > 5

@@ -7,9 +7,20 @@ import pytest
 import torch
 
 from etrm_arc import data, etrm
+from etrm_arc.config import EncoderConfig
 from etrm_arc.data import Batch, Demos
 from etrm_arc.encoders import encoder_of, to_slots
-from etrm_arc.etrm import Context, Encode, EncoderConfig, Output, Params, act_loss, act_step, fresh_carry, leaves, tree_map
+from etrm_arc.etrm import (
+    Context,
+    Encode,
+    Output,
+    Params,
+    act_loss,
+    act_step,
+    fresh_carry,
+    leaves,
+    tree_map,
+)
 from etrm_arc.tests.published import config, core, standard, sub, widened
 
 
@@ -46,7 +57,12 @@ def all_demos(inputs, outputs, mask):
 
 def rows_loss(cfg, logits, q, labels, kl=None):
     """Of a table of equally long rows."""
-    return act_loss(cfg, Output(logits.flatten(0, 1), q, q, kl), labels.long().flatten(), [labels.shape[1]] * len(labels))
+    return act_loss(
+        cfg,
+        Output(logits.flatten(0, 1), q, q, kl),
+        labels.long().flatten(),
+        [labels.shape[1]] * len(labels),
+    )
 
 
 def published_sums(loss, steps, counted):
@@ -69,10 +85,15 @@ def test_core(golden):
     context = t["context"].clone().requires_grad_()
     batch = batch_of(t["batch.inputs"], t["batch.labels"])
     layout = etrm.layout_of(cfg, batch.cells, context.device)
-    close(etrm.place(p, cfg, etrm.Context(context), batch, layout)[0], t["input_embeddings"].flatten(0, 1))
+    close(
+        etrm.place(p, cfg, etrm.Context(context), batch, layout)[0],
+        t["input_embeddings"].flatten(0, 1),
+    )
     carry = fresh_carry(cfg, batch.cells, torch.float32)
     for step in (1, 2, 3):
-        carry, out = act_step(Params((), p), cfg, Encode(lambda *_: Context(context)), carry, batch, None)
+        carry, out = act_step(
+            Params((), p), cfg, Encode(lambda *_: Context(context)), carry, batch, None
+        )
         close(carry.z_H.view(4, 52, 64), t[f"step{step}.z_H"])
         close(carry.z_L.view(4, 52, 64), t[f"step{step}.z_L"])
         close(out.logits, t[f"step{step}.logits"].flatten(0, 1))
@@ -136,7 +157,9 @@ def test_unlabelled_row_trains_no_head_by_default(golden):
 
 def test_loss_pieces(golden):
     t, _ = golden("act_loss")
-    close(torch.log_softmax(etrm.log_stable(t["log_stablemax.x"].float()), -1), t["log_stablemax.y"])
+    close(
+        torch.log_softmax(etrm.log_stable(t["log_stablemax.x"].float()), -1), t["log_stablemax.y"]
+    )
     close(etrm.log_stable(t["s.x"].float()).exp(), t["s.y"])
     mean = t["softmax_ce_per_token"].sum(-1) / t["row.loss_counts"].clamp(min=1)
     close(rows_loss(config(loss="softmax"), t["logits"], t["q_halt_logits"], t["labels"]).lm, mean)
@@ -154,12 +177,17 @@ def test_act_trace(golden):
         offered = sub(t, f"t{i}.batch.")
         carry = carry or fresh_carry(cfg, [36] * len(offered["inputs"]), torch.float32)
         data_now = data_now or offered
-        data_now = {k: torch.where(carry.halted.view(-1, *[1] * (v.ndim - 1)), v, data_now[k]) for k, v in offered.items()}
+        data_now = {
+            k: torch.where(carry.halted.view(-1, *[1] * (v.ndim - 1)), v, data_now[k])
+            for k, v in offered.items()
+        }
         assert torch.equal(data_now["puzzle_identifiers"], t[f"t{i}.used.puzzle_identifiers"])
         context = table[data_now["puzzle_identifiers"].long()].view(-1, 16, 64)
         least = (t[f"t{i}.rand"] < cfg.exploration) * t[f"t{i}.randint"]
         batch = batch_of(data_now["inputs"], data_now["labels"])
-        carry, out = act_step(Params((), p), cfg, Encode(lambda *_, c=context: Context(c)), carry, batch, least)
+        carry, out = act_step(
+            Params((), p), cfg, Encode(lambda *_, c=context: Context(c)), carry, batch, least
+        )
         assert torch.equal(carry.halted, t[f"t{i}.halted"])
         assert torch.equal(carry.steps.int(), t[f"t{i}.steps"].int())
         close(out.logits, t[f"t{i}.logits"].flatten(0, 1))
@@ -173,7 +201,9 @@ def test_act_trace(golden):
     context = table[t["t0.batch.puzzle_identifiers"].long()].view(-1, 16, 64)
     carry = fresh_carry(cfg, batch.cells, torch.float32)
     for n in range(1, 5):
-        carry, out = act_step(Params((), p), cfg, Encode(lambda *_: Context(context)), carry, batch, None)
+        carry, out = act_step(
+            Params((), p), cfg, Encode(lambda *_: Context(context)), carry, batch, None
+        )
         close(out.q_halt, t[f"eval.s{n}.q_halt_logits"])
         assert bool(carry.halted.all()) == (n == 4)
     close(out.logits, t["eval.logits"].flatten(0, 1))
@@ -186,7 +216,9 @@ def encoder_config(kind="standard", **options):
 
 def asked(inputs, outputs, mask, noise=None):
     """A batch of demos alone."""
-    return batch_of(inputs[:, 0], outputs[:, 0], all_demos(inputs, outputs, mask))._replace(noise=noise)
+    return batch_of(inputs[:, 0], outputs[:, 0], all_demos(inputs, outputs, mask))._replace(
+        noise=noise
+    )
 
 
 def context_of(p, cfg, batch):
@@ -201,14 +233,23 @@ def published_encoder(golden, name):
         inputs, options = golden("enc_lpn_paper")[0], {"width": 128, "heads": 8, "latent": 32}
     tree = standard({**sub(inputs, "sd."), **sub(t, "sd.")})
     tree = widened(tree, 128, 32) if options else tree
-    return t, encoder_config(kind, **options), tree, [inputs[k] for k in ("demo_inputs", "demo_labels", "demo_mask")]
+    return (
+        t,
+        encoder_config(kind, **options),
+        tree,
+        [inputs[k] for k in ("demo_inputs", "demo_labels", "demo_mask")],
+    )
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("lpn_paper", "lpn_var_paper")]  # 1,801 tokens a demo
+SLOW = [
+    pytest.param(name, marks=pytest.mark.slow) for name in ("lpn_paper", "lpn_var_paper")
+]  # 1,801 tokens a demo
 VARIATIONAL = ["variational", "lpn_variational", "lpn_variational_v2", "hybrid_variational"]
 
 
-@pytest.mark.parametrize("name", ["standard", "lpn_standard", "hybrid_standard", *VARIATIONAL, *SLOW])
+@pytest.mark.parametrize(
+    "name", ["standard", "lpn_standard", "hybrid_standard", *VARIATIONAL, *SLOW]
+)
 def test_encoders(golden, name):
     """Context, KL and gradients at evaluation; the same with the noise that was drawn in training."""
     t, cfg, tree, demos = published_encoder(golden, name)
@@ -244,7 +285,9 @@ def test_paper_encoders_of_one_demo(golden, name):
     close(found, t["train.context" if "var" in name else "eval.context"][1:])
 
 
-@pytest.mark.parametrize("variant", ["pre", "layerscale", "pre_layerscale", "attnpool", "set2", "weightedpool"])
+@pytest.mark.parametrize(
+    "variant", ["pre", "layerscale", "pre_layerscale", "attnpool", "set2", "weightedpool"]
+)
 def test_standard_options(golden, variant):
     t, meta = golden("enc_standard_options")
     names = {
@@ -266,7 +309,9 @@ def test_standard_options(golden, variant):
 
 def test_no_demo_gives_the_published_context(golden):
     p = standard(sub(golden("enc_standard")[0], "sd."))
-    context = context_of(p, encoder_config(), asked(*(x[:1] * 0 for x in golden("enc_inputs")[0].values()))).tokens
+    context = context_of(
+        p, encoder_config(), asked(*(x[:1] * 0 for x in golden("enc_inputs")[0].values()))
+    ).tokens
     close(context, golden("enc_standard_options")[0]["nodemos.standard.context"])
 
 
@@ -277,12 +322,19 @@ def test_recurrent_encoders(golden, kind):
     batch = asked(*golden("enc_inputs")[0].values())
     states = ("z_e",) if kind == "recurrent" else ("z_e_H", "z_e_L")
     for published in (True, False):
-        e = EncoderConfig(kind=kind, attend_padding=True, published=published, set_layers=1 if kind == "recurrent" else 2)
+        e = EncoderConfig(
+            kind=kind,
+            attend_padding=True,
+            published=published,
+            set_layers=1 if kind == "recurrent" else 2,
+        )
         encode = encoder_of(config(hidden=32, encoder=e))
         p = tree_map(lambda x: x.clone().requires_grad_(), standard(sub(t, "sd.")))
         z_E = torch.stack([t[f"carry0.{k}"] for k in states], 1)
         for step in (1, 2, 3):
-            context = encode.recur(p, encode.read(p, batch), z_E.detach(), t[f"step{step}.reset_in"])
+            context = encode.recur(
+                p, encode.read(p, batch), z_E.detach(), t[f"step{step}.reset_in"]
+            )
             z_E = context.z_E
             if published:
                 close(context.tokens, t[f"step{step}.context"])
@@ -326,17 +378,25 @@ def test_gradients_of_the_whole(golden):
 def test_tokens_and_offsets(golden):
     t, _ = golden("data")
     checked = 0
-    for key in [k.removesuffix(".input") for k in t if k.startswith("task.") and k.endswith(".input")]:
+    for key in [
+        k.removesuffix(".input") for k in t if k.startswith("task.") and k.endswith(".input")
+    ]:
         pair = [t[f"{key}.{side}"].numpy() for side in ("input", "output")]
         for grid, side in zip(pair, ("in", "out"), strict=True):
             assert np.array_equal(data.tokenise(grid, (30, 30)).ravel(), t[f"{key}.seq_{side}"])
             offset = tuple(t[f"{key}.shift_rc"].tolist())
-            assert np.array_equal(data.tokenise(grid, (30, 30), offset).ravel(), t[f"{key}.shifted_seq_{side}"])
-        assert np.array_equal(data.crop(t[f"{key}.seq_in"].view(30, 30).numpy()), t[f"{key}.crop_seq_in"])
+            assert np.array_equal(
+                data.tokenise(grid, (30, 30), offset).ravel(), t[f"{key}.shifted_seq_{side}"]
+            )
+        assert np.array_equal(
+            data.crop(t[f"{key}.seq_in"].view(30, 30).numpy()), t[f"{key}.crop_seq_in"]
+        )
         packed = data.pack([data.Task("x", [tuple(pair)], [])])
         room = t[f"{key}.shift_rc_exclusive_max"].double()
         shift = (t[f"{key}.shift_rc"].double() + 0.5) / room
-        painted = data.paint(packed, torch.tensor([0]), data.identity(1), shift[None], torch.tensor([[30, 30]]))[:2]
+        painted = data.paint(
+            packed, torch.tensor([0]), data.identity(1), shift[None], torch.tensor([[30, 30]])
+        )[:2]
         for tokens, side in zip(painted, ("in", "out"), strict=True):
             assert torch.equal(tokens, t[f"{key}.shifted_seq_{side}"].long())
         checked += 1
@@ -366,22 +426,36 @@ def test_a_built_data_set(golden):
         keys = sorted(k[:-6] for k in t if k.startswith(start) and k.endswith(".input"))
         return [(t[f"{k}.input"].numpy(), t[f"{k}.output"].numpy()) for k in keys]
 
-    tasks = data.pack([data.Task(n, pairs(f"task.{n}.train"), pairs(f"task.{n}.test")) for n in names])
+    tasks = data.pack(
+        [data.Task(n, pairs(f"task.{n}.train"), pairs(f"task.{n}.test")) for n in names]
+    )
     for split in ("train", "test"):
         built = sub(t, f"built.{split}.")
-        for i, (start, end) in zip(built["puzzle_identifiers"], built["puzzle_indices"].unfold(0, 2, 1).tolist(), strict=True):
-            name, turn, colours, *_ = f"{meta['built.identifiers.json'][i]}|||t0|||0123456789".split("|||")
+        for i, (start, end) in zip(
+            built["puzzle_identifiers"],
+            built["puzzle_indices"].unfold(0, 2, 1).tolist(),
+            strict=True,
+        ):
+            name, turn, colours, *_ = (
+                f"{meta['built.identifiers.json'][i]}|||t0|||0123456789".split("|||")
+            )
             k, n = names.index(name), end - start
             pair = torch.arange(tasks.first[k], tasks.first[k + 1])
             if meta[name] == "evaluation":  # its demos are trained on, the others are asked
                 pair = pair.tensor_split([tasks.n_demos[k]])[split == "test"]
-            s = data.Symmetry(torch.tensor([int(turn[1:])] * n), torch.tensor([[int(c) for c in colours]] * n))
+            s = data.Symmetry(
+                torch.tensor([int(turn[1:])] * n), torch.tensor([[int(c) for c in colours]] * n)
+            )
             inputs, labels = (built[side][start:end].long() for side in ("inputs", "labels"))
             grid = inputs.view(n, 30, 30) >= data.FIRST_COLOUR
             corner = torch.stack([grid.any(axis).int().argmax(1) for axis in (2, 1)], 1)
             room = 31 - data.turned(s.dihedral[:, None], tasks.grids[pair, :, 1:]).amax(1)
-            painted = data.paint(tasks, pair, s, (corner + 0.5).double() / room, torch.full((n, 2), 30))
-            assert torch.equal(painted[0], inputs.flatten()) and torch.equal(painted[1], labels.flatten())
+            painted = data.paint(
+                tasks, pair, s, (corner + 0.5).double() / room, torch.full((n, 2), 30)
+            )
+            assert torch.equal(painted[0], inputs.flatten()) and torch.equal(
+                painted[1], labels.flatten()
+            )
             seen += [int(i)] * n
     assert len(seen) == 68 and set(seen) == set(range(1, 13))
 
@@ -390,12 +464,26 @@ def test_crop(golden):
     t, _ = golden("data")
     for i in range(7):
         got = data.crop(t[f"crop{i}.seq"].view(30, 30).numpy())
-        assert list(got.shape) == t[f"crop{i}.shape"].tolist() or got.size == 0 == math.prod(t[f"crop{i}.shape"].tolist())
+        assert list(got.shape) == t[f"crop{i}.shape"].tolist() or got.size == 0 == math.prod(
+            t[f"crop{i}.shape"].tolist()
+        )
         if got.size:
             assert np.array_equal(got, t[f"crop{i}.grid"])
 
 
 def test_to_slots_puts_each_demo_at_its_place():
     one = torch.zeros(2, dtype=torch.int64)
-    demos = Demos(one, one, places(2, 1), (1, 1), (0, 0), torch.tensor([1, 0]), torch.tensor([0, 1]), 2, one, (1, 1), places(2, 1))
+    demos = Demos(
+        one,
+        one,
+        places(2, 1),
+        (1, 1),
+        (0, 0),
+        torch.tensor([1, 0]),
+        torch.tensor([0, 1]),
+        2,
+        one,
+        (1, 1),
+        places(2, 1),
+    )
     assert to_slots(torch.tensor([5.0, 7.0]), demos).tolist() == [[0, 7], [5, 0]]

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from etrm_arc import checkpoint, config, data, etrm, regimes, report, show, solve, sources, train, transfer, votes
-from etrm_arc.data import UserError
+from etrm_arc import baselines, checkpoint, config, data, etrm, score, show, solve, sources, train
+from etrm_arc.config import ModelConfig, UserError
 from etrm_arc.encoders import encoder_of, init_params
-from etrm_arc.etrm import Encode, ModelConfig, Params, act_loss, fresh_carry, leaves, rebuild
+from etrm_arc.etrm import Encode, Params, act_loss, fresh_carry, leaves, rebuild
 from etrm_arc.tests import published, puzzles
 from etrm_arc.tests.kill import outcome
 from etrm_arc.tests.puzzles import generators
@@ -22,7 +22,11 @@ from etrm_arc.tests.test_train import tiny
 from etrm_arc.tests.test_transfer import there_and_back
 
 SET = Path(__file__).parent / "data" / "set"
-TABLE = {"model__encoder__kind": "table", "data__symmetries": 4, "model__context_scale": "published"}
+TABLE = {
+    "model__encoder__kind": "table",
+    "data__symmetries": 4,
+    "model__context_scale": "published",
+}
 
 # ---------------------------------------------------------------- the table of tasks
 
@@ -36,7 +40,9 @@ def test_a_row_is_a_task_under_one_symmetry_whoever_draws_it(g, symmetries):
     for n in (0, 7):
         e = data.draw(tasks, deck, cfg, 3, slots, torch.full((50,), n))
         assert torch.equal(e.row // symmetries, tasks.task_of[e.query]) and (e.row >= 0).all()
-        for row, d, c in zip(e.row.tolist(), e.symmetry.dihedral.tolist(), e.symmetry.colours.tolist(), strict=True):
+        for row, d, c in zip(
+            e.row.tolist(), e.symmetry.dihedral.tolist(), e.symmetry.colours.tolist(), strict=True
+        ):
             assert seen.setdefault(row, f"{d} {c}") == f"{d} {c}"
             assert row % symmetries or (d, c) == (0, list(range(10)))
     assert symmetries < 5 or len({s for row, s in seen.items() if row % symmetries}) > 3
@@ -54,21 +60,30 @@ def test_a_table_trains_only_the_rows_it_touched_and_ends_in_the_same_bits_when_
     same(outcome(tmp_path / "whole"), outcome(tmp_path / "pieces"))
     c, s = checkpoint.load(tmp_path / "whole"), train.setup(cfg)
     [touched] = [c.params.encoder.table.any(1).nonzero().flatten()]
-    drawn = [data.draw(s.tasks, s.deck, cfg.data, 0, torch.arange(6), torch.full((6,), n)).row for n in range(4)]
-    assert set(touched.tolist()) <= set(torch.cat(drawn).tolist()) and set(touched.tolist()) >= set(drawn[0].tolist())
+    drawn = [
+        data.draw(s.tasks, s.deck, cfg.data, 0, torch.arange(6), torch.full((6,), n)).row
+        for n in range(4)
+    ]
+    assert set(touched.tolist()) <= set(torch.cat(drawn).tolist()) and set(touched.tolist()) >= set(
+        drawn[0].tolist()
+    )
     assert torch.equal(c.params.encoder.table, c.ema.encoder.table)  # it is not averaged
     assert "train/ema/foreign/loss" in rows[-1] and rows[-1]["gap/own_foreign/loss"] != 0
 
 
 def test_equal_rows_are_summed_before_their_sign_and_others_stay():
     table = torch.ones(5000, 3)
-    batch = batch_of(torch.zeros(3, 1), torch.zeros(3, 1))._replace(rows=torch.tensor([4097, 3000, 4097]))
+    batch = batch_of(torch.zeros(3, 1), torch.zeros(3, 1))._replace(
+        rows=torch.tensor([4097, 3000, 4097])
+    )
     grads = torch.tensor([[1.0, -1.0, 2.0], [0.0, 3.0, -1.0], [-2.0, -1.0, 3.0]])
     parts = [
-        regimes.spread(torch.tensor([0, 2]), batch._replace(rows=batch.rows[[0, 2]]), grads[[0, 2]], 3),
-        regimes.spread(torch.tensor([1]), batch._replace(rows=batch.rows[[1]]), grads[[1]], 3),
+        baselines.spread(
+            torch.tensor([0, 2]), batch._replace(rows=batch.rows[[0, 2]]), grads[[0, 2]], 3
+        ),
+        baselines.spread(torch.tensor([1]), batch._replace(rows=batch.rows[[1]]), grads[[1]], 3),
     ]
-    regimes.sign_step(table, *train.reduce(parts), lr=0.1, decay=0.5)
+    baselines.sign_step(table, *train.reduce(parts), lr=0.1, decay=0.5)
     want = torch.ones(5000, 3)
     want[4097], want[3000] = torch.tensor([1.05, 1.05, 0.85]), torch.tensor([0.95, 0.85, 1.05])
     torch.testing.assert_close(table, want)
@@ -77,14 +92,16 @@ def test_equal_rows_are_summed_before_their_sign_and_others_stay():
 def test_gradients_of_rows_are_those_of_the_whole_table(tmp_path):
     cfg = tiny(tmp_path, **TABLE, train__shards=1)
     s = train.setup(cfg)
-    s.params[regimes.TABLE].normal_()
+    s.params[baselines.TABLE].normal_()
     [slots] = s.shards
     step = train.one_step(s, cfg, [train.start_carry(s, cfg, slots)])
     rows, ids = step.touched
     carry, batch, least = train.next_batch(s, cfg, slots, train.start_carry(s, cfg, slots))
-    whole = s.params | {regimes.TABLE: s.params[regimes.TABLE].clone().requires_grad_()}
+    whole = s.params | {baselines.TABLE: s.params[baselines.TABLE].clone().requires_grad_()}
     out = etrm.act_step(rebuild(s.like, whole), cfg.model, s.encode, carry, batch, least)[1]
-    dense = torch.autograd.grad(act_loss(cfg.model, out, batch.labels, batch.cells).total.mean(), whole[regimes.TABLE])[0]
+    dense = torch.autograd.grad(
+        act_loss(cfg.model, out, batch.labels, batch.cells).total.mean(), whole[baselines.TABLE]
+    )[0]
     found = torch.zeros_like(dense).index_add_(0, (ids[:, 0] * 4096 + ids[:, 1]).long(), rows)
     torch.testing.assert_close(found, dense)
     assert dense.any()
@@ -96,13 +113,22 @@ def table(tmp_path_factory):
     folder, data_folder = tmp_path_factory.mktemp("table"), tmp_path_factory.mktemp("tasks")
     for name in ("double", "mirror", "flip"):
         (data_folder / f"{name}.json").write_text((SET / f"{name}.json").read_text())
-    held_out = {"data__train": [str(data_folder)], "data__held_out": [str(SET / "border.json")], "data__policy": "demos"}
+    held_out = {
+        "data__train": [str(data_folder)],
+        "data__held_out": [str(SET / "border.json")],
+        "data__policy": "demos",
+    }
     train.fit(tiny(folder / "run", **TABLE, **held_out))
     return folder / "run"
 
 
 def test_a_table_answers_tasks_whose_demos_it_was_trained_on_and_says_so(table, tmp_path):
-    found = solve.evaluate([table], [str(SET / "border.json")], ["solve.views=4"], predictions_file=str(tmp_path / "p.jsonl"))
+    found = solve.evaluate(
+        [table],
+        [str(SET / "border.json")],
+        ["solve.views=4"],
+        predictions_file=str(tmp_path / "p.jsonl"),
+    )
     assert found["votes"] == 4 * found["n_queries"] and found["held_out"] is False
     assert "DEMOS of 1 held-out tasks TRAINED ON" in found["guard"]
 
@@ -112,31 +138,53 @@ def test_a_table_answers_tasks_whose_demos_it_was_trained_on_and_says_so(table, 
     [
         ("transpose", [], "task transpose: unseen: the table has rows for the 4 tasks"),
         ("border", ["solve.views=5"], "--views 5: the table has rows for 4 symmetries"),
-        ("border", ["solve.views=4", 'solve.adapt="context"'], "a model with a table of tasks has no context for demos alone"),
-        ("border", ["solve.views=4", 'solve.adapt="full"'], "solve.adapt: a table's rows are its tasks'"),
+        (
+            "border",
+            ["solve.views=4", 'solve.adapt="context"'],
+            "a model with a table of tasks has no context for demos alone",
+        ),
+        (
+            "border",
+            ["solve.views=4", 'solve.adapt="full"'],
+            "solve.adapt: a table's rows are its tasks'",
+        ),
     ],
 )
 def test_what_a_table_cannot_answer_is_one_line(table, tmp_path, file, sets, said):
     with pytest.raises(UserError) as e:
-        solve.evaluate([table], [str(SET / f"{file}.json")], ["solve.views=2", *sets], predictions_file=str(tmp_path / "p.jsonl"))
+        solve.evaluate(
+            [table],
+            [str(SET / f"{file}.json")],
+            ["solve.views=2", *sets],
+            predictions_file=str(tmp_path / "p.jsonl"),
+        )
     assert str(e.value).startswith(said)
 
 
 def test_a_page_of_a_table_shows_its_answers_without_steps(table, tmp_path):
     solve.evaluate([table], [str(SET / "border.json")], ["solve.views=2"])
-    page = report.page(table, [str(SET / "border.json")])
+    page = show.page(table, [str(SET / "border.json")])
     assert [row["task"] for row in page["gallery"]] == ["border"]
 
 
 def test_the_lean_copy_of_a_table_still_knows_its_tasks(table, tmp_path):
     lean, file = tmp_path / "lean.safetensors", str(tmp_path / "p.jsonl")
-    transfer.convert(table, lean)
-    assert solve.evaluate([lean], [str(SET / "border.json")], ["solve.views=2"], predictions_file=file)["votes"] == 2
+    checkpoint.convert(table, lean)
+    assert (
+        solve.evaluate(
+            [lean], [str(SET / "border.json")], ["solve.views=2"], predictions_file=file
+        )["votes"]
+        == 2
+    )
 
 
 @pytest.mark.parametrize("how", [{"freeze": (r"core\..*",)}, {"freeze_until": {r"core\..*": 9}}])
 def test_rows_can_be_trained_alone(tmp_path, how):
-    options = TABLE | {"eval__on": "train", "data__dev": (), **{f"optimizer__{k}": v for k, v in how.items()}}
+    options = TABLE | {
+        "eval__on": "train",
+        "data__dev": (),
+        **{f"optimizer__{k}": v for k, v in how.items()},
+    }
     cfg = tiny(tmp_path, **options)
     before = train.setup(cfg).params
     train.fit(cfg)
@@ -151,10 +199,14 @@ def test_views_are_the_symmetries_of_the_rows(table, monkeypatch):
     monkeypatch.setattr(data, "batch", lambda tasks, e, *a: seen.append(e) or batch(tasks, e, *a))
     list(solve.predictions(s.params, s.cfg, [task], range(4)))
     names = [t.name for t in sources.prepare(s.cfg.data)[0]]
-    assert seen[0].row.tolist() == [names.index("border#demos") * 4 + k for k in range(4)] * len(task.queries)
+    assert seen[0].row.tolist() == [names.index("border#demos") * 4 + k for k in range(4)] * len(
+        task.queries
+    )
     k = torch.arange(4)
     want = data.row_symmetry(s.cfg.data, 0, k * 0 + names.index("border#demos"), k)
-    assert torch.equal(seen[0].symmetry.colours[:4], want.colours) and torch.equal(seen[0].symmetry.dihedral[:4], want.dihedral)
+    assert torch.equal(seen[0].symmetry.colours[:4], want.colours) and torch.equal(
+        seen[0].symmetry.dihedral[:4], want.dihedral
+    )
 
 
 @pytest.mark.parametrize(
@@ -165,7 +217,10 @@ def test_views_are_the_symmetries_of_the_rows(table, monkeypatch):
             {"data__dev": [str(SET / "flip.json")], "eval__on": "dev", "eval__foreign": False},
             "eval.on: a table has no row for the dev split",
         ),
-        ({"model__encoder__latent": 999}, "a row of the table has latent = 999 numbers, at most 128"),
+        (
+            {"model__encoder__latent": 999},
+            "a row of the table has latent = 999 numbers, at most 128",
+        ),
         ({"model__mixer": True}, r"model.mixer: has one canvas: data.canvases = [30]"),
         ({"model__context_tokens": 0}, "model.context_tokens: must be at least 1"),
         ({"model__feedback": "kept"}, "model.feedback: has no context"),
@@ -178,13 +233,13 @@ def test_regimes_refuse_what_they_cannot_be(tmp_path, options, said):
 
 
 def test_a_published_table_comes_over_and_back(golden, tmp_path):
-    model = published.config(encoder=etrm.EncoderConfig(kind="table", latent=1024))
+    model = published.config(encoder=config.EncoderConfig(kind="table", latent=1024))
     sd = {f"_orig_mod.model.{k}": v for k, v in published.sub(golden("trm_core")[0], "sd.").items()}
     c, back = there_and_back(tmp_path, sd, model)
     assert back.keys() == sd.keys() and all(torch.equal(back[k], v) for k, v in sd.items())
     assert len(c.params.encoder.table) == 64
     with pytest.raises(UserError, match="table was converted"):
-        regimes.numbers(c.params, config.Config(model=model), sources.load([str(SET)]), 0)
+        baselines.numbers(c.params, config.Config(model=model), sources.load([str(SET)]), 0)
 
 
 # ---------------------------------------------------------------- the mixer
@@ -194,17 +249,29 @@ def test_a_published_table_comes_over_and_back(golden, tmp_path):
 def test_a_mixer_is_the_published_block(g):
     cfg = ModelConfig(hidden=8, heads=2, raster=3, context_tokens=2, mixer=True, expansion=2.0)
     p, x = etrm.init_mixer(cfg, g), torch.randn(3 * 11, 8, generator=g)
-    silu, norm = torch.nn.functional.silu, lambda y: y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-5)
+    silu, norm = (
+        torch.nn.functional.silu,
+        lambda y: y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-5),
+    )
     for b, own in enumerate(x.view(3, 11, 8)):
         t = own.T
         gate, up = (t @ p.mix_gate_up.T).chunk(2, -1)
         h = norm(t + (silu(gate) * up) @ p.mix_down.T).T
         gate, up = (h @ p.gate_up.T).chunk(2, -1)
-        close(etrm.block(p, 2, x, (), None).view(3, 11, 8)[b], norm(h + (silu(gate) * up) @ p.down.T))
+        close(
+            etrm.block(p, 2, x, (), None).view(3, 11, 8)[b], norm(h + (silu(gate) * up) @ p.down.T)
+        )
 
 
 def test_a_mixer_trains_all_that_it_has(tmp_path):
-    cfg = tiny(tmp_path, model__mixer=True, model__raster=10, data__canvases=[10], model__positions="none", **TABLE)
+    cfg = tiny(
+        tmp_path,
+        model__mixer=True,
+        model__raster=10,
+        data__canvases=[10],
+        model__positions="none",
+        **TABLE,
+    )
     s = train.setup(cfg)
     step = train.one_step(s, cfg, [train.start_carry(s, cfg, slots) for slots in s.shards])
     names = [k for k, v in s.params.items() if v.requires_grad]
@@ -216,14 +283,27 @@ def test_a_mixer_trains_all_that_it_has(tmp_path):
 
 
 def feedback(**changes):
-    base = dict(hidden=32, heads=2, context_tokens=0, loss="softmax", H_cycles=3, L_cycles=2, feedback="kept", exploration=0.0)
+    base = dict(
+        hidden=32,
+        heads=2,
+        context_tokens=0,
+        loss="softmax",
+        H_cycles=3,
+        L_cycles=2,
+        feedback="kept",
+        exploration=0.0,
+    )
     return ModelConfig(**{**base, **changes})
 
 
 def test_the_feedback_model_has_the_parameters_it_is_said_to_have():
     p = init_params(feedback(hidden=512, heads=8, L_cycles=6), 0)
     assert sum(x.numel() for x in leaves(p).values()) == pytest.approx(10.5e6, rel=0.01)
-    assert p.core.blocks[0].block.down.shape == (512, 2731) and p.core.embed.shape == (11, 512) and p.core.head.shape == (10, 512)
+    assert (
+        p.core.blocks[0].block.down.shape == (512, 2731)
+        and p.core.embed.shape == (11, 512)
+        and p.core.head.shape == (10, 512)
+    )
     assert not any("bias" in k for k in leaves(p))
 
 
@@ -241,9 +321,13 @@ def naive(p, cfg, grid, reset):
 
     def net(s):
         for b in p.blocks:
-            q = etrm.self_attention(b.block.qkv, b.block.o, cfg.heads, s, [(1, len(x), False)], turn)
+            q = etrm.self_attention(
+                b.block.qkv, b.block.o, cfg.heads, s, [(1, len(x), False)], turn
+            )
             s = b.norm_1 * torch.nn.functional.rms_norm(s + q, s.shape[-1:], eps=1e-5)
-            s = b.norm_2 * torch.nn.functional.rms_norm(s + etrm.swiglu(b.block.gate_up, b.block.down, s), s.shape[-1:], eps=1e-5)
+            s = b.norm_2 * torch.nn.functional.rms_norm(
+                s + etrm.swiglu(b.block.gate_up, b.block.down, s), s.shape[-1:], eps=1e-5
+            )
         return s
 
     y, z, e = torch.zeros_like(x), torch.zeros_like(x), p.embed
@@ -288,13 +372,34 @@ def test_a_grid_alone_is_the_grid_in_the_batch(g, kind, halt):
 
     def thought(grids, leave):
         batch, said = batch_of(grids, grids), []
-        out, spent = etrm.think(p, cfg, encode, batch, torch.float64, 2, leave, lambda step, slots, out: said.append(out.q_halt))
+        out, spent = etrm.think(
+            p,
+            cfg,
+            encode,
+            batch,
+            torch.float64,
+            2,
+            leave,
+            lambda step, slots, out: said.append(out.q_halt),
+        )
         return out.logits[:, 2:].split(batch.cells), out.q_halt, spent, said[0]
 
     def slopes(grids, slot):
-        batch, params = batch_of(grids, grids), etrm.tree_map(lambda x: x.clone().requires_grad_(), p)
-        out = etrm.act_step(params, cfg, encode, fresh_carry(cfg, batch.cells, torch.float64), batch, torch.zeros(len(grids)))[1]
-        return torch.autograd.grad(act_loss(cfg, out, batch.labels, batch.cells).total[slot], list(leaves(params).values()))
+        batch, params = (
+            batch_of(grids, grids),
+            etrm.tree_map(lambda x: x.clone().requires_grad_(), p),
+        )
+        out = etrm.act_step(
+            params,
+            cfg,
+            encode,
+            fresh_carry(cfg, batch.cells, torch.float64),
+            batch,
+            torch.zeros(len(grids)),
+        )[1]
+        return torch.autograd.grad(
+            act_loss(cfg, out, batch.labels, batch.cells).total[slot], list(leaves(params).values())
+        )
 
     for leave in ("never", "q"):
         together = thought(grids, leave)
@@ -302,7 +407,11 @@ def test_a_grid_alone_is_the_grid_in_the_batch(g, kind, halt):
             alone = thought(grids[i : i + 1], leave)
             close(together[0][i], alone[0][0])
             close(together[1][i], alone[1][0])
-            assert together[2][i] == alone[2][0] == (1 if leave == "q" and together[3][i].sigmoid() >= 0.9 else 2)
+            assert (
+                together[2][i]
+                == alone[2][0]
+                == (1 if leave == "q" and together[3][i].sigmoid() >= 0.9 else 2)
+            )
     slot = puzzles.integer(g, 0, 3)
     for ours, mine in zip(slopes(grids, slot), slopes(grids[slot : slot + 1], 0), strict=True):
         close(ours, mine)
@@ -317,7 +426,9 @@ def test_resetting_z_makes_a_difference_and_only_colours_are_asked():
         p = init_params(cfg, 1)
         for v in leaves(p).values():
             v.requires_grad_()
-        out = etrm.act_step(p, cfg, encoder_of(cfg), fresh_carry(cfg, batch.cells, torch.float32), batch, None)[1]
+        out = etrm.act_step(
+            p, cfg, encoder_of(cfg), fresh_carry(cfg, batch.cells, torch.float32), batch, None
+        )[1]
         said.append(out.logits)
         loss = act_loss(cfg, out, batch.labels, batch.cells)
         assert loss.total.isfinite().all()
@@ -334,13 +445,17 @@ def test_feedback_ends_when_all_are_sure(monkeypatch):
     p = init_params(cfg, 0)
     batch = batch_of(torch.full((2, 9), 3), torch.full((2, 9), 3))
     carry, calls = fresh_carry(cfg, batch.cells, torch.float32), []
-    block = regimes.block
-    monkeypatch.setattr(regimes, "block", lambda *a: calls.append(1) or block(*a))
+    block = baselines.block
+    monkeypatch.setattr(baselines, "block", lambda *a: calls.append(1) or block(*a))
     for halt, halts, nets in ((0.0, False, 9), (100.0, True, 3)):
         core, direction = p.core, naive(p.core, feedback(H_cycles=1), torch.full((3, 3), 3), False)
-        sure = core._replace(halt=torch.zeros_like(core.halt) if not halt else direction[1].sign() * halt * core.halt)
+        sure = core._replace(
+            halt=torch.zeros_like(core.halt) if not halt else direction[1].sign() * halt * core.halt
+        )
         calls.clear()
-        new, out = etrm.act_step(Params((), sure), cfg, encoder_of(cfg), carry, batch, torch.zeros(2))
+        new, out = etrm.act_step(
+            Params((), sure), cfg, encoder_of(cfg), carry, batch, torch.zeros(2)
+        )
         assert new.halted.tolist() == [halts, halts] and len(calls) == nets * cfg.layers
         assert bool((out.q_halt >= etrm.SURE).all()) == halts
 
@@ -354,18 +469,30 @@ def test_unrolled_steps_are_averaged_detached_and_end_together(taken):
     batch, like = batch_of(grids, grids), init_params(cfg, 0)
     params = {k: v.requires_grad_() for k, v in leaves(like).items()}
     carry = fresh_carry(cfg, batch.cells, torch.float32)
-    after, grads, _, _ = train.train_step(params, like, cfg, encoder_of(cfg), torch.float32, carry, batch, torch.zeros(3), 1.0)
+    after, grads, _, _ = train.train_step(
+        params, like, cfg, encoder_of(cfg), torch.float32, carry, batch, torch.zeros(3), 1.0
+    )
     assert after.halted.all() and after.steps.tolist() == [taken] * 3
     total = 0
     for _ in range(taken):
-        carry, out = etrm.act_step(rebuild(like, params), cfg, encoder_of(cfg), carry, batch, torch.zeros(3))
+        carry, out = etrm.act_step(
+            rebuild(like, params), cfg, encoder_of(cfg), carry, batch, torch.zeros(3)
+        )
         total = total + act_loss(cfg, out, batch.labels, batch.cells).total.sum() / taken
         carry = carry._replace(halted=torch.zeros(3, dtype=torch.bool))
     for ours, want in zip(grads, torch.autograd.grad(total, list(params.values())), strict=True):
         torch.testing.assert_close(ours, want, rtol=1e-4, atol=1e-6)
 
 
-SHAPE = {"hidden": 32, "heads": 2, "context_tokens": 0, "feedback": "reset", "H_cycles": 1, "L_cycles": 1, "loss": "softmax"}
+SHAPE = {
+    "hidden": 32,
+    "heads": 2,
+    "context_tokens": 0,
+    "feedback": "reset",
+    "H_cycles": 1,
+    "L_cycles": 1,
+    "loss": "softmax",
+}
 FEEDBACK = {
     "model": {**SHAPE, "halt_max_steps": 3, "unrolled": 3, "exploration": 0.0},
     "optimizer__freeze": [], "optimizer__kind": "adamw", "eval__foreign": False, "train__shards": 1,
@@ -375,34 +502,71 @@ FEEDBACK = {
 def test_a_feedback_run_stops_resumes_and_answers(tmp_path):
     rows = []
     train.fit(tiny(tmp_path / "whole", **FEEDBACK), rows.append)
-    assert not any(k.startswith("encoder/") for r in rows for k in r) and rows[0]["core/grad_norm"] > 0
+    assert (
+        not any(k.startswith("encoder/") for r in rows for k in r) and rows[0]["core/grad_norm"] > 0
+    )
     cfg, steps = tiny(tmp_path / "pieces", **FEEDBACK), []
     while not steps or "stopped" in steps[-1]:
         steps.append(train.fit(cfg, resume=bool(steps), limit=-1))
     same(outcome(tmp_path / "whole"), outcome(tmp_path / "pieces"))
-    found = solve.evaluate([tmp_path / "whole"], [str(SET)], ["solve.views=2"], predictions_file=str(tmp_path / "p.jsonl"))
-    cast = [v for p in votes.read(tmp_path / "p.jsonl") for v in p.votes]
-    assert found["votes"] == len(cast) > 0 and all(v.grid is not None for v in cast)  # it fills its canvas
+    found = solve.evaluate(
+        [tmp_path / "whole"],
+        [str(SET)],
+        ["solve.views=2"],
+        predictions_file=str(tmp_path / "p.jsonl"),
+    )
+    cast = [v for p in score.read(tmp_path / "p.jsonl") for v in p.votes]
+    assert found["votes"] == len(cast) > 0 and all(
+        v.grid is not None for v in cast
+    )  # it fills its canvas
     task = sources.load([str(SET / "border.json")])[0]
     s = solve.opened(tmp_path / "whole")
     assert all(np.isfinite(step.entropy) for step in show.timeline(s.params, s.cfg, task).steps)
-    assert report.page(tmp_path / "whole", [str(SET)])["space"]["said"] == "this system reads no demos: no contexts"
+    assert (
+        show.page(tmp_path / "whole", [str(SET)])["space"]["said"]
+        == "this system reads no demos: no contexts"
+    )
     with pytest.raises(UserError, match="no one context to search"):
-        solve.evaluate([tmp_path / "whole"], [str(SET)], ['solve.adapt="context"'], predictions_file=str(tmp_path / "q.jsonl"))
+        solve.evaluate(
+            [tmp_path / "whole"],
+            [str(SET)],
+            ['solve.adapt="context"'],
+            predictions_file=str(tmp_path / "q.jsonl"),
+        )
 
 
 def test_feedback_lowers_its_loss_though_no_call_that_sees_the_input_is_trained(tmp_path):
     """Why it learns little by heart: hard predictions pass no gradient on, and the last call reads y and z alone."""
-    options = FEEDBACK | {"data__dihedral": False, "data__colours": "fixed", "data__translate": False, "optimizer__weight_decay": 0.0}
+    options = FEEDBACK | {
+        "data__dihedral": False,
+        "data__colours": "fixed",
+        "data__translate": False,
+        "optimizer__weight_decay": 0.0,
+    }
     rows = []
-    train.fit(tiny(tmp_path, **options, train__steps=40, train__log_every=20, eval__every=40, train__save_every=99), rows.append)
+    train.fit(
+        tiny(
+            tmp_path,
+            **options,
+            train__steps=40,
+            train__log_every=20,
+            eval__every=40,
+            train__save_every=99,
+        ),
+        rows.append,
+    )
     losses = [r["all/lm_loss"] for r in rows if "lr" in r]
     assert losses[1] < losses[0] - 0.2
     before = train.setup(tiny(tmp_path, **options)).params["core.embed"]
     after = checkpoint.load(tmp_path / "last.safetensors").params.core.embed
-    assert torch.equal(after[10], before[10]) and not torch.equal(after[:10], before[:10])  # what only the input holds
+    assert torch.equal(after[10], before[10]) and not torch.equal(
+        after[:10], before[:10]
+    )  # what only the input holds
 
 
 def test_encode_of_a_regime_is_a_step():
-    assert isinstance(encoder_of(feedback()), Encode) and encoder_of(feedback()).step is regimes.feedback_step
+    assert (
+        isinstance(encoder_of(feedback()), Encode)
+        and encoder_of(feedback()).step is baselines.feedback_step
+    )
     assert config.load_config("cpu").model.feedback == ""

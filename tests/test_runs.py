@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from etrm_arc import checkpoint, launch, runs, train
-from etrm_arc.data import UserError
+from etrm_arc import checkpoint, train
+from etrm_arc.config import UserError
 from etrm_arc.etrm import leaves, rebuild
 from etrm_arc.tests.kill import outcome
 from etrm_arc.tests.test_train import tiny
@@ -24,7 +24,13 @@ from etrm_arc.tests.test_train import tiny
 # ---------------------------------------------------------------- stopping, crashing, going on
 
 
-SMALL = {"model__hidden": 16, "data__canvases": [10], "train__shards": 1, "eval__foreign": False, "eval__act_steps": 1}
+SMALL = {
+    "model__hidden": 16,
+    "data__canvases": [10],
+    "train__shards": 1,
+    "eval__foreign": False,
+    "eval__act_steps": 1,
+}
 
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
@@ -37,9 +43,18 @@ def same(a, b):
         assert torch.equal(v, b[1][k]), k
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("muon", "bf16"), ("muon", "fp32"), ("adamw", "fp32"), ("adam_atan2", "bf16")])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("muon", "bf16"), ("muon", "fp32"), ("adamw", "fp32"), ("adam_atan2", "bf16")],
+)
 def test_a_run_stopped_after_every_step_ends_in_the_same_bits(tmp_path, kind, dtype):
-    options = {"optimizer__kind": kind, "train__dtype": dtype, "train__log_every": 3, "eval__every": 2, "train__steps": 5}
+    options = {
+        "optimizer__kind": kind,
+        "train__dtype": dtype,
+        "train__log_every": 3,
+        "eval__every": 2,
+        "train__steps": 5,
+    }
     options |= SMALL if dtype == "bf16" else {}
     train.fit(tiny(tmp_path / "whole", **options))
     cfg, steps = tiny(tmp_path / "pieces", **options), []
@@ -52,7 +67,12 @@ def test_a_run_stopped_after_every_step_ends_in_the_same_bits(tmp_path, kind, dt
 
 @pytest.mark.parametrize("kind", ["recurrent", "lpn_variational"])
 def test_noise_and_states_of_an_encoder_are_taken_up_again(tmp_path, kind):
-    options = {"model__encoder": {"kind": kind, "layers": 1}, "train__log_every": 1, "eval__every": 4, "train__steps": 4}
+    options = {
+        "model__encoder": {"kind": kind, "layers": 1},
+        "train__log_every": 1,
+        "eval__every": 4,
+        "train__steps": 4,
+    }
     rows = []
     train.fit(tiny(tmp_path / "whole", **options), rows.append)
     assert ("all/kl" in rows[0]) == (kind == "lpn_variational")
@@ -61,7 +81,11 @@ def test_noise_and_states_of_an_encoder_are_taken_up_again(tmp_path, kind):
         steps.append(train.fit(cfg, resume=bool(steps), limit=-1))
     assert len(steps) == 4
     same(outcome(tmp_path / "whole"), outcome(tmp_path / "pieces"))
-    states = {tuple(v.shape) for k, v in checkpoint.load_state(tmp_path / "whole")[1][0].items() if k.endswith(".z_E")}
+    states = {
+        tuple(v.shape)
+        for k, v in checkpoint.load_state(tmp_path / "whole")[1][0].items()
+        if k.endswith(".z_E")
+    }
     assert states == {(1, 4, 32) if kind == "recurrent" else (1, 1, 1)}
 
 
@@ -81,9 +105,13 @@ def test_resume_skips_a_broken_state_and_says_so(tmp_path):
     train.fit(cfg)
     newest = tmp_path / "state-00000006-0.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1] + b"x")
-    (tmp_path / ".step-00000009.safetensors.writing").write_bytes(b"half")  # of a run that kept weights
+    (tmp_path / ".step-00000009.safetensors.writing").write_bytes(
+        b"half"
+    )  # of a run that kept weights
     assert train.fit(cfg, said.append, resume=True)["step"] == 6
-    assert said[0] == {"skipped": "state-00000006.json: state-00000006-0.safetensors differs from its checksum"}
+    assert said[0] == {
+        "skipped": "state-00000006.json: state-00000006-0.safetensors differs from its checksum"
+    }
     assert not list(tmp_path.glob(".*.writing"))
     for manifest in tmp_path.glob("state-*.json"):
         manifest.write_text("{")
@@ -110,7 +138,11 @@ def test_a_manifest_that_was_touched_or_renamed_is_no_state(tmp_path):
     shutil.copy(old, tmp_path / "state-00000009.json")
     new.write_text(new.read_text().replace('"waited": ', '"waited": 1'))
     manifest, _, skipped = checkpoint.load_state(tmp_path)
-    assert manifest["step"] == 3 and len(skipped) == 2 and {line.split(":")[0] for line in skipped} == {"state-00000009.json", new.name}
+    assert (
+        manifest["step"] == 3
+        and len(skipped) == 2
+        and {line.split(":")[0] for line in skipped} == {"state-00000009.json", new.name}
+    )
 
 
 def test_the_checksum_covers_names_and_words_and_the_format_is_known(tmp_path):
@@ -122,7 +154,11 @@ def test_the_checksum_covers_names_and_words_and_the_format_is_known(tmp_path):
     for changed, words, why in (
         (renamed, raw, "differs from its checksum"),
         (tensors, {**raw, "etrm": json.dumps({**said, "step": 7})}, "differs from its checksum"),
-        (tensors, {"etrm": later, "sha256": checkpoint.digest_of(tensors, later)}, "format 2, this version reads 1"),
+        (
+            tensors,
+            {"etrm": later, "sha256": checkpoint.digest_of(tensors, later)},
+            "format 2, this version reads 1",
+        ),
     ):
         checkpoint.write_file(file, changed, words)
         with pytest.raises(UserError, match=why):
@@ -135,9 +171,9 @@ def test_resuming_with_other_shards_deals_the_carry_anew(tmp_path):
     _, before, _ = checkpoint.load_state(tmp_path)
     more = tiny(tmp_path, train__steps=4, train__shards=3)
     s = train.setup(more)
-    slots, seen = runs.saved_slots(before), {}
+    slots, seen = checkpoint.saved_slots(before), {}
     for mine in s.shards:
-        seen |= runs.carry_tensors(mine, runs.carry_from(slots, mine, s.device))
+        seen |= checkpoint.carry_tensors(mine, checkpoint.carry_from(slots, mine, s.device))
     assert sorted(seen) == list(range(6))
     assert all(torch.equal(seen[i][k], slots[i][k]) for i in slots for k in slots[i])
     assert train.fit(more, resume=True)["step"] == 4
@@ -149,10 +185,12 @@ def test_a_run_that_has_ended_can_be_made_longer(tmp_path):
     assert json.loads(manifest.read_text())["ended"] == "done"
     doctored = json.loads(manifest.read_text()) | {"seconds": 1000.0}
     manifest.write_text(json.dumps({**doctored, "sha256": checkpoint.signed(doctored)}))
-    assert train.fit(tiny(tmp_path, **SMALL, train__steps=4), limit=-1, resume=True)["seconds"] >= 1000
+    assert (
+        train.fit(tiny(tmp_path, **SMALL, train__steps=4), limit=-1, resume=True)["seconds"] >= 1000
+    )
     newest = checkpoint.load_state(tmp_path)[0]
     assert (newest["step"], newest["ended"]) == (3, "") and newest["seconds"] > 1000
-    assert runs.listing(tmp_path)[0]["state"] == "stopped"
+    assert checkpoint.listing(tmp_path)[0]["state"] == "stopped"
 
 
 def test_what_is_saved_is_of_its_step_though_training_goes_on(tmp_path, monkeypatch):
@@ -162,17 +200,23 @@ def test_what_is_saved_is_of_its_step_though_training_goes_on(tmp_path, monkeypa
     monkeypatch.setattr(checkpoint, "save", lambda *args: time.sleep(0.3) or save(*args))
     train.fit(tiny(tmp_path / "slow", **options))
     for step in (1, 2):
-        kept = [checkpoint.load(tmp_path / f / f"step-{step:08d}.safetensors") for f in ("fast", "slow")]
+        kept = [
+            checkpoint.load(tmp_path / f / f"step-{step:08d}.safetensors") for f in ("fast", "slow")
+        ]
         assert kept[0].meta["step"] == kept[1].meta["step"] == step
         for a, b in zip(*(leaves(c.params).values() for c in kept), strict=True):
             assert torch.equal(a, b)
-    fast, slow = (json.loads((tmp_path / f / "state-00000002.json").read_text()) for f in ("fast", "slow"))
+    fast, slow = (
+        json.loads((tmp_path / f / "state-00000002.json").read_text()) for f in ("fast", "slow")
+    )
     assert fast["files"] == slow["files"]
 
 
 def test_another_yardstick_starts_a_new_best(tmp_path, monkeypatch):
     with monkeypatch.context() as m:
-        m.setattr(train, "watch", lambda *_: {"train/ema/own/loss": 0.0, "train/ema/own/exact": 0.0})
+        m.setattr(
+            train, "watch", lambda *_: {"train/ema/own/loss": 0.0, "train/ema/own/exact": 0.0}
+        )
         train.fit(tiny(tmp_path, train__steps=3))
     assert checkpoint.load_state(tmp_path)[0]["best"] == 0.0
     said = []
@@ -187,7 +231,9 @@ def test_another_dtype_or_training_set_is_refused(tmp_path):
     for key in ("dtype", "data"):
         text = json.loads(manifest.read_text())
         text |= {key: "other", "step": 2}
-        (tmp_path / "state-00000002.json").write_text(json.dumps({**text, "sha256": checkpoint.signed(text)}))
+        (tmp_path / "state-00000002.json").write_text(
+            json.dumps({**text, "sha256": checkpoint.signed(text)})
+        )
         with pytest.raises(UserError, match="--resume: the .* is "):
             train.fit(tiny(tmp_path, train__steps=2), resume=True)
 
@@ -235,7 +281,14 @@ def test_a_full_disk_leaves_the_state_before_it(tmp_path, monkeypatch):
 
 def test_a_crash_at_any_point_of_a_write_leaves_a_whole_state(tmp_path, monkeypatch):
     """Every write, sync and rename of the later saves fails once; what is taken up then is whole, and ends in the same bits."""
-    options = {**SMALL, "train__steps": 2, "eval__every": 2, "train__save_every": 2, "train__log_every": 2, "train__keep_every": 2}
+    options = {
+        **SMALL,
+        "train__steps": 2,
+        "eval__every": 2,
+        "train__save_every": 2,
+        "train__log_every": 2,
+        "train__keep_every": 2,
+    }
     train.fit(tiny(tmp_path / "whole", **options))
     train.fit(tiny(tmp_path / "begun", **options), limit=-1)  # a step, and its state
     points, crashes = 0, 0
@@ -283,21 +336,31 @@ def test_a_save_is_written_in_an_order_that_a_loss_of_power_cannot_break(tmp_pat
         real_begin(run, *args)
         done.clear()
 
-    real_begin = runs.Run.begin
-    monkeypatch.setattr(runs.Run, "begin", begin)
+    real_begin = checkpoint.Run.begin
+    monkeypatch.setattr(checkpoint.Run, "begin", begin)
     monkeypatch.setattr(checkpoint, "save_file", noted("write", checkpoint.save_file, 1))
     monkeypatch.setattr(checkpoint, "sync", noted("sync", checkpoint.sync))
     monkeypatch.setattr(Path, "replace", noted("rename", Path.replace))
     monkeypatch.setattr(Path, "unlink", noted("unlink", Path.unlink))
-    train.fit(tiny(tmp_path, **SMALL, train__steps=3, train__keep_every=3, eval__every=3), resume=True)
+    train.fit(
+        tiny(tmp_path, **SMALL, train__steps=3, train__keep_every=3, eval__every=3), resume=True
+    )
 
     def whole(name):
         aside = f".{name}.writing"
         write = [] if name.endswith(".json") else [("write", aside)]
         return [*write, ("sync", aside), ("rename", aside), ("sync", tmp_path.name)]
 
-    weights = [*whole("best.safetensors"), *whole("step-00000003.safetensors"), *whole("last.safetensors")]
-    state = [("sync", "metrics.jsonl"), *whole("state-00000003-0.safetensors"), *whole("state-00000003.json")]
+    weights = [
+        *whole("best.safetensors"),
+        *whole("step-00000003.safetensors"),
+        *whole("last.safetensors"),
+    ]
+    state = [
+        ("sync", "metrics.jsonl"),
+        *whole("state-00000003-0.safetensors"),
+        *whole("state-00000003.json"),
+    ]
     dropped = [("unlink", "state-00000001.json"), ("unlink", "state-00000001-0.safetensors")]
     assert done == [*weights, *state, *dropped]
 
@@ -305,7 +368,13 @@ def test_a_save_is_written_in_an_order_that_a_loss_of_power_cannot_break(tmp_pat
 @forks
 def test_killed_outright_again_and_again_ends_in_the_same_bits(tmp_path, monkeypatch):
     """SIGKILL at the n-th write, sync, rename, row or step of each life, what was being written torn."""
-    options = {**SMALL, "train__steps": 6, "train__save_every": 1, "train__log_every": 2, "eval__every": 4}
+    options = {
+        **SMALL,
+        "train__steps": 6,
+        "train__save_every": 1,
+        "train__log_every": 2,
+        "eval__every": 4,
+    }
     train.fit(tiny(tmp_path / "whole", **options))
     cfg = tiny(tmp_path / "killed", **options)
 
@@ -326,8 +395,12 @@ def test_killed_outright_again_and_again_ends_in_the_same_bits(tmp_path, monkeyp
             run.log.write(json.dumps(row)[:9])
             run.log.flush()
 
-        monkeypatch.setattr(checkpoint, "save_file", deadly(checkpoint.save_file, lambda tensors, path: path.write_bytes(b"torn")))
-        monkeypatch.setattr(runs.Run, "write", deadly(runs.Run.write, half_a_row))
+        monkeypatch.setattr(
+            checkpoint,
+            "save_file",
+            deadly(checkpoint.save_file, lambda tensors, path: path.write_bytes(b"torn")),
+        )
+        monkeypatch.setattr(checkpoint.Run, "write", deadly(checkpoint.Run.write, half_a_row))
         for owner, name in ((checkpoint, "sync"), (Path, "replace"), (train, "one_step")):
             monkeypatch.setattr(owner, name, deadly(getattr(owner, name), lambda *_: None))
         train.fit(cfg, resume=bool(checkpoint.manifests(tmp_path / "killed")))
@@ -354,19 +427,31 @@ def forked(work):
 
 def spread(cfg, processes, **options):
     """`fit` in so many processes."""
-    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launch.free_port())}
+    shared = {
+        "WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(train.free_port()),
+    }
 
     def one(rank):
         os.environ.update(shared, RANK=str(rank))
         train.fit(cfg, **options)
 
-    assert [os.waitpid(pid, 0)[1] for pid in [forked(lambda r=r: one(r)) for r in range(processes)]] == [0] * processes
+    assert [
+        os.waitpid(pid, 0)[1] for pid in [forked(lambda r=r: one(r)) for r in range(processes)]
+    ] == [0] * processes
 
 
 @forks
 def test_any_number_of_processes_ends_in_the_bits_of_one(tmp_path):
     """Also when it changes on the way: weights, average, optimizer and carry to the bit, sums of metrics to rounding."""
-    options = {**SMALL, "train__shards": 4, "train__steps": 5, "train__log_every": 4, "eval__every": 4}
+    options = {
+        **SMALL,
+        "train__shards": 4,
+        "train__steps": 5,
+        "train__log_every": 4,
+        "eval__every": 4,
+    }
     train.fit(tiny(tmp_path / "one", **options))
     cfg = tiny(tmp_path / "several", **options)
     spread(cfg, 2, limit=-1)
@@ -391,7 +476,9 @@ def test_a_fork_goes_on_elsewhere_from_a_folder_that_is_only_read(tmp_path):
     assert train.fit(changed, source=tmp_path / "a")["step"] == 7
     with pytest.raises(UserError, match="model.hidden is 64, the run has 32"):
         train.fit(tiny(tmp_path / "new", model__hidden=64), source=tmp_path / "a")
-    rows = [[json.loads(line)["step"] for line in (f / "metrics.jsonl").open()] for f in (whole, fork)]
+    rows = [
+        [json.loads(line)["step"] for line in (f / "metrics.jsonl").open()] for f in (whole, fork)
+    ]
     assert rows[0][-2:] == rows[1][-2:]
 
 
@@ -401,10 +488,10 @@ def test_what_a_run_says_of_itself_and_an_absent_tracker(tmp_path):
     assert about["config"]["train"]["steps"] == 6 and about["torch"] == torch.__version__
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "run.json").write_text("{")
-    found = {Path(r["run"]).name: r["state"] for r in runs.listing(tmp_path)}
+    found = {Path(r["run"]).name: r["state"] for r in checkpoint.listing(tmp_path)}
     assert found["a"] == "done" and found["b"].startswith("unreadable")
     with train.Run(tmp_path / "a", 0, True):
-        assert runs.listing(tmp_path / "a")[0]["state"] == "running"
+        assert checkpoint.listing(tmp_path / "a")[0]["state"] == "running"
     sys.modules["wandb"] = None
     try:
         with pytest.raises(UserError, match="the package wandb is not installed"):
@@ -415,7 +502,11 @@ def test_what_a_run_says_of_itself_and_an_absent_tracker(tmp_path):
 
 def test_a_tracker_gets_every_row(tmp_path, monkeypatch):
     got, said, closed = [], [], []
-    monkeypatch.setitem(runs.TRACKERS, "tensorboard", lambda folder, cfg: runs.Track(got.append, lambda: closed.append(len(got))))
+    monkeypatch.setitem(
+        checkpoint.TRACKERS,
+        "tensorboard",
+        lambda folder, cfg: checkpoint.Track(got.append, lambda: closed.append(len(got))),
+    )
     train.fit(tiny(tmp_path, run__track="tensorboard"), said.append)
     assert got == said and len(got) == 5 and closed == [5]
 
@@ -429,7 +520,10 @@ def test_what_was_written_after_the_state_never_was(tmp_path):
     s = train.setup(cfg)
     with train.Run(tmp_path, 0, True) as run:
         run.begin(5, tmp_path, s.meta, "")
-    assert sorted(p.name for p in tmp_path.glob("state-*")) == ["state-00000005-0.safetensors", "state-00000005.json"]
+    assert sorted(p.name for p in tmp_path.glob("state-*")) == [
+        "state-00000005-0.safetensors",
+        "state-00000005.json",
+    ]
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -438,7 +532,11 @@ def test_what_was_written_after_the_state_never_was(tmp_path):
 def saved(tmp_path):
     cfg = tiny(tmp_path)
     s = train.setup(cfg)
-    checkpoint.save(tmp_path / "last.safetensors", checkpoint.copied(runs.weights(s, train.fresh_state(cfg, s))), {**s.meta, "step": 0})
+    checkpoint.save(
+        tmp_path / "last.safetensors",
+        checkpoint.copied(checkpoint.weights(s, train.fresh_state(cfg, s))),
+        {**s.meta, "step": 0},
+    )
     return tmp_path / "last.safetensors", rebuild(s.like, s.params)
 
 
@@ -448,7 +546,9 @@ def test_a_checkpoint_on_the_hub_is_checked(tmp_path, monkeypatch):
     hub = types.SimpleNamespace(hf_hub_download=lambda *args: asked.append(args) or str(file))
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     c = checkpoint.load(f"hf:someone/model/a/last.safetensors#{checkpoint.digest(file)}")
-    assert torch.equal(c.params.core.embed, tree.core.embed) and asked == [("someone/model", "a/last.safetensors")]
+    assert torch.equal(c.params.core.embed, tree.core.embed) and asked == [
+        ("someone/model", "a/last.safetensors")
+    ]
     for name, said in (("hf:a/b/c#00", "its checksum is"), ("hf:a/b", "must look like")):
         with pytest.raises(UserError, match=said):
             checkpoint.load(name)
@@ -459,7 +559,9 @@ def test_a_checkpoint_on_the_hub_is_checked(tmp_path, monkeypatch):
 
 def test_a_checkpoint_round_trips_bit_for_bit(tmp_path):
     file, tree = saved(tmp_path)
-    for a, b in zip(leaves(tree).values(), leaves(checkpoint.load(file).params).values(), strict=True):
+    for a, b in zip(
+        leaves(tree).values(), leaves(checkpoint.load(file).params).values(), strict=True
+    ):
         assert torch.equal(a, b)
     assert checkpoint.load(tmp_path).path == file
 
@@ -483,7 +585,9 @@ def test_foreign_and_misshapen_checkpoints_are_refused(tmp_path):
     tensors, meta = checkpoint.read_file(file)
 
     def write(tensors):
-        checkpoint.write_file(other, tensors, {**meta, "sha256": checkpoint.digest_of(tensors, meta["etrm"])})
+        checkpoint.write_file(
+            other, tensors, {**meta, "sha256": checkpoint.digest_of(tensors, meta["etrm"])}
+        )
 
     for change, said in (
         ({"params.core.embed": torch.zeros(3, 3)}, r"params.core.embed is of shape \(3, 3\)"),
@@ -509,7 +613,11 @@ def test_foreign_and_misshapen_checkpoints_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changed", [{"run__seed": 1}, {"optimizer__decay_scale": {r"core\..*": 0.5}, "optimizer__lr_scale": {".*embed": 0.3}}]
+    "changed",
+    [
+        {"run__seed": 1},
+        {"optimizer__decay_scale": {r"core\..*": 0.5}, "optimizer__lr_scale": {".*embed": 0.3}},
+    ],
 )
 def test_a_fork_may_change_its_seed_and_its_scales(tmp_path, changed):
     cfg = tiny(tmp_path / "a", train__steps=3, model__halt_max_steps=4)
@@ -517,11 +625,11 @@ def test_a_fork_may_change_its_seed_and_its_scales(tmp_path, changed):
     other = tiny(tmp_path / "b", train__steps=6, model__halt_max_steps=4, **changed)
     s = train.setup(other)
     state = train.fresh_state(other, s)
-    runs.take_up(s, state, tmp_path / "a", True, 0, 1, lambda row: None)
+    checkpoint.take_up(s, state, tmp_path / "a", True, 0, 1, lambda row: None)
     _, parts, _ = checkpoint.load_state(tmp_path / "a")
     own = train.setup(cfg)
-    was = runs.optimizers(cfg.optimizer, own.params)
-    runs.load_optimizers(was, parts[0])
+    was = checkpoint.optimizers(cfg.optimizer, own.params)
+    checkpoint.load_optimizers(was, parts[0])
     saved = {id(p): fields for opt in was for p, fields in opt.state.items()}
     for opt in state.opts:
         for p, fields in opt.state.items():
@@ -534,7 +642,13 @@ def test_a_fork_may_change_its_seed_and_its_scales(tmp_path, changed):
 
 
 def test_a_table_does_not_change_the_seed_of_its_symmetries(tmp_path):
-    options = {"model__encoder__kind": "table", "data__symmetries": 2, "eval__on": "train", "data__dev": (), "train__steps": 2}
+    options = {
+        "model__encoder__kind": "table",
+        "data__symmetries": 2,
+        "eval__on": "train",
+        "data__dev": (),
+        "train__steps": 2,
+    }
     train.fit(tiny(tmp_path / "a", **options))
     with pytest.raises(UserError, match="run.seed: it decides which symmetry"):
         train.fit(tiny(tmp_path / "b", **options, run__seed=1), source=tmp_path / "a")

@@ -6,18 +6,30 @@ import torch
 from hypothesis import given
 
 from etrm_arc import data, etrm, show, sources
-from etrm_arc.config import parse_config
-from etrm_arc.data import PAD, PALETTE, Task, UserError, tokenise
+from etrm_arc.config import UserError, parse_config
+from etrm_arc.data import PAD, PALETTE, Task, tokenise
 from etrm_arc.encoders import init_params
 from etrm_arc.show import Step, Timeline
 from etrm_arc.tests import puzzles
 
 Image = pytest.importorskip("PIL.Image")
-SMALL = {"hidden": 32, "heads": 2, "expansion": 1.0, "H_cycles": 3, "L_cycles": 1, "context_tokens": 4, "halt_max_steps": 4}
-CFG = parse_config({"model": SMALL, "train": {"dtype": "fp32"}, "data": {"canvases": [6, 10]}}, "test")
+SMALL = {
+    "hidden": 32,
+    "heads": 2,
+    "expansion": 1.0,
+    "H_cycles": 3,
+    "L_cycles": 1,
+    "context_tokens": 4,
+    "halt_max_steps": 4,
+}
+CFG = parse_config(
+    {"model": SMALL, "train": {"dtype": "fp32"}, "data": {"canvases": [6, 10]}}, "test"
+)
 PARAMS = init_params(CFG.model, 0)
 TASK = Task(
-    "t", [(np.full((3, 4), c, np.uint8), np.full((3, 4), c + 1, np.uint8)) for c in (1, 3)], [(np.eye(4, 5, dtype=np.uint8), None)]
+    "t",
+    [(np.full((3, 4), c, np.uint8), np.full((3, 4), c + 1, np.uint8)) for c in (1, 3)],
+    [(np.eye(4, 5, dtype=np.uint8), None)],
 )
 
 
@@ -37,18 +49,30 @@ def test_a_timeline_is_what_thinking_gives():
     assert len(t.steps) == 4 and t.target is None and t.question is TASK.queries[0][0]
     packed = data.pack([TASK])
     asked = data.queries(packed, "test", CFG.data.canvases)
-    batch = data.batch(packed, data.posed(packed, CFG.data, "test", asked), CFG.data, CFG.model.raster)
+    batch = data.batch(
+        packed, data.posed(packed, CFG.data, "test", asked), CFG.data, CFG.model.raster
+    )
     out, _ = etrm.think(PARAMS, CFG.model, show.encoder_of(CFG.model), batch, torch.float32, 4)
     tokens, grid = show.decoded(out.logits.argmax(-1).view(*asked.canvas[0]).numpy())
-    assert np.array_equal(tokens, t.steps[-1].tokens) and (grid is None) == (t.steps[-1].grid is None)
-    p = etrm.log_prob(CFG.model, out.logits).exp()[torch.from_numpy(tokens != PAD).flatten() | (grid is None)]
+    assert np.array_equal(tokens, t.steps[-1].tokens) and (grid is None) == (
+        t.steps[-1].grid is None
+    )
+    p = etrm.log_prob(CFG.model, out.logits).exp()[
+        torch.from_numpy(tokens != PAD).flatten() | (grid is None)
+    ]
     assert t.steps[-1].entropy == pytest.approx(float(-(p * p.log2()).sum(-1).mean()), rel=1e-3)
-    assert t.steps[-1].q == pytest.approx(float(out.q_halt.sigmoid())) and 0 < t.steps[-1].entropy < np.log2(12)
+    assert t.steps[-1].q == pytest.approx(float(out.q_halt.sigmoid())) and 0 < t.steps[
+        -1
+    ].entropy < np.log2(12)
 
 
-@pytest.mark.parametrize("kind", ["perceiver", "recurrent", "trm_style"])  # the states of the last two go on once a step
+@pytest.mark.parametrize(
+    "kind", ["perceiver", "recurrent", "trm_style"]
+)  # the states of the last two go on once a step
 def test_the_cycles_of_a_step_end_where_the_step_does(kind):
-    cfg = parse_config({"model": SMALL | {"encoder": {"kind": kind}}, "train": {"dtype": "fp32"}}, "test")
+    cfg = parse_config(
+        {"model": SMALL | {"encoder": {"kind": kind}}, "train": {"dtype": "fp32"}}, "test"
+    )
     params = init_params(cfg.model, 0)
     whole, fine = show.timeline(params, cfg, TASK), show.timeline(params, cfg, TASK, cycles=True)
     assert [s.number for s in fine.steps] == pytest.approx([k / 3 for k in range(1, 13)])
@@ -63,15 +87,26 @@ def test_the_cycles_of_a_step_end_where_the_step_does(kind):
 @pytest.mark.parametrize("kind", ["perceiver", "recurrent"])
 @pytest.mark.parametrize("cycles", [False, True])
 def test_timelines_of_many_are_those_of_each(kind, cycles):
-    cfg = parse_config({"model": SMALL | {"encoder": {"kind": kind}}, "train": {"dtype": "fp32"}, "data": {"canvases": [5, 6]}}, "test")
+    cfg = parse_config(
+        {
+            "model": SMALL | {"encoder": {"kind": kind}},
+            "train": {"dtype": "fp32"},
+            "data": {"canvases": [5, 6]},
+        },
+        "test",
+    )
     params, g = init_params(cfg.model, 0), torch.Generator().manual_seed(1)
-    asked = [show.asked_pair(puzzles.task(g, f"t{i}", n, n), 0, None) for i, n in enumerate((6, 3, 9, 5))]
+    asked = [
+        show.asked_pair(puzzles.task(g, f"t{i}", n, n), 0, None) for i, n in enumerate((6, 3, 9, 5))
+    ]
     together = show.timelines(params, cfg, asked, cycles)
     assert together[2] is None  # there is no canvas for it
     for many, (task, target) in zip(together, asked, strict=True):
         if many:
             alone = show.timeline(params, cfg, task, cycles=cycles)
-            assert many.task is task and many.question is task.queries[0][0] and many.target is target
+            assert (
+                many.task is task and many.question is task.queries[0][0] and many.target is target
+            )
             for a, b in zip(alone.steps, many.steps, strict=True):
                 assert a.number == b.number and np.array_equal(a.tokens, b.tokens)
                 assert (a.q, a.entropy) == pytest.approx((b.q, b.entropy), abs=1e-4)
@@ -79,7 +114,11 @@ def test_timelines_of_many_are_those_of_each(kind, cycles):
 
 def test_a_demo_is_asked_from_the_others():
     t = show.timeline(PARAMS, CFG, TASK, demo=1)
-    assert np.array_equal(t.question, TASK.demos[1][0]) and np.array_equal(t.target, TASK.demos[1][1]) and len(t.task.demos) == 1
+    assert (
+        np.array_equal(t.question, TASK.demos[1][0])
+        and np.array_equal(t.target, TASK.demos[1][1])
+        and len(t.task.demos) == 1
+    )
     with pytest.raises(UserError, match="no --query 1"):
         show.timeline(PARAMS, CFG, TASK, query=1)
     for demo in (2, -1):
@@ -97,9 +136,15 @@ def test_marks_say_right_wrong_and_changed():
     state, changed = show.marks(t, 0)
     assert state.tolist() == [[1, 1, 0], [1, -1, 0], [0, 0, 0]] and not changed.any()
     state, changed = show.marks(t, 1)
-    assert state.tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 0]] and np.argwhere(changed).tolist() == [[1, 1]]
+    assert state.tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 0]] and np.argwhere(
+        changed
+    ).tolist() == [[1, 1]]
     state, changed = show.marks(t, 2)
-    assert state.tolist() == [[1, 1, -1], [-1, -1, 0], [0, 0, 0]] and changed[0, 2] and not changed[0, 0]
+    assert (
+        state.tolist() == [[1, 1, -1], [-1, -1, 0], [0, 0, 0]]
+        and changed[0, 2]
+        and not changed[0, 0]
+    )
     assert not show.marks(t._replace(target=None), 2)[0].any()
 
 
@@ -108,7 +153,10 @@ def test_an_answer_is_right_where_no_cell_is_marked_wrong(g):
     """Whatever stands beyond the border, where nothing is asked and training looks at nothing."""
     target = puzzles.grid(g, 1, 4, 3)
     shape = tuple(n + puzzles.integer(g, 0, 3) for n in target.shape)
-    said, noise = tokenise(target, shape), torch.randint(0, 5, shape, generator=g).to(torch.uint8).numpy()
+    said, noise = (
+        tokenise(target, shape),
+        torch.randint(0, 5, shape, generator=g).to(torch.uint8).numpy(),
+    )
     h, w = target.shape
     beyond = tokenise(target, shape) == PAD
     said[beyond] = noise[beyond]
@@ -134,7 +182,11 @@ def pixels(t, i, tmp_path, diff=True):
 
 def colours_of(cell):
     """(at the outer border, at the inner mark, in the middle)."""
-    return tuple(map(int, cell[8, 50])), tuple(map(int, cell[29, 50])), tuple(map(int, cell[50, 50]))
+    return (
+        tuple(map(int, cell[8, 50])),
+        tuple(map(int, cell[29, 50])),
+        tuple(map(int, cell[50, 50])),
+    )
 
 
 def test_borders_and_colours_are_read_back_from_the_pixels(tmp_path):
@@ -143,11 +195,18 @@ def test_borders_and_colours_are_read_back_from_the_pixels(tmp_path):
     first[0, 0], second[1, 2] = 5, 8
     t = line(first, second, target=target)
     cell = pixels(t, 1, tmp_path)
-    want = {(0, 0): (show.RIGHT, show.CHANGED), (1, 2): (show.WRONG, show.CHANGED), (0, 1): (show.RIGHT, None)}
+    want = {
+        (0, 0): (show.RIGHT, show.CHANGED),
+        (1, 2): (show.WRONG, show.CHANGED),
+        (0, 1): (show.RIGHT, None),
+    }
     for (r, c), (outer, inner) in want.items():
         fill = PALETTE[second[r, c]]
         assert colours_of(cell(r, c)) == (rgb(outer), rgb(inner or fill), rgb(fill)), (r, c)
-    assert colours_of(cell(2, 3))[0] not in (rgb(show.RIGHT), rgb(show.WRONG))  # beyond the border nothing is asked
+    assert colours_of(cell(2, 3))[0] not in (
+        rgb(show.RIGHT),
+        rgb(show.WRONG),
+    )  # beyond the border nothing is asked
     plain = pixels(t._replace(target=None), 1, tmp_path, diff=False)
     assert colours_of(plain(0, 0)) == (rgb(PALETTE[1]),) * 3
 
@@ -170,7 +229,9 @@ def test_a_picture_has_its_panels_and_is_legible(tmp_path, size):
     t = line(*[other] * 8, target, target=target)
     assert show.draw(t, tmp_path / "a.png", caption="$\\frac$") == 4 + 2 + 9
     seen = counts(tmp_path / "a.png")
-    assert all(seen.get(rgb(colour), 0) > 20 for colour in (show.RIGHT, show.WRONG, show.CHANGED, *PALETTE))
+    assert all(
+        seen.get(rgb(colour), 0) > 20 for colour in (show.RIGHT, show.WRONG, show.CHANGED, *PALETTE)
+    )
     assert show.draw(t._replace(target=None), tmp_path / "b.png", diff=False, dpi=60) == 4 + 1 + 9
     seen = counts(tmp_path / "b.png")
     assert not any(rgb(colour) in seen for colour in (show.RIGHT, show.WRONG, show.CHANGED))
@@ -181,7 +242,9 @@ def test_no_demo_is_left_out():
     t = line(target.T, target, target=target)
     _, panels = show.picture(t._replace(task=TASK._replace(demos=TASK.demos * 5)))
     titles = [axis.get_title() for axis in panels]
-    assert [f"demo {i} {what}" for i in range(10) for what in ("input", "output")] == titles[:20] and len(titles) == 24
+    assert [f"demo {i} {what}" for i in range(10) for what in ("input", "output")] == titles[
+        :20
+    ] and len(titles) == 24
     boxes = [tuple(np.round(axis.get_position().bounds, 6)) for axis in panels]
     assert len(set(boxes)) == 24 and min(b[1] for b in boxes) > 0
 
@@ -189,8 +252,12 @@ def test_no_demo_is_left_out():
 def counts(path):
     """How many pixels have which colour."""
     image = np.asarray(Image.open(path).convert("RGB")).astype(np.int32)
-    found, n = np.unique(image[..., 0] << 16 | image[..., 1] << 8 | image[..., 2], return_counts=True)
-    return {(c >> 16, c >> 8 & 255, c & 255): k for c, k in zip(found.tolist(), n.tolist(), strict=True)}
+    found, n = np.unique(
+        image[..., 0] << 16 | image[..., 1] << 8 | image[..., 2], return_counts=True
+    )
+    return {
+        (c >> 16, c >> 8 & 255, c & 255): k for c, k in zip(found.tolist(), n.tolist(), strict=True)
+    }
 
 
 def test_other_formats_and_places_that_cannot_be_written(tmp_path):
@@ -224,7 +291,9 @@ def test_blocks_for_a_terminal():
 def test_an_unknown_task_names_the_nearest():
     where = str(sources.Path(__file__).parent / "data" / "set")
     assert show.find_task([where], "flip").name == "flip"
-    with pytest.raises(UserError, match="--task flop: not among the 6 tasks .*; the nearest: flip, "):
+    with pytest.raises(
+        UserError, match="--task flop: not among the 6 tasks .*; the nearest: flip, "
+    ):
         show.find_task([where], "flop")
     with pytest.raises(UserError, match="--task: which of the 6 tasks"):
         show.find_task([where], None)

@@ -10,11 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from etrm_arc import compose, config, data, encoders, etrm, plan, proposals, scenes, sights, solve, train
-from etrm_arc.data import Task, UserError
-from etrm_arc.etrm import EncoderConfig, ModelConfig
+from etrm_arc import config, data, encoders, etrm, solve, train
+from etrm_arc.config import EncoderConfig, ModelConfig, UserError
+from etrm_arc.data import Task
+from etrm_arc.extras import compose, experts, scenes
 
-N, FITTED = len(sights.GRIDS), sights.FITTED
+N, FITTED = len(experts.GRIDS), experts.FITTED
 AFTER = N + 8  # neighbours begin here, looks 8 later, what lies between 16 later, numbers 20 later
 
 
@@ -27,9 +28,11 @@ def grids(draw: st.DrawFn, most: int = 7) -> np.ndarray:
 
 def seen(*shown: np.ndarray, side: int = 16, offset: tuple[int, int] = (0, 0)) -> torch.Tensor:
     """(grids, side, side, K) of grids on canvases of one side, packed together."""
-    tokens = torch.cat([torch.from_numpy(data.tokenise(x, (side, side), offset)).flatten().long() for x in shown])
+    tokens = torch.cat(
+        [torch.from_numpy(data.tokenise(x, (side, side), offset)).flatten().long() for x in shown]
+    )
     at = torch.cartesian_prod(torch.arange(side), torch.arange(side)).repeat(len(shown), 1)
-    return sights.sights(tokens, at, (side * side,) * len(shown)).view(len(shown), side, side, -1)
+    return experts.sights(tokens, at, (side * side,) * len(shown)).view(len(shown), side, side, -1)
 
 
 def canvas(x: np.ndarray, side: int = 16) -> torch.Tensor:
@@ -53,14 +56,18 @@ def test_sights_that_are_grids_are_whole_grids_with_their_ends(x):
             assert torch.equal(s[..., k], canvas(y)), k
     if x.any():
         rows, columns = np.nonzero(x.any(1))[0], np.nonzero(x.any(0))[0]
-        assert torch.equal(s[..., 30], canvas(x[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]))
+        assert torch.equal(
+            s[..., 30], canvas(x[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
+        )
 
 
 @given(grids(), grids(), st.integers(0, 5))
 def test_a_grid_sees_nothing_of_another_nor_of_where_it_lies(x, y, offset):
     alone, beside = seen(x)[0], seen(y, x)[1]
     assert torch.equal(alone, beside)
-    moved = seen(x, offset=(offset, offset))[0, offset : offset + x.shape[0], offset : offset + x.shape[1]]
+    moved = seen(x, offset=(offset, offset))[
+        0, offset : offset + x.shape[0], offset : offset + x.shape[1]
+    ]
     assert torch.equal(moved, alone[: x.shape[0], : x.shape[1]])
 
 
@@ -73,8 +80,10 @@ def test_looks_meet_the_first_colour_and_objects_are_those_of_the_scenes(x):
         size[p] = len(p)
     numbers = s[:h, :w, AFTER + 20 :]
     assert torch.equal(numbers[..., 10].flatten() - 1, torch.from_numpy(size).clamp(max=10))
-    assert torch.equal(numbers[..., 9].bool() & (numbers[..., 9] == 2), torch.from_numpy(scenes.enclosed(x)))
-    for k, (di, dj) in enumerate(sights.AROUND):
+    assert torch.equal(
+        numbers[..., 9].bool() & (numbers[..., 9] == 2), torch.from_numpy(scenes.enclosed(x))
+    )
+    for k, (di, dj) in enumerate(experts.AROUND):
         for i in range(h):
             for j in range(w):
                 line = [(i + n * di, j + n * dj) for n in range(1, 31)]
@@ -95,7 +104,14 @@ def test_what_falls_keeps_its_order(x):
         assert torch.equal(s[:h, :w, k] - 2, torch.from_numpy(y).long())
 
 
-@given(st.integers(1, 4), st.integers(1, 2), st.integers(9, 12), st.integers(9, 12), st.integers(0, 7), st.booleans())
+@given(
+    st.integers(1, 4),
+    st.integers(1, 2),
+    st.integers(9, 12),
+    st.integers(9, 12),
+    st.integers(0, 7),
+    st.booleans(),
+)
 def test_a_grid_continues_at_its_periods(p, q, h, w, corner, turned):
     whole = np.tile(1 + np.arange(p * q, dtype=np.uint8).reshape(p, q), (13, 13))[: h + 1, : w + 1]
     x = whole[:h, :w].copy()
@@ -103,7 +119,9 @@ def test_a_grid_continues_at_its_periods(p, q, h, w, corner, turned):
     if turned:
         x, whole, p, q, h, w = x.T, whole.T, q, p, w, h
     s, wanted = seen(x)[0][..., -FITTED:] - 2, torch.from_numpy(whole.copy()).long()
-    assert torch.equal(s[:h, :w, 3], wanted[:h, :w]) and torch.equal(s[h, :w, 3], wanted[h, :w])  # beyond its end, too
+    assert torch.equal(s[:h, :w, 3], wanted[:h, :w]) and torch.equal(
+        s[h, :w, 3], wanted[h, :w]
+    )  # beyond its end, too
     if q == 1:
         assert torch.equal(s[:h, :w, 5], wanted[:h, :w])
     if p == 1:
@@ -125,7 +143,9 @@ def test_a_grid_is_mirrored_where_it_is_symmetric_and_cut_to_its_patch(up, acros
     x, (h, w) = whole.copy(), whole.shape
     x[1:5, 2:6] = 0
     s = seen(x, side=17)[0]
-    for k, (r, c) in enumerate(((h - 1 - up, None), (None, w - 1 - across), (h - 1 - up, w - 1 - across))):
+    for k, (r, c) in enumerate(
+        ((h - 1 - up, None), (None, w - 1 - across), (h - 1 - up, w - 1 - across))
+    ):
         for i in range(h):
             for j in range(w):
                 a, b = i if r is None else r - i, j if c is None else c - j
@@ -167,7 +187,9 @@ RULES = {
 def batch_of(tasks: list[Task], canvases: Sequence[int] = range(1, 21)) -> data.Batch:
     cfg = config.parse_config({"data": {"canvases": list(canvases)}}, "").data
     packed = data.pack(tasks)
-    return data.batch(packed, data.posed(packed, cfg, "test", data.queries(packed, "test", cfg.canvases)), cfg)
+    return data.batch(
+        packed, data.posed(packed, cfg, "test", data.queries(packed, "test", cfg.canvases)), cfg
+    )
 
 
 def task_of(rule: str, seed: int) -> Task:
@@ -175,7 +197,9 @@ def task_of(rule: str, seed: int) -> Task:
     ring = np.pad(np.zeros((2, 2), np.uint8), 1, constant_values=3)
 
     def pair() -> tuple[np.ndarray, np.ndarray]:
-        x = (drawn.random((6, 7)) < 0.4).astype(np.uint8) * drawn.integers(1, 4, (6, 7), dtype=np.uint8)
+        x = (drawn.random((6, 7)) < 0.4).astype(np.uint8) * drawn.integers(
+            1, 4, (6, 7), dtype=np.uint8
+        )
         if rule.startswith("fill"):
             x = np.zeros((8, 8), np.uint8)
             i, j = drawn.integers(0, 5, 2)
@@ -188,7 +212,7 @@ def task_of(rule: str, seed: int) -> Task:
 @pytest.mark.parametrize("rule", RULES)
 def test_a_task_that_sights_explain_is_solved_by_its_proposals(rule):
     batch = batch_of([task_of(rule, s) for s in range(4)])
-    of_demos, asked = proposals.proposals(batch)
+    of_demos, asked = experts.proposals(batch)
     assert torch.equal(torch.where(batch.labels < 0, batch.labels, asked.argmax(1)), batch.labels)
     known = batch.demos.outputs != 0
     assert (of_demos.argmax(1) == batch.demos.outputs)[known].float().mean() > 0.97
@@ -199,21 +223,28 @@ def test_a_task_that_sights_explain_is_solved_by_its_proposals(rule):
 def test_proposals_know_neither_labels_nor_other_slots():
     tasks = [task_of(rule, 7) for rule in RULES]
     batch = batch_of(tasks)
-    of_demos, asked = proposals.proposals(batch)
-    assert torch.equal(proposals.proposals(batch._replace(labels=torch.zeros_like(batch.labels)))[1], asked)
-    alone = torch.cat([proposals.proposals(batch_of([t]))[1] for t in sorted(tasks, key=lambda t: tasks.index(t))])
+    of_demos, asked = experts.proposals(batch)
+    assert torch.equal(
+        experts.proposals(batch._replace(labels=torch.zeros_like(batch.labels)))[1], asked
+    )
+    alone = torch.cat(
+        [experts.proposals(batch_of([t]))[1] for t in sorted(tasks, key=lambda t: tasks.index(t))]
+    )
     assert torch.allclose(alone, asked, atol=1e-5)
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(proposals, "SLOTS", 2)
-        assert torch.allclose(proposals.proposals(batch)[1], asked, atol=1e-5)
+        m.setattr(experts, "SLOTS", 2)
+        assert torch.allclose(experts.proposals(batch)[1], asked, atol=1e-5)
 
 
 def test_colours_that_demos_never_had_are_copied():
     d = np.random.default_rng(0)
-    pairs = [(x, np.ascontiguousarray(x[::-1])) for x in (d.integers(0, 4, (5, 5), dtype=np.uint8) for _ in range(3))]
+    pairs = [
+        (x, np.ascontiguousarray(x[::-1]))
+        for x in (d.integers(0, 4, (5, 5), dtype=np.uint8) for _ in range(3))
+    ]
     x = d.integers(6, 9, (5, 5), dtype=np.uint8)
     batch = batch_of([Task("new", pairs, [(x, np.ascontiguousarray(x[::-1]))])])
-    asked = proposals.proposals(batch)[1].argmax(1)
+    asked = experts.proposals(batch)[1].argmax(1)
     assert torch.equal(torch.where(batch.labels < 0, batch.labels, asked), batch.labels)
 
 
@@ -224,18 +255,23 @@ def solved() -> Callable[..., int]:
     def count(**constants: object) -> int:
         with pytest.MonkeyPatch.context() as m:
             for k, v in constants.items():
-                m.setattr(proposals, k, v)
-            right = (proposals.proposals(batch)[1].argmax(1) == batch.labels) | (batch.labels < 0)
+                m.setattr(experts, k, v)
+            right = (experts.proposals(batch)[1].argmax(1) == batch.labels) | (batch.labels < 0)
         return sum(bool(x.all()) for x in right.split(batch.cells))
 
     return count
 
 
-WORSE = [{"HEARD": 1}, *({"LESS": x} for x in ((0.0, 0.0), (0.0, 0.02), (0.01, 0.0), (-0.01, 0.02), (0.01, -0.02)))]
+WORSE = [
+    {"HEARD": 1},
+    *({"LESS": x} for x in ((0.0, 0.0), (0.0, 0.02), (0.01, 0.0), (-0.01, 0.02), (0.01, -0.02))),
+]
 
 
 @pytest.mark.parametrize("other", WORSE, ids=str)
-def test_more_composed_tasks_are_solved_when_several_experts_are_heard_and_plain_sights_are_preferred(solved, other):
+def test_more_composed_tasks_are_solved_when_several_experts_are_heard_and_plain_sights_are_preferred(
+    solved, other
+):
     assert solved() > solved(**other)
 
 
@@ -247,18 +283,31 @@ def either(seed: int, black: int = 0) -> tuple[Task, np.ndarray, np.ndarray]:
     x = d.integers(0, 4, (6, 6), dtype=np.uint8)
     x[:black] = 0
     flipped, turned = np.ascontiguousarray(x[::-1]), np.ascontiguousarray(x.T[::-1])
-    return Task(f"either-{seed}", [(y, np.ascontiguousarray(y[::-1])) for y in shown], [(x, flipped)]), flipped, turned
+    return (
+        Task(f"either-{seed}", [(y, np.ascontiguousarray(y[::-1])) for y in shown], [(x, flipped)]),
+        flipped,
+        turned,
+    )
 
 
 # beyond a grid's end answers say anything, they may also be larger grids; to some experts a query with much black has no grid
 @pytest.mark.parametrize(("side", "black"), [(6, 0), (7, 0), (9, 0), (6, 3), (7, 3)])
 def test_where_demos_leave_a_choice_the_second_answer_is_another_one(side, black):
     made = [either(s, black) for s in range(4)]
-    batch = batch_of([task_of("fill what is enclosed", 0)] + [t for t, _, _ in made], [side, 8 + side])
-    for wanted in (torch.ones(5, dtype=torch.bool), torch.tensor([False, True, False, True, False])):
-        first, other = (proposals.proposals(batch._replace(other=w))[1] for w in (None, wanted))
+    batch = batch_of(
+        [task_of("fill what is enclosed", 0)] + [t for t, _, _ in made], [side, 8 + side]
+    )
+    for wanted in (
+        torch.ones(5, dtype=torch.bool),
+        torch.tensor([False, True, False, True, False]),
+    ):
+        first, other = (experts.proposals(batch._replace(other=w))[1] for w in (None, wanted))
         grids = [
-            [data.untokenise(x.argmax(1).view(side, side).byte().numpy()) for x in p.split(batch.cells)[1:]] for p in (first, other)
+            [
+                data.untokenise(x.argmax(1).view(side, side).byte().numpy())
+                for x in p.split(batch.cells)[1:]
+            ]
+            for p in (first, other)
         ]
         for (_, *answers), a, b, asked in zip(made, *grids, wanted.tolist()[1:], strict=True):
             choice = [x.tobytes() for x in answers]
@@ -273,23 +322,38 @@ def test_where_nobody_says_anything_else_the_second_answer_is_the_first():
     blank = [(x, np.zeros_like(x)) for x in drawn]
     batch = batch_of([Task("blank", blank[:3], blank[3:])])
     for other in (None, torch.ones(1, dtype=torch.bool)):
-        assert torch.equal(proposals.proposals(batch._replace(other=other))[1].argmax(1), batch.labels)
-    batch = batch_of([compose.task(5, 64)])  # some of the best experts give no grid at all, the others that of the first answer
-    first, other = (proposals.proposals(batch._replace(other=w))[1] for w in (None, torch.ones(1, dtype=torch.bool)))
-    assert other.isfinite().all() and torch.equal(other.argmax(1)[batch.labels >= 0], first.argmax(1)[batch.labels >= 0])
+        assert torch.equal(
+            experts.proposals(batch._replace(other=other))[1].argmax(1), batch.labels
+        )
+    batch = batch_of(
+        [compose.task(5, 64)]
+    )  # some of the best experts give no grid at all, the others that of the first answer
+    first, other = (
+        experts.proposals(batch._replace(other=w))[1]
+        for w in (None, torch.ones(1, dtype=torch.bool))
+    )
+    assert other.isfinite().all() and torch.equal(
+        other.argmax(1)[batch.labels >= 0], first.argmax(1)[batch.labels >= 0]
+    )
 
 
 def test_where_the_first_answer_to_a_composed_task_is_wrong_the_second_may_be_right():
     batch = batch_of([compose.task(5, 46), compose.task(5, 206)])
-    first, other = (proposals.proposals(batch._replace(other=w))[1].argmax(1) for w in (None, torch.ones(2, dtype=torch.bool)))
-    wrong, right = ([bool(x.all()) for x in ((p == batch.labels) | (batch.labels < 0)).split(batch.cells)] for p in (first, other))
+    first, other = (
+        experts.proposals(batch._replace(other=w))[1].argmax(1)
+        for w in (None, torch.ones(2, dtype=torch.bool))
+    )
+    wrong, right = (
+        [bool(x.all()) for x in ((p == batch.labels) | (batch.labels < 0)).split(batch.cells)]
+        for p in (first, other)
+    )
     assert right == [True, True] and wrong == [False, False]
 
 
 def test_who_leaves_holes_in_its_grid_is_not_the_second_answer():
     batch = batch_of([compose.task(5, k) for k in (11, 48, 51)])
     for wanted in (None, torch.ones(3, dtype=torch.bool)):
-        said = proposals.proposals(batch._replace(other=wanted))[1].argmax(1)
+        said = experts.proposals(batch._replace(other=wanted))[1].argmax(1)
         for tokens, at in zip(said.split(batch.cells), batch.at.split(batch.cells), strict=True):
             height, width = (at.amax(0) - at.amin(0) + 1).tolist()
             assert data.untokenise(tokens.view(height, width).byte().numpy()) is not None
@@ -300,7 +364,10 @@ def test_one_view_in_four_is_proposed_the_second_answer():
     params = encoders.init_params(MODEL, 0)
     for x in (params.core.embed, params.core.trust_head):
         x.zero_()  # a network that says nothing
-    raw = {"model": msgspec.to_builtins(MODEL), "data": {"canvases": list(range(1, 21)), "dihedral": False, "colours": "fixed"}}
+    raw = {
+        "model": msgspec.to_builtins(MODEL),
+        "data": {"canvases": list(range(1, 21)), "dihedral": False, "colours": "fixed"},
+    }
     for other, second in ((4, {1, 5}), (3, {1, 4}), (1, set(range(6))), (0, set())):
         cfg = config.parse_config(raw | {"solve": {"other": other}}, "")
         votes = {v.view: v.grid.tobytes() for v in solve.predict(params, cfg, task, 6)[0].votes}
@@ -332,7 +399,10 @@ def test_slots_that_leave_take_their_proposals_along():
     params, encode = encoders.init_params(MODEL, 0), encoders.encoder_of(MODEL)
     params.core.q_bias.zero_()
     params.core.q_weight.normal_(generator=torch.Generator().manual_seed(1))
-    batch = batch_of([task_of(rule, s) for s, rule in enumerate(RULES)] + [task_of("mirror", s) for s in range(6)])
+    batch = batch_of(
+        [task_of(rule, s) for s, rule in enumerate(RULES)]
+        + [task_of("mirror", s) for s in range(6)]
+    )
     think = functools.partial(etrm.think, params, MODEL, encode, batch, torch.float32)
     whole: dict[tuple[int, int], torch.Tensor] = {}
 
@@ -349,9 +419,16 @@ def test_slots_that_leave_take_their_proposals_along():
 
 
 def test_a_dry_run_counts_a_model_with_proposals():
-    sets = ['data.train=["arc1:dev"]', "data.dev=[]", "data.composed=0.0", "eval.on=train", "train.batch=4", "init_from.path="]
+    sets = [
+        'data.train=["arc1:dev"]',
+        "data.dev=[]",
+        "data.composed=0.0",
+        "eval.on=train",
+        "train.batch=4",
+        "init_from.path=",
+    ]
     cfg = config.load_config("cpu-best", sets)
-    assert plan.flops(train.setup(cfg), cfg)[0] > 0.1
+    assert train.flops(train.setup(cfg), cfg)[0] > 0.1
 
 
 def test_proposals_need_an_encoder_that_asks():

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 
 from etrm_arc import data, sources
-from etrm_arc.data import DataConfig, Task, UserError
+from etrm_arc.config import DataConfig, UserError
+from etrm_arc.data import Task
 from etrm_arc.tests import puzzles
 from etrm_arc.tests.puzzles import generators
 
@@ -59,7 +60,10 @@ def as_one_file(root, some):
 
 
 def as_kaggle(root, some, line="_"):
-    path = write(root / f"arc-agi_evaluation{line}challenges.json", {t.name: raw_task(without_outputs(t)) for t in some})
+    path = write(
+        root / f"arc-agi_evaluation{line}challenges.json",
+        {t.name: raw_task(without_outputs(t)) for t in some},
+    )
     answers = {t.name: [y.tolist() for _, y in t.queries] for t in some}
     write(root / f"arc-agi_evaluation{line}solutions.json", answers)
     return path
@@ -74,17 +78,30 @@ def as_kaggle_folder(root, some):
 
 
 def as_jsonl(root, some):
-    return write(root / "all.jsonl", "\n".join(json.dumps({"id": t.name} | raw_task(t)) + "\n" for t in some))
+    return write(
+        root / "all.jsonl", "\n".join(json.dumps({"id": t.name} | raw_task(t)) + "\n" for t in some)
+    )
 
 
 def as_written_by_re_arc(root, some):
     for t in some:
         write(root / "re_arc" / "tasks" / f"{t.name}.json", raw_task(t))
-    write(root / "re_arc" / "metadata.json", {t.name: {"n_examples": 1, "runtime": 0.5} for t in some})
+    write(
+        root / "re_arc" / "metadata.json", {t.name: {"n_examples": 1, "runtime": 0.5} for t in some}
+    )
     return root / "re_arc"
 
 
-FORMS = [as_written_by_re_arc, as_folder, as_nested_folder, as_one_file, as_kaggle, as_hyphenated_kaggle, as_kaggle_folder, as_jsonl]
+FORMS = [
+    as_written_by_re_arc,
+    as_folder,
+    as_nested_folder,
+    as_one_file,
+    as_kaggle,
+    as_hyphenated_kaggle,
+    as_kaggle_folder,
+    as_jsonl,
+]
 
 
 def generator(seed=0):
@@ -111,7 +128,9 @@ def test_challenges_without_solutions_have_hidden_outputs(tmp_path):
     path.with_name("arc-agi_evaluation_solutions.json").unlink()
     found = sources.load([str(path)])
     assert sources.set_hash(found) == sources.set_hash(map(without_outputs, some))
-    assert len(data.queries(data.pack(found), "test", (6,)).pair) == sum(len(t.queries) for t in some)
+    assert len(data.queries(data.pack(found), "test", (6,)).pair) == sum(
+        len(t.queries) for t in some
+    )
 
 
 def test_a_bare_list_of_pairs_is_all_demos(tmp_path):
@@ -147,7 +166,11 @@ def test_the_dev_split_is_part_of_training():
 
 
 def test_sources_combine(tmp_path):
-    a, b, other = puzzles.tasks(generator(), 3), puzzles.tasks(generator(), 5), puzzles.tasks(generator(9), 1)
+    a, b, other = (
+        puzzles.tasks(generator(), 3),
+        puzzles.tasks(generator(), 5),
+        puzzles.tasks(generator(9), 1),
+    )
     paths = [str(as_folder(tmp_path / n, some)) for n, some in (("a", a), ("b", b), ("c", other))]
     found = sources.load(paths)
     # equal copies once; another task of the same name stays, under a name of its own
@@ -160,7 +183,9 @@ def test_sources_combine(tmp_path):
 def test_the_set_hash_is_of_content(g):
     some = puzzles.tasks(g, 4, hidden=True)
     order = torch.randperm(4, generator=g).tolist()
-    assert sources.set_hash([some[i]._replace(name=f"n{i}") for i in order]) == sources.set_hash(some)
+    assert sources.set_hash([some[i]._replace(name=f"n{i}") for i in order]) == sources.set_hash(
+        some
+    )
     assert sources.set_hash(some[1:]) != sources.set_hash(some)
     demos = list(some[0].demos)
     demos[0] = (demos[0][0], (demos[0][1] + 1) % 10)
@@ -202,9 +227,15 @@ BAD = {
     "empty list": ([], ["bad.json", "task bad", "no demos"]),
     "no train": ({"x": {"test": [GOOD]}}, ["bad.json", "task x", '"train"']),
     "test no list": ({"train": [GOOD], "test": GOOD}, ["bad.json", "task bad", '"test"']),
-    "no input": ({"train": [GOOD], "test": [{"output": [[1]]}]}, ["task bad", "test[0]", '"input"']),
+    "no input": (
+        {"train": [GOOD], "test": [{"output": [[1]]}]},
+        ["task bad", "test[0]", '"input"'],
+    ),
     "no output": ({"train": [{"input": [[1]]}], "test": []}, ["task bad", "train[0]", '"output"']),
-    "null output": ({"train": [{"input": [[1]], "output": None}], "test": []}, ["task bad", "train[0]", '"output"']),
+    "null output": (
+        {"train": [{"input": [[1]], "output": None}], "test": []},
+        ["task bad", "train[0]", '"output"'],
+    ),
     "number": (7, ["bad.json", "neither a task"]),
     "text": ('{"train": [', ["bad.json", "broken JSON"]),
     "nested": ("[" * 200_000, ["bad.json", "broken JSON"]),
@@ -230,7 +261,9 @@ def test_bad_files_are_refused_by_name(name, tmp_path):
 def test_a_bad_line_is_named(tmp_path):
     good = json.dumps(raw_task(puzzles.task(generator())))
     for broken in ("{", "[" * 200_000):
-        assert "x.jsonl: line 2: broken JSON" in complaint(write(tmp_path / "x.jsonl", f"{good}\n{broken}\n"))
+        assert "x.jsonl: line 2: broken JSON" in complaint(
+            write(tmp_path / "x.jsonl", f"{good}\n{broken}\n")
+        )
 
 
 def test_missing_and_empty_sources(tmp_path):
@@ -268,11 +301,17 @@ def test_solutions_must_match_their_queries(tmp_path):
 
 def test_what_lies_beside_tasks_is_known_by_the_end_of_its_name(tmp_path):
     some = puzzles.tasks(generator(), 3)
-    for t, name in zip(some, ("looks_like_a_star", "metadata_of_a_cat", "solutions-2"), strict=True):
+    for t, name in zip(
+        some, ("looks_like_a_star", "metadata_of_a_cat", "solutions-2"), strict=True
+    ):
         write(tmp_path / f"{name}.json", raw_task(t))
     for name in ("looks", "my-submission", "arc_solutions", "metadata", "predictions-2"):
         write(tmp_path / f"{name}.json", "no task")
-    assert [t.name for t in sources.load([str(tmp_path)])] == ["looks_like_a_star", "metadata_of_a_cat", "solutions-2"]
+    assert [t.name for t in sources.load([str(tmp_path)])] == [
+        "looks_like_a_star",
+        "metadata_of_a_cat",
+        "solutions-2",
+    ]
 
 
 def test_a_broken_line_is_named_by_its_number(tmp_path):
@@ -300,7 +339,11 @@ def equal_up_to_symmetry(a, b):
     for k in range(8):
         turned = puzzles.moved(data.identity()._replace(dihedral=torch.tensor(k)), a)
         if all(x.shape == y.shape for x, y in zip(turned, b, strict=True)):
-            change = {(p, q) for x, y in zip(turned, b, strict=True) for p, q in zip(x.flat, y.flat, strict=True)}
+            change = {
+                (p, q)
+                for x, y in zip(turned, b, strict=True)
+                for p, q in zip(x.flat, y.flat, strict=True)
+            }
             if len(change) == len({p for p, _ in change}) == len({q for _, q in change}):
                 return True
     return False
@@ -345,7 +388,9 @@ def shared(g, task, other, place):
 @given(generators, st.sampled_from(["demos", "queries"]))
 @settings(max_examples=50)
 def test_no_pair_of_a_held_out_or_dev_task_is_trained_on(g, part):
-    train, dev, held_out = ([large(g, f"{kind}{i}") for i in range(3)] for kind in ("train", "dev", "held"))
+    train, dev, held_out = (
+        [large(g, f"{kind}{i}") for i in range(3)] for kind in ("train", "dev", "held")
+    )
     of = {"demos": 0, "queries": -1}[part]
     mixed = [shared(g, train[0], held_out[1], of), shared(g, train[1], dev[2], of), train[2]]
     kept, found = sources.guard(mixed, dev, held_out, "drop", 20)
@@ -358,7 +403,9 @@ def test_no_pair_of_a_held_out_or_dev_task_is_trained_on(g, part):
     kept, found = sources.guard(mixed, dev, held_out, "demos", 20)
     admitted = ["held0#demos", "held1#demos", "held2#demos"]
     assert names(kept) == [*(["train0"] if part == "demos" else []), "train2", *admitted]
-    assert all(k.demos == t.demos and not k.queries for k, t in zip(kept[-3:], held_out, strict=True))
+    assert all(
+        k.demos == t.demos and not k.queries for k, t in zip(kept[-3:], held_out, strict=True)
+    )
     assert found.admitted == 3 and found.set_aside == 1
     assert found.dropped == (() if part == "demos" else (("train0", "held1"),))
     assert "TRAINED ON" in str(found)
@@ -369,7 +416,9 @@ def test_no_pair_of_a_held_out_or_dev_task_is_trained_on(g, part):
 def test_a_held_out_task_whose_demo_is_its_query_is_admitted_all_the_same(g):
     twice, copied, train = large(g, "h0"), large(g, "h1"), large(g, "t")
     twice = twice._replace(queries=[puzzles.moved(puzzles.symmetry(g), twice.demos[0])])
-    copied = copied._replace(demos=[*copied.demos, puzzles.moved(puzzles.symmetry(g), twice.queries[0])])
+    copied = copied._replace(
+        demos=[*copied.demos, puzzles.moved(puzzles.symmetry(g), twice.queries[0])]
+    )
     kept, found = sources.guard([train], [], [twice, copied], "demos", 20)
     assert names(kept) == ["t", "h0#demos"]  # that of another task still drops
     assert found.dropped == (("h1#demos", "h0"),) and found.admitted == 1
@@ -386,7 +435,9 @@ def test_dev_tasks_are_never_trained_on_whatever_the_policy(g):
 
 @given(generators)
 def test_one_tiny_pair_is_chance_and_several_or_all_are_not(g):
-    tiny = [(np.array([[0, 1], [2, 3]], np.uint8), np.full((1, n), 4, np.uint8)) for n in (1, 2, 3)]  # 5, 6, 7 cells
+    tiny = [
+        (np.array([[0, 1], [2, 3]], np.uint8), np.full((1, n), 4, np.uint8)) for n in (1, 2, 3)
+    ]  # 5, 6, 7 cells
     other = Task("h", [*tiny, *puzzles.task(g).demos], [])
     task = large(g, "t")
     for count, cells, hit in (
@@ -402,7 +453,9 @@ def test_one_tiny_pair_is_chance_and_several_or_all_are_not(g):
         train = [task._replace(demos=[*moved, moved[0], *task.demos]), large(g, "u")]
         kept, found = sources.guard(train, [], [other], "drop", cells)
         assert len(kept) == 1 + (not hit)
-        assert found.dropped == ((("t", "h"),) if hit else ()) and found.tiny == (0 if hit else count)
+        assert found.dropped == ((("t", "h"),) if hit else ()) and found.tiny == (
+            0 if hit else count
+        )
     moved = [puzzles.moved(puzzles.symmetry(g), p) for p in tiny[:1]]
     kept, found = sources.guard([Task("t", moved, []), train[1]], [], [other], "drop", 20)
     assert names(kept) == ["u"] and found.dropped == (("t", "h"),)
@@ -420,19 +473,29 @@ def test_the_guard_on_arc():
     assert found.dropped == (("40853293", "070dd51e"), ("caa06a1f", "50a16a69"))
     assert found.set_aside == len(dev) == 80  # also those of nothing but 3 x 3 grids
     assert len(train) == 400 - 80 - 2
-    forbidden = {sources.pair_digest(p) for t in dev for p in (*t.demos, *t.queries) if p[0].size + p[1].size >= 20}
+    forbidden = {
+        sources.pair_digest(p)
+        for t in dev
+        for p in (*t.demos, *t.queries)
+        if p[0].size + p[1].size >= 20
+    }
     assert not forbidden & {sources.pair_digest(p) for t in train for p in (*t.demos, *t.queries)}
     with pytest.raises(UserError, match="40853293 shares a pair with held-out task 070dd51e"):
         sources.prepare(msgspec.structs.replace(cfg, policy="refuse"))
     train, _, found = sources.prepare(msgspec.structs.replace(cfg, dev=(), policy="demos"))
-    assert (len(train), found.admitted) == (400 - 2 + 400, 400)  # seven of which have a demo equal to their query
+    assert (len(train), found.admitted) == (
+        400 - 2 + 400,
+        400,
+    )  # seven of which have a demo equal to their query
     few, dev, _ = sources.prepare(msgspec.structs.replace(cfg, max_train_tasks=3, max_eval_tasks=2))
     assert len(few) == 3 and len(dev) == 2
 
 
 def test_admitted_tasks_that_are_cut_off_are_not_counted(tmp_path):
     some = [large(generator(i), f"t{i}") for i in range(5)]
-    shown, asked = (str(as_folder(tmp_path / n, part)) for n, part in (("a", some[:3]), ("b", some[3:])))
+    shown, asked = (
+        str(as_folder(tmp_path / n, part)) for n, part in (("a", some[:3]), ("b", some[3:]))
+    )
     cfg = DataConfig(train=(shown,), dev=(), held_out=(asked,), policy="demos")
     for most, admitted in ((0, 2), (5, 2), (4, 1), (3, 0), (2, 0)):
         train, _, found = sources.prepare(msgspec.structs.replace(cfg, max_train_tasks=most))

@@ -7,10 +7,10 @@ import msgspec
 import pytest
 import torch
 
-from etrm_arc import checkpoint, config, plan, solve, sources, train, transfer
-from etrm_arc.data import UserError
+from etrm_arc import checkpoint, config, solve, sources, train
+from etrm_arc.config import EncoderConfig, UserError
 from etrm_arc.encoders import encoder_of, init_params
-from etrm_arc.etrm import EncoderConfig, leaves
+from etrm_arc.etrm import leaves
 from etrm_arc.tests import published
 from etrm_arc.tests.published import sub
 from etrm_arc.tests.test_parity import asked, close, encoder_config, published_encoder
@@ -43,29 +43,52 @@ def same(a, b):
 def there_and_back(tmp_path, sd, model):
     """published -> ours -> published -> ours"""
     file = written(tmp_path / "step_1", sd)
-    transfer.convert(file, tmp_path / "a.safetensors", whole(model))
-    transfer.convert(tmp_path / "a.safetensors", tmp_path / "b")
-    transfer.convert(tmp_path / "b", tmp_path / "c.safetensors", whole(model))
+    checkpoint.convert(file, tmp_path / "a.safetensors", whole(model))
+    checkpoint.convert(tmp_path / "a.safetensors", tmp_path / "b")
+    checkpoint.convert(tmp_path / "b", tmp_path / "c.safetensors", whole(model))
     first, last = (checkpoint.load(tmp_path / f"{n}.safetensors") for n in "ac")
     same(leaves(first.params), leaves(last.params))
     same(leaves(first.params), leaves(first.ema))
     return first, torch.load(tmp_path / "b", weights_only=True)
 
 
-ENCODERS = ["standard", "variational", "lpn_standard", "lpn_variational", "lpn_variational_v2", "hybrid_standard", "hybrid_variational"]
+ENCODERS = [
+    "standard",
+    "variational",
+    "lpn_standard",
+    "lpn_variational",
+    "lpn_variational_v2",
+    "hybrid_standard",
+    "hybrid_variational",
+]
 
 
-@pytest.mark.parametrize("name", [*ENCODERS, "recurrent_standard", "trm_style", "lpn_paper", "lpn_var_paper"])
+@pytest.mark.parametrize(
+    "name", [*ENCODERS, "recurrent_standard", "trm_style", "lpn_paper", "lpn_var_paper"]
+)
 def test_no_bit_changes_on_the_way_to_our_format_and_back(golden, tmp_path, name):
     own = sub(golden(f"enc_{name}")[0], "sd.")
     if name == "lpn_var_paper":
-        own = {k: v for k, v in sub(golden("enc_lpn_paper")[0], "sd.").items() if k.startswith("grid")} | own
-    kind = {"recurrent_standard": "recurrent", "lpn_paper": "lpn", "lpn_var_paper": "lpn_var"}.get(name, name)
-    options = {"width": 128, "heads": 8, "latent": 32} if "paper" in name else {"set_layers": 2} if kind == "trm_style" else {}
+        own = {
+            k: v for k, v in sub(golden("enc_lpn_paper")[0], "sd.").items() if k.startswith("grid")
+        } | own
+    kind = {"recurrent_standard": "recurrent", "lpn_paper": "lpn", "lpn_var_paper": "lpn_var"}.get(
+        name, name
+    )
+    options = (
+        {"width": 128, "heads": 8, "latent": 32}
+        if "paper" in name
+        else {"set_layers": 2}
+        if kind == "trm_style"
+        else {}
+    )
     model = encoder_config(kind, **options)
     core = leaves(init_params(model, 1).core, "core")
     sd = {f"_orig_mod.model.encoder.{k}": v for k, v in own.items()}
-    sd |= {f"_orig_mod.model.{k}": v.bfloat16() if "_init" in k else v for k, v in transfer.split(core, model).items()}
+    sd |= {
+        f"_orig_mod.model.{k}": v.bfloat16() if "_init" in k else v
+        for k, v in checkpoint.split(core, model).items()
+    }
     c, back = there_and_back(tmp_path, sd, model)
     same(sd, back)
     tree = published.standard(own)
@@ -76,9 +99,11 @@ def test_no_bit_changes_on_the_way_to_our_format_and_back(golden, tmp_path, name
 
 def test_a_published_encoder_says_the_same_as_ours_from_a_file(golden, tmp_path):
     t, model, _, demos = published_encoder(golden, "standard")
-    core = transfer.split(leaves(init_params(model, 1).core, "core"), model)
-    file = written(tmp_path / "x", {**{f"module.encoder.{k}": v for k, v in sub(t, "sd.").items()}, **core})
-    transfer.convert(file, tmp_path / "x.safetensors", whole(model))
+    core = checkpoint.split(leaves(init_params(model, 1).core, "core"), model)
+    file = written(
+        tmp_path / "x", {**{f"module.encoder.{k}": v for k, v in sub(t, "sd.").items()}, **core}
+    )
+    checkpoint.convert(file, tmp_path / "x.safetensors", whole(model))
     p = checkpoint.load(tmp_path / "x.safetensors").params.encoder
     close(encoder_of(model).read(p, asked(*demos)).tokens, t["eval.context"])
 
@@ -86,25 +111,43 @@ def test_a_published_encoder_says_the_same_as_ours_from_a_file(golden, tmp_path)
 def test_our_weights_survive_the_published_format(tmp_path):
     model = published.config(hidden=32, heads=2, encoder=EncoderConfig(kind="hybrid_variational"))
     p = leaves(init_params(model, 3))
-    stripped = transfer.stripped({f"module.{k}": v for k, v in transfer.split(p, model).items()})
-    found, used = transfer.joined(stripped, p, model)
+    stripped = checkpoint.stripped(
+        {f"module.{k}": v for k, v in checkpoint.split(p, model).items()}
+    )
+    found, used = checkpoint.joined(stripped, p, model)
     same(found, p)
     assert used == set(stripped)
 
 
-@pytest.mark.parametrize(("change", "leaf"), [({"context_scale": "gain"}, "core.context_gain"), ({"kind": "perceiver"}, "encoder.")])
+@pytest.mark.parametrize(
+    ("change", "leaf"),
+    [({"context_scale": "gain"}, "core.context_gain"), ({"kind": "perceiver"}, "encoder.")],
+)
 def test_what_the_published_format_cannot_hold_is_refused(change, leaf):
     kind = change.pop("kind", "standard")
     model = published.config(hidden=32, heads=2, encoder=EncoderConfig(kind=kind), **change)
     with pytest.raises(UserError, match=f"{leaf}.*has no place"):
-        transfer.split(leaves(init_params(model, 0)), model)
+        checkpoint.split(leaves(init_params(model, 0)), model)
 
 
-MODEL = {"hidden": 64, "heads": 4, "H_cycles": 2, "L_cycles": 2, "raster": 30, "tied_head": False, "context_scale": "published"}
+MODEL = {
+    "hidden": 64,
+    "heads": 4,
+    "H_cycles": 2,
+    "L_cycles": 2,
+    "raster": 30,
+    "tied_head": False,
+    "context_scale": "published",
+}
 
 
 def trained(folder, **options):
-    options = {"model": {**MODEL, "halt_max_steps": 2}, "train__steps": 2, "eval__every": 2, "eval__foreign": False} | options
+    options = {
+        "model": {**MODEL, "halt_max_steps": 2},
+        "train__steps": 2,
+        "eval__every": 2,
+        "eval__foreign": False,
+    } | options
     return tiny(folder, **options)
 
 
@@ -122,9 +165,9 @@ def test_training_starts_from_a_published_core_and_says_what_it_took(golden, tmp
     s = start(tmp_path / "a", file)
     for k, v in s.params.items():
         if k.startswith("core."):
-            [name] = transfer.published_names(k, trained(tmp_path).model)
+            [name] = checkpoint.published_names(k, trained(tmp_path).model)
             assert torch.equal(v.detach(), sd[prefix + name.removeprefix("inner.")].float()), k
-    said = plan.plan(trained(tmp_path), s, timed=False)["text"]
+    said = train.plan(trained(tmp_path), s, timed=False)["text"]
     assert (
         "taken core.embed, core.blocks (8)" in said
         and "skipped inner.puzzle_emb" in said
@@ -132,7 +175,9 @@ def test_training_starts_from_a_published_core_and_says_what_it_took(golden, tmp
     )
     assert not s.params["core.H_init"].requires_grad and s.params["core.embed"].requires_grad
     (tmp_path / "all_config.yaml").write_text("arch:\n  H_cycles: 3\n  L_cycles: 6\n")
-    with pytest.raises(UserError, match=r"has H_cycles = 3, the model 2, L_cycles = 6, the model 2;"):
+    with pytest.raises(
+        UserError, match=r"has H_cycles = 3, the model 2, L_cycles = 6, the model 2;"
+    ):
         start(tmp_path / "a", file)
     assert "core.embed" in start(tmp_path / "a", file, init_from__force=True).meta["init_from"]
     one = start(tmp_path / "a", file, init_from__force=True, init_from__take=[r"core\.blocks\..*"])
@@ -182,13 +227,13 @@ def test_no_code_in_a_checkpoint_runs_and_other_files_are_named(tmp_path):
 
     for content in ({"x": Evil()}, {"x": 3}, [torch.zeros(1)]):
         with pytest.raises(UserError, match=r"step_9: no (bare )?state dict"):
-            transfer.read(written(tmp_path / "step_9", content))
+            checkpoint.read(written(tmp_path / "step_9", content))
     assert not (tmp_path / "ran").exists()
     (tmp_path / "text").write_text("hello")
     with pytest.raises(UserError, match="text: no state dict"):
-        transfer.read(tmp_path / "text")
+        checkpoint.read(tmp_path / "text")
     with pytest.raises(UserError, match="no such checkpoint"):
-        transfer.read(tmp_path / "missing")
+        checkpoint.read(tmp_path / "missing")
 
 
 def test_the_guard_knows_what_training_started_from(golden, tmp_path):
@@ -204,10 +249,14 @@ def test_the_guard_knows_what_training_started_from(golden, tmp_path):
         cfg = config.parse_config(c.meta["config"], "")
         assert solve.held_out(cfg, c.meta, other) is clean
         words = str(msgspec.convert(c.meta["finding"], sources.Finding))
-        assert ("STARTED FROM step_9: a published table" in words and "NOT strictly held out" in words) is not clean
+        assert (
+            "STARTED FROM step_9: a published table" in words and "NOT strictly held out" in words
+        ) is not clean
     assert solve.held_out(cfg, c.meta, sources.load([SET])) is False
-    off = written(tmp_path / "step_8", {k: v for k, v in inner(golden).items() if "puzzle" not in k})
-    assert transfer.history(transfer.read(off))[0] == {"held_out": None}
+    off = written(
+        tmp_path / "step_8", {k: v for k, v in inner(golden).items() if "puzzle" not in k}
+    )
+    assert checkpoint.history(checkpoint.read(off))[0] == {"held_out": None}
 
 
 def test_what_sleeps_is_not_trained_until_it_wakes(tmp_path):
@@ -221,24 +270,35 @@ def test_what_sleeps_is_not_trained_until_it_wakes(tmp_path):
         assert torch.equal(v, rows[k]) == k.endswith("_init"), k
     with pytest.raises(UserError, match="nothing is left to train"):
         train.setup(trained(tmp_path, optimizer__freeze_until={".*": 2}))
-    assert json.loads((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()[0])["encoder/grad_norm"] > 0
+    assert (
+        json.loads((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()[0])[
+            "encoder/grad_norm"
+        ]
+        > 0
+    )
 
 
 def test_what_was_never_published_has_no_published_name(tmp_path):
     for kind in ("matching", "perceiver"):
         cfg = tiny(tmp_path, model__encoder__kind=kind)
         params = leaves(init_params(cfg.model, 0))
-        assert not any(transfer.published_names(k, cfg.model) for k in params if k.startswith("encoder."))
-    feedback = tiny(tmp_path, model__feedback="reset", model__context_tokens=0, model__loss="softmax").model
+        assert not any(
+            checkpoint.published_names(k, cfg.model) for k in params if k.startswith("encoder.")
+        )
+    feedback = tiny(
+        tmp_path, model__feedback="reset", model__context_tokens=0, model__loss="softmax"
+    ).model
     with pytest.raises(UserError, match="has no place in a published checkpoint"):
-        transfer.split(leaves(init_params(feedback, 0)), feedback)
+        checkpoint.split(leaves(init_params(feedback, 0)), feedback)
 
 
 def test_a_malformed_pattern_and_an_absent_folder_are_one_line(tmp_path):
     train.fit(tiny(tmp_path / "a"))
     for pattern in ("core[.*", "("):
         with pytest.raises(UserError, match="^init_from.take: .*no regular expression"):
-            train.setup(tiny(tmp_path / "b", init_from__path=str(tmp_path / "a"), init_from__take=[pattern]))
+            train.setup(
+                tiny(tmp_path / "b", init_from__path=str(tmp_path / "a"), init_from__take=[pattern])
+            )
     with pytest.raises(UserError, match="cannot be written"):
         checkpoint.commit(tmp_path / "absent" / "step_1", lambda aside: torch.save({}, aside))
     (tmp_path / "file").write_text("")

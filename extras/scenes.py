@@ -79,7 +79,9 @@ class World(NamedTuple):
     def colours(self, d: Dice) -> list[int]:
         if not self.fresh:
             return d.some(self.ink, len(self.ink))
-        return d.some([c for c in range(1, 10) if c not in self.new and c != self.mark], len(self.ink))
+        return d.some(
+            [c for c in range(1, 10) if c not in self.new and c != self.mark], len(self.ink)
+        )
 
 
 # ---------------------------------------------------------------- tools
@@ -238,7 +240,9 @@ def laid(d: Dice, w: World, things: Sequence[Grid], low: int = 6) -> Grid:
     return x
 
 
-def several(d: Dice, w: World, low: int, top: int, thing: Callable[[int], Grid], side: int = 6) -> Grid:
+def several(
+    d: Dice, w: World, low: int, top: int, thing: Callable[[int], Grid], side: int = 6
+) -> Grid:
     """low to top things, each in a colour of the input's."""
     ink = w.colours(d)
     return laid(d, w, [thing(d.pick(ink)) for _ in range(d.between(low, top))], side)
@@ -260,7 +264,15 @@ def panels_of(w: World, x: Grid, n: int) -> list[Grid]:
 def boxes(d: Dice, w: World) -> Grid:
     ink = w.colours(d)[: 1 + int(w.p[2] * 2)]
     n = d.between(2, 6)
-    return laid(d, w, [blob(d, d.between(2, 6), d.pick(ink)) if i % 2 else block(d, 3, 6, d.pick(ink), True) for i in range(n)], 7)
+    return laid(
+        d,
+        w,
+        [
+            blob(d, d.between(2, 6), d.pick(ink)) if i % 2 else block(d, 3, 6, d.pick(ink), True)
+            for i in range(n)
+        ],
+        7,
+    )
 
 
 def seeds(d: Dice, w: World) -> Grid:
@@ -339,7 +351,10 @@ def bars(d: Dice, w: World) -> Grid:
 def cells_of(w: World, x: Grid) -> list[list[Grid]]:
     """The cells of a lattice, by row."""
     k = w.k
-    return [[x[i : i + k, j : j + k] for j in range(0, x.shape[1], k + 1)] for i in range(0, x.shape[0], k + 1)]
+    return [
+        [x[i : i + k, j : j + k] for j in range(0, x.shape[1], k + 1)]
+        for i in range(0, x.shape[0], k + 1)
+    ]
 
 
 def lattice(d: Dice, w: World) -> Grid:
@@ -405,7 +420,12 @@ def stamps(d: Dice, w: World) -> Grid:
 def twins(d: Dice, w: World) -> Grid:
     """Coloured shapes, and their like in the mark."""
     kinds = [blob(d, 2 + 2 * i, c, 3) for i, c in enumerate(w.colours(d)[: d.between(1, 3)])]
-    return laid(d, w, [y for kind in kinds for y in (kind, *[where(kind > 0, w.mark, kind)] * d.between(1, 2))], 8)
+    return laid(
+        d,
+        w,
+        [y for kind in kinds for y in (kind, *[where(kind > 0, w.mark, kind)] * d.between(1, 2))],
+        8,
+    )
 
 
 def odd_shapes(d: Dice, w: World) -> Grid:
@@ -422,18 +442,44 @@ def bands(d: Dice, w: World) -> Grid:
 
 
 Scene = Callable[[Dice, World], Grid]
-OBJECTS: tuple[Scene, ...] = (boxes, seeds, dots, links, walled, stamps, twins, odd_shapes, keyed_corner, framed)
-PATTERNS: tuple[Scene, ...] = (panels, odd_panels, even_panels, lattice, periodic, strips, bars, bands, ruled, keyed_columns)
+OBJECTS: tuple[Scene, ...] = (
+    boxes,
+    seeds,
+    dots,
+    links,
+    walled,
+    stamps,
+    twins,
+    odd_shapes,
+    keyed_corner,
+    framed,
+)
+PATTERNS: tuple[Scene, ...] = (
+    panels,
+    odd_panels,
+    even_panels,
+    lattice,
+    periodic,
+    strips,
+    bars,
+    bands,
+    ruled,
+    keyed_columns,
+)
 SCENES: dict[str, Scene] = {
     "noise": lambda d, w: scatter(d, w.size(d), w.colours(d), 0.2 + 0.5 * w.p[0]),
     "mono": lambda d, w: scatter(d, w.size(d), w.colours(d)[:1], 0.3 + 0.35 * w.p[0]),
     "full": lambda d, w: scatter(d, w.size(d), w.colours(d)),
     "coarse": lambda d, w: enlarged(scatter(d, w.size(d, 2, 1.2 / w.k), w.colours(d), 0.8), w.k),
-    "sprite": lambda d, w: laid(d, w, [scatter(d, (d.between(2, 5), d.between(2, 5)), w.colours(d), 0.75)], 5),
+    "sprite": lambda d, w: laid(
+        d, w, [scatter(d, (d.between(2, 5), d.between(2, 5)), w.colours(d), 0.75)], 5
+    ),
     "shapes": lambda d, w: several(d, w, 2, 6, lambda c: blob(d, d.between(1, 9), c)),
     "blocks": lambda d, w: several(d, w, 2, 5, lambda c: block(d, 1, 5, c)),
     "solids": lambda d, w: several(d, w, 1, 4, lambda c: block(d, 3, 6, c), 7),
     "halves": lambda d, w: panels(d, w, 2),
-    "mirrored": lambda d, w: covered(d, w, mirror_tiled(scatter(d, w.size(d, 3, 0.6), w.colours(d), 0.8))),
+    "mirrored": lambda d, w: covered(
+        d, w, mirror_tiled(scatter(d, w.size(d, 3, 0.6), w.colours(d), 0.8))
+    ),
     **{draw.__name__: draw for draw in (*OBJECTS, *PATTERNS)},
 }

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .data import MAX_SIDE, Task
+from ..data import MAX_SIDE, Task
 from .scenes import (
     NONE,
     SCENES,
@@ -148,7 +148,11 @@ def odd_one(keys: Sequence[object]) -> int:
 def colours_by_rank(w: World, x: Grid) -> Grid:
     """The largest, second, ... object."""
     found = sorted(parts(x), key=len, reverse=True)
-    return painted(x, found, w.new[: len(found)]) if 2 <= len(found) <= 4 and len(set(map(len, found))) == len(found) else NONE
+    return (
+        painted(x, found, w.new[: len(found)])
+        if 2 <= len(found) <= 4 and len(set(map(len, found))) == len(found)
+        else NONE
+    )
 
 
 def colours_by_size(d: Dice, w: World) -> Fn:
@@ -157,7 +161,11 @@ def colours_by_size(d: Dice, w: World) -> Fn:
 
     def fn(x: Grid) -> Grid:
         found = parts(x)
-        return painted(x, found, [w.new[len(p) > small] for p in found]) if not {small + 1, small + 2} & set(map(len, found)) else NONE
+        return (
+            painted(x, found, [w.new[len(p) > small] for p in found])
+            if not {small + 1, small + 2} & set(map(len, found))
+            else NONE
+        )
 
     return fn
 
@@ -181,7 +189,9 @@ def fill_seeded(x: Grid) -> Grid:
 
 def stamped(w: World, x: Grid) -> Grid:
     """The figure around every cell of the mark."""
-    spots = [(slice(r - 1, r + 2), slice(c - 1, c + 2)) for r, c in np.argwhere(x == w.mark).tolist()]
+    spots = [
+        (slice(r - 1, r + 2), slice(c - 1, c + 2)) for r, c in np.argwhere(x == w.mark).tolist()
+    ]
     figure, y = max((x[s] for s in spots), key=np.count_nonzero, default=NONE), x.copy()
     if len(spots) < 2 or np.count_nonzero(figure) < 3:
         return NONE
@@ -259,7 +269,13 @@ def cells_fall(x: Grid) -> Grid:
 
 def overlay(how: Callable[[Grid, Grid], Grid]) -> Make:
     """Where two halves are both / either / ... coloured."""
-    return of(lambda w, x: where(how(ab[0] > 0, ab[1] > 0), w.new[0], ab[0] * 0) if (ab := panels_of(w, x, 2)) else NONE)
+    return of(
+        lambda w, x: (
+            where(how(ab[0] > 0, ab[1] > 0), w.new[0], ab[0] * 0)
+            if (ab := panels_of(w, x, 2))
+            else NONE
+        )
+    )
 
 
 def stacked(d: Dice, w: World) -> Fn:
@@ -297,7 +313,9 @@ def patch(fill: Callable[[World, Grid], Grid]) -> Make:
 
 def condensed(colour: Callable[[World, Grid], int]) -> Make:
     """One cell for each cell of a lattice."""
-    return of(lambda w, x: np.array([[colour(w, y) for y in row] for row in cells_of(w, x)], np.uint8))
+    return of(
+        lambda w, x: np.array([[colour(w, y) for y in row] for row in cells_of(w, x)], np.uint8)
+    )
 
 
 def panels_in(w: World, x: Grid) -> list[Grid]:
@@ -349,8 +367,19 @@ OVERLAYS: dict[str, Callable[[Grid, Grid], Grid]] = {
     "first half without second": lambda a, b: a & ~b,
     "halves agree": np.equal,
 }
-ROW, COLUMN, DIAGONAL, OTHER = [(0, 1), (0, -1)], [(1, 0), (-1, 0)], [(1, 1), (-1, -1)], [(1, -1), (-1, 1)]
-RAYS = {"ray": ROW[:1], "row": ROW, "cross": ROW + COLUMN, "diagonal ray": DIAGONAL[:1], "diagonals": DIAGONAL + OTHER}
+ROW, COLUMN, DIAGONAL, OTHER = (
+    [(0, 1), (0, -1)],
+    [(1, 0), (-1, 0)],
+    [(1, 1), (-1, -1)],
+    [(1, -1), (-1, 1)],
+)
+RAYS = {
+    "ray": ROW[:1],
+    "row": ROW,
+    "cross": ROW + COLUMN,
+    "diagonal ray": DIAGONAL[:1],
+    "diagonals": DIAGONAL + OTHER,
+}
 ANY = "noise sprite shapes full blocks"
 RULES: dict[str, Rule] = {
     # the grid as a whole
@@ -361,58 +390,125 @@ RULES: dict[str, Rule] = {
     "enlarge": Rule(ANY, of(lambda w, x: enlarged(x, w.k)), True, top=9),
     "stretch": Rule(ANY, of(lambda w, x: x.repeat(w.k, 1)), True, top=10),
     "shrink": Rule("coarse", of(lambda w, x: x[:: w.k, :: w.k])),
-    "enlarge by colours": Rule("full noise", plain(lambda x: enlarged(x, len(set(x.tobytes()) - {0}))), top=6),
+    "enlarge by colours": Rule(
+        "full noise", plain(lambda x: enlarged(x, len(set(x.tobytes()) - {0}))), top=6
+    ),
     "tile": Rule("noise full", of(lambda w, x: np.tile(x, (w.number - 1, w.k))), True, top=8),
     "tile mirrored": Rule("noise full sprite", plain(mirror_tiled), True, top=10),
-    "tile alternating": Rule("noise full", plain(lambda x: np.vstack([np.tile(y, 3) for y in (x, x[:, ::-1], x)])), top=5),
-    "append mirror": Rule("noise full shapes", plain(lambda x: np.hstack([x, x[:, ::-1]])), True, top=12),
-    "append turned": Rule("noise full shapes", plain(lambda x: np.hstack([x, x[::-1, ::-1]])), True, top=12),
+    "tile alternating": Rule(
+        "noise full", plain(lambda x: np.vstack([np.tile(y, 3) for y in (x, x[:, ::-1], x)])), top=5
+    ),
+    "append mirror": Rule(
+        "noise full shapes", plain(lambda x: np.hstack([x, x[:, ::-1]])), True, top=12
+    ),
+    "append turned": Rule(
+        "noise full shapes", plain(lambda x: np.hstack([x, x[::-1, ::-1]])), True, top=12
+    ),
     "self-similar": Rule("mono noise", plain(lambda x: np.kron(x > 0, x)), top=5),
     "self-similar inverse": Rule("mono", plain(lambda x: np.kron(x == 0, x)), top=5),
-    "self-similar by colour": Rule("full noise", of(lambda w, x: np.kron(x == w.ink[0], x)), top=5, colours=True),
-    "roll": Rule("noise full shapes", of(lambda w, x: np.roll(x, w.k - 1, 1)), True),
-    "shift": Rule("shapes noise blocks", of(lambda w, x: np.pad(x, ((0, 0), (w.k - 1, 0)))[:, : x.shape[1]]), True),
-    "shear": Rule("bars full coarse bands blocks", plain(lambda x: np.array([np.roll(r, i) for i, r in enumerate(x)])), top=10),
-    "swap halves": Rule("noise full shapes", plain(lambda x: NONE if len(x.T) % 2 else np.roll(x, len(x.T) // 2, 1)), True),
-    "left half": Rule("noise full shapes", plain(lambda x: x[:, : (x.shape[1] + 1) // 2]), True),
-    "corner quarter": Rule("noise full", plain(lambda x: x[: (len(x) + 1) // 2, : (x.shape[1] + 1) // 2]), True),
-    "mirror half": Rule(
-        "noise full shapes", plain(lambda x: np.hstack([x[:, : (len(x.T) + 1) // 2], x[:, : len(x.T) // 2][:, ::-1]])), True
+    "self-similar by colour": Rule(
+        "full noise", of(lambda w, x: np.kron(x == w.ink[0], x)), top=5, colours=True
     ),
-    "overlay mirror": Rule("noise shapes blocks", plain(lambda x: np.where(x > 0, x, x[:, ::-1])), True),
+    "roll": Rule("noise full shapes", of(lambda w, x: np.roll(x, w.k - 1, 1)), True),
+    "shift": Rule(
+        "shapes noise blocks",
+        of(lambda w, x: np.pad(x, ((0, 0), (w.k - 1, 0)))[:, : x.shape[1]]),
+        True,
+    ),
+    "shear": Rule(
+        "bars full coarse bands blocks",
+        plain(lambda x: np.array([np.roll(r, i) for i, r in enumerate(x)])),
+        top=10,
+    ),
+    "swap halves": Rule(
+        "noise full shapes",
+        plain(lambda x: NONE if len(x.T) % 2 else np.roll(x, len(x.T) // 2, 1)),
+        True,
+    ),
+    "left half": Rule("noise full shapes", plain(lambda x: x[:, : (x.shape[1] + 1) // 2]), True),
+    "corner quarter": Rule(
+        "noise full", plain(lambda x: x[: (len(x) + 1) // 2, : (x.shape[1] + 1) // 2]), True
+    ),
+    "mirror half": Rule(
+        "noise full shapes",
+        plain(lambda x: np.hstack([x[:, : (len(x.T) + 1) // 2], x[:, : len(x.T) // 2][:, ::-1]])),
+        True,
+    ),
+    "overlay mirror": Rule(
+        "noise shapes blocks", plain(lambda x: np.where(x > 0, x, x[:, ::-1])), True
+    ),
     "every other row": Rule("noise full blocks", plain(lambda x: x[::2]), True),
     "drop doubles": Rule("bands coarse", plain(deduped)),
     "drop empty lines": Rule("dots shapes links", plain(lambda x: x[x.any(1)][:, x.any(0)]), True),
-    "columns by height": Rule("bars", plain(lambda x: x[:, np.argsort(np.count_nonzero(x, 0), kind="stable")]), True),
-    "columns by depth": Rule("bars", plain(lambda x: x[:, np.argsort(-np.count_nonzero(x, 0), kind="stable")])),
-    "unframe": Rule("framed", of(lambda w, x: y[1:-1, 1:-1] if min((y := crop(x, x == w.mark)).shape) > 2 else NONE)),
-    "frame outside": Rule(ANY, of(lambda w, x: np.pad(x, 1, constant_values=w.new[1])), True, top=16),
+    "columns by height": Rule(
+        "bars", plain(lambda x: x[:, np.argsort(np.count_nonzero(x, 0), kind="stable")]), True
+    ),
+    "columns by depth": Rule(
+        "bars", plain(lambda x: x[:, np.argsort(-np.count_nonzero(x, 0), kind="stable")])
+    ),
+    "unframe": Rule(
+        "framed",
+        of(lambda w, x: y[1:-1, 1:-1] if min((y := crop(x, x == w.mark)).shape) > 2 else NONE),
+    ),
+    "frame outside": Rule(
+        ANY, of(lambda w, x: np.pad(x, 1, constant_values=w.new[1])), True, top=16
+    ),
     "frame inside": Rule("noise full shapes", new(border, 1), True),
     # colours
     "permute colours": Rule("noise full shapes blocks", permuted, True, colours=True),
-    "swap colours": Rule("noise full shapes", lambda d, w: recoloured(a := d.some(w.ink, 2), a[::-1]), True, colours=True),
-    "replace a colour": Rule("noise full blocks", lambda d, w: recoloured([d.pick(w.ink)], w.new[:1]), True, colours=True),
-    "erase a colour": Rule("noise full blocks", lambda d, w: recoloured([d.pick(w.ink)], [0]), True, colours=True),
+    "swap colours": Rule(
+        "noise full shapes",
+        lambda d, w: recoloured(a := d.some(w.ink, 2), a[::-1]),
+        True,
+        colours=True,
+    ),
+    "replace a colour": Rule(
+        "noise full blocks", lambda d, w: recoloured([d.pick(w.ink)], w.new[:1]), True, colours=True
+    ),
+    "erase a colour": Rule(
+        "noise full blocks", lambda d, w: recoloured([d.pick(w.ink)], [0]), True, colours=True
+    ),
     "one colour": Rule("noise shapes sprite", new(lambda x: x > 0), True),
-    "negative": Rule("mono noise blocks", of(lambda w, x: where(x > 0, 0, where(x == 0, w.new[0], x))), True),
+    "negative": Rule(
+        "mono noise blocks", of(lambda w, x: where(x > 0, 0, where(x == 0, w.new[0], x))), True
+    ),
     "exchange": Rule("mono", plain(lambda x: where(x > 0, 0, np.full_like(x, x.max())))),
     "paint background": Rule("noise shapes blocks", new(lambda x: x == 0, 2), True),
-    "checkerboard": Rule("mono blocks solids", new(lambda x: (x > 0) & (np.indices(x.shape).sum(0) % 2 == 1)), True),
-    "alternate columns": Rule("mono blocks bars solids", new(lambda x: (x > 0) & (np.arange(x.shape[1]) % 2 == 1)), True),
+    "checkerboard": Rule(
+        "mono blocks solids", new(lambda x: (x > 0) & (np.indices(x.shape).sum(0) % 2 == 1)), True
+    ),
+    "alternate columns": Rule(
+        "mono blocks bars solids", new(lambda x: (x > 0) & (np.arange(x.shape[1]) % 2 == 1)), True
+    ),
     "commonest to new": Rule("noise full shapes", by_rank(0), True),
     "rarest to new": Rule("noise full shapes", by_rank(-1), True),
-    "keep commonest": Rule("noise shapes blocks", plain(lambda x: where(x != o[0], 0, x) if (o := ranked(x))[1:] else NONE)),
-    "column colours": Rule("keyed_columns", plain(lambda x: where(x == 0, 0, x[:1].repeat(len(x), 0)))),
+    "keep commonest": Rule(
+        "noise shapes blocks",
+        plain(lambda x: where(x != o[0], 0, x) if (o := ranked(x))[1:] else NONE),
+    ),
+    "column colours": Rule(
+        "keyed_columns", plain(lambda x: where(x == 0, 0, x[:1].repeat(len(x), 0)))
+    ),
     "corner colour": Rule("keyed_corner", plain(lambda x: where(x > 0, int(x[0, 0]), x))),
     # objects
-    **{f"{do} {k}": Rule(s, chosen(do, at), k == "largest") for do in ("mark", "keep", "crop") for k, (s, at) in CHOICES.items()},
-    **{f"{do} {k}": Rule(s, sorted_out(do, h), "off" in k) for do in ("colour", "keep") for k, (s, h) in PROPERTIES.items()},
+    **{
+        f"{do} {k}": Rule(s, chosen(do, at), k == "largest")
+        for do in ("mark", "keep", "crop")
+        for k, (s, at) in CHOICES.items()
+    },
+    **{
+        f"{do} {k}": Rule(s, sorted_out(do, h), "off" in k)
+        for do in ("colour", "keep")
+        for k, (s, h) in PROPERTIES.items()
+    },
     "colours by rank": Rule("shapes blocks", of(colours_by_rank)),
     "colours by size": Rule("shapes blocks", colours_by_size),
     "crop to all": Rule("sprite shapes", plain(lambda x: crop(x, x > 0)), True),
     "hollow": Rule("solids", plain(lambda x: where(inside(x), 0, x)), True),
     "core": Rule("solids", new(inside), True),
-    "outline": Rule("shapes blocks boxes", new(lambda x: (x == 0) & (np.max(around(x, True), 0) > 0)), True),
+    "outline": Rule(
+        "shapes blocks boxes", new(lambda x: (x == 0) & (np.max(around(x, True), 0) > 0)), True
+    ),
     "halo": Rule("dots shapes", new(lambda x: (x == 0) & (np.max(around(x), 0) > 0)), True),
     "fill enclosed": Rule("boxes", new(enclosed), True),
     "fill outside": Rule("boxes", new(lambda x: (x == 0) & ~enclosed(x))),
@@ -433,27 +529,58 @@ RULES: dict[str, Rule] = {
     # panels, patterns, lattices
     **{name: Rule("halves", overlay(how)) for name, how in OVERLAYS.items()},
     "stack panels": Rule("panels", stacked),
-    "odd panel": Rule("odd_panels", one_part(panels_in, lambda ys: odd_one([y.tobytes() for y in ys]))),
-    "symmetric panel": Rule("even_panels", one_part(panels_in, lambda ys: single([int((y == y[:, ::-1]).all()) for y in ys]))),
-    "fullest panel": Rule("panels", one_part(panels_in, lambda ys: single([int(np.count_nonzero(y)) for y in ys]))),
+    "odd panel": Rule(
+        "odd_panels", one_part(panels_in, lambda ys: odd_one([y.tobytes() for y in ys]))
+    ),
+    "symmetric panel": Rule(
+        "even_panels",
+        one_part(panels_in, lambda ys: single([int((y == y[:, ::-1]).all()) for y in ys])),
+    ),
+    "fullest panel": Rule(
+        "panels", one_part(panels_in, lambda ys: single([int(np.count_nonzero(y)) for y in ys]))
+    ),
     "complete symmetry": Rule("mirrored", of(uncovered)),
     "symmetric patch": Rule("mirrored", patch(uncovered)),
     "complete period": Rule("periodic", of(continued)),
     "periodic patch": Rule("periodic", patch(continued)),
-    "continue rows": Rule("strips", of(lambda w, x: np.tile(x[:, : w.period[0]], x.shape[1])[:, : x.shape[1]])),
-    "lattice majority": Rule("lattice", condensed(lambda w, y: w.new[0] if 2 * np.count_nonzero(y) > y.size else 0)),
-    "lattice counts": Rule("lattice", condensed(lambda w, y: w.new[min(int(np.count_nonzero(y)), 3)])),
-    "fullest cell": Rule("lattice", one_part(cells_in, lambda ys: single([int(np.count_nonzero(y)) for y in ys]))),
-    "emptiest cell": Rule("lattice", one_part(cells_in, lambda ys: single([int(np.count_nonzero(y)) for y in ys], min))),
-    "overlay lattice": Rule("lattice", of(lambda w, x: np.max(cells_in(w, x), 0) if w.p[2] < 0.5 else NONE)),
+    "continue rows": Rule(
+        "strips", of(lambda w, x: np.tile(x[:, : w.period[0]], x.shape[1])[:, : x.shape[1]])
+    ),
+    "lattice majority": Rule(
+        "lattice", condensed(lambda w, y: w.new[0] if 2 * np.count_nonzero(y) > y.size else 0)
+    ),
+    "lattice counts": Rule(
+        "lattice", condensed(lambda w, y: w.new[min(int(np.count_nonzero(y)), 3)])
+    ),
+    "fullest cell": Rule(
+        "lattice", one_part(cells_in, lambda ys: single([int(np.count_nonzero(y)) for y in ys]))
+    ),
+    "emptiest cell": Rule(
+        "lattice",
+        one_part(cells_in, lambda ys: single([int(np.count_nonzero(y)) for y in ys], min)),
+    ),
+    "overlay lattice": Rule(
+        "lattice", of(lambda w, x: np.max(cells_in(w, x), 0) if w.p[2] < 0.5 else NONE)
+    ),
     # counts
     "commonest colour": Rule("noise full", ranking(slice(1)), last=True),
     "rarest colour": Rule("noise full", ranking(slice(-1, None)), last=True),
     "colours by frequency": Rule("noise shapes blocks", ranking(slice(None)), last=True),
     "histogram": Rule("dots shapes noise", plain(histogram), last=True, top=7),
-    "count objects": Rule("shapes dots boxes", of(lambda w, x: counted(w.new[0], len(parts(x)), 6)), last=True),
-    "count diagonal": Rule("shapes blocks", of(lambda w, x: np.eye(len(parts(x)), dtype=np.uint8) * np.uint8(w.new[0])), last=True),
-    "count cells": Rule("mono dots", of(lambda w, x: counted(w.new[0], int(np.count_nonzero(x)), 0)), last=True, top=6),
+    "count objects": Rule(
+        "shapes dots boxes", of(lambda w, x: counted(w.new[0], len(parts(x)), 6)), last=True
+    ),
+    "count diagonal": Rule(
+        "shapes blocks",
+        of(lambda w, x: np.eye(len(parts(x)), dtype=np.uint8) * np.uint8(w.new[0])),
+        last=True,
+    ),
+    "count cells": Rule(
+        "mono dots",
+        of(lambda w, x: counted(w.new[0], int(np.count_nonzero(x)), 0)),
+        last=True,
+        top=6,
+    ),
     "order of bands": Rule("bands", plain(lambda x: deduped(x)[:, :1]), last=True),
 }
 
@@ -492,11 +619,25 @@ def composition(d: Dice, held_out: bool) -> tuple[str, ...]:
 
 def world(d: Dice, names: Sequence[str]) -> World:
     colours = d.some(range(1, 10), 9)
-    top = min([d.between(13, 18) if d.chance() < 0.12 else d.between(6, 12), *(RULES[n].top for n in names)])
+    top = min(
+        [
+            d.between(13, 18) if d.chance() < 0.12 else d.between(6, 12),
+            *(RULES[n].top for n in names),
+        ]
+    )
     size = (d.chance(), d.chance()) if d.chance() < 0.33 else None
     fresh = d.chance() < 0.3 and not any(RULES[n].colours for n in names)
     few = d.between(2, 3) if fresh else d.between(2, 4)
-    return World(colours[5 : 5 + few], colours[:4], colours[4], [d.chance() for _ in range(3)], top, size, d.chance() < 0.25, fresh)
+    return World(
+        colours[5 : 5 + few],
+        colours[:4],
+        colours[4],
+        [d.chance() for _ in range(3)],
+        top,
+        size,
+        d.chance() < 0.25,
+        fresh,
+    )
 
 
 def turned(x: Grid, g: int) -> Grid:
@@ -535,7 +676,11 @@ def drawn(d: Dice, names: Sequence[str], draw: Scene, name: str) -> tuple[Fn, Ta
     wanted = 1 + d.pick((2, 3, 3, 3, 3, 4, 4, 4, 5))
     for _ in range(4 * wanted):
         x = draw(d, w)
-        if max(x.shape) <= MAX_SIDE and (x != x[0, 0]).any() and not any(equal(x, r[0]) for r in rows):
+        if (
+            max(x.shape) <= MAX_SIDE
+            and (x != x[0, 0]).any()
+            and not any(equal(x, r[0]) for r in rows)
+        ):
             found = chain(steps, x)
             if found:
                 rows.append([x, *found])
@@ -550,11 +695,15 @@ def drawn(d: Dice, names: Sequence[str], draw: Scene, name: str) -> tuple[Fn, Ta
         y = chain(steps, np.ascontiguousarray(back(ground_swap(x), g)))
         return np.ascontiguousarray(turned(ground_swap(y[-1]), g)) if y else NONE
 
-    pairs = [tuple(np.ascontiguousarray(turned(ground_swap(x), g)) for x in (r[0], r[-1])) for r in rows]
+    pairs = [
+        tuple(np.ascontiguousarray(turned(ground_swap(x), g)) for x in (r[0], r[-1])) for r in rows
+    ]
     return fn, Task(name, [(a, b) for a, b in pairs[1:]], [(pairs[0][0], pairs[0][1])])
 
 
-def sound(names: Sequence[str], steps: Sequence[Fn], rows: Sequence[Sequence[Grid]], w: World) -> bool:
+def sound(
+    names: Sequence[str], steps: Sequence[Fn], rows: Sequence[Sequence[Grid]], w: World
+) -> bool:
     """Whether the demos can show what the query asks, whichever pair is the query."""
     few = len(rows) // 3
     for i in range(len(steps)):
@@ -564,7 +713,9 @@ def sound(names: Sequence[str], steps: Sequence[Fn], rows: Sequence[Sequence[Gri
             short = [chain([*steps[:i], *steps[i + 1 :]], r[0]) for r in rows]
             if sum(bool(s) and equal(s[-1], r[-1]) for s, r in zip(short, rows, strict=True)) > few:
                 return False  # a step that makes no difference
-    if sum(equal(r[0], r[-1]) for r in rows) > few or all(equal(rows[0][-1], r[-1]) for r in rows[1:]):
+    if sum(equal(r[0], r[-1]) for r in rows) > few or all(
+        equal(rows[0][-1], r[-1]) for r in rows[1:]
+    ):
         return False
     if not RULES[names[-1]].last and sum(bool((r[-1] == r[-1].flat[0]).all()) for r in rows) > few:
         return False  # outputs of one colour

@@ -17,10 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import data, etrm, sources
-from .config import Config
-from .data import Batch, Task, UserError
-from .etrm import Block, Carry, ModelConfig, Output, Params, block, normal
-from .layers import position_of, runs_of, turn_of
+from .config import Config, ModelConfig, UserError
+from .data import Batch, Task
+from .etrm import Block, Carry, Output, Params, block, normal, position_of, runs_of, turn_of
 
 # ---------------------------------------------------------------- the table of tasks
 
@@ -36,22 +35,30 @@ def init_table(cfg: ModelConfig, g: torch.Generator) -> Table:
     """Without rows: training makes them, a checkpoint has them."""
     width, most = cfg.encoder.latent or cfg.hidden, cfg.context_tokens * cfg.hidden
     if width > most or cfg.encoder.width:
-        raise UserError(f"model.encoder: a row of the table has latent = {width} numbers, at most {most}, and no width of its own")
+        raise UserError(
+            f"model.encoder: a row of the table has latent = {width} numbers, at most {most}, and no width of its own"
+        )
     return Table(torch.zeros(0, width), torch.zeros(0, 3))
 
 
 def apply_table(p: Table, cfg: ModelConfig, batch: Batch) -> Tensor:
     """Context (B, T, D): the row of each slot's task and symmetry, then zeros."""
     if batch.rows is None:
-        raise UserError("a model with a table of tasks has no context for demos alone: only etrm train, eval and solve can ask it")
+        raise UserError(
+            "a model with a table of tasks has no context for demos alone: only etrm train, eval and solve can ask it"
+        )
     rows = p.table[batch.rows]
-    return F.pad(rows, (0, cfg.context_tokens * cfg.hidden - rows.shape[1])).unflatten(1, (cfg.context_tokens, -1))
+    return F.pad(rows, (0, cfg.context_tokens * cfg.hidden - rows.shape[1])).unflatten(
+        1, (cfg.context_tokens, -1)
+    )
 
 
 def keys_of(tasks: Sequence[Task]) -> Tensor:
     """(N, 3) by content of the demos."""
     digests = [sources.task_digest(Task("", t.demos, []))[:6] for t in tasks]
-    return torch.tensor([[int.from_bytes(d[i : i + 2], "little") for i in (0, 2, 4)] for d in digests]).float()
+    return torch.tensor(
+        [[int.from_bytes(d[i : i + 2], "little") for i in (0, 2, 4)] for d in digests]
+    ).float()
 
 
 def with_rows(params: Params, cfg: Config, tasks: Sequence[Task]) -> Params:
@@ -59,9 +66,13 @@ def with_rows(params: Params, cfg: Config, tasks: Sequence[Task]) -> Params:
     if cfg.model.encoder.kind != "table":
         return params
     if not cfg.data.symmetries:
-        raise UserError("data.symmetries: a table needs a number of symmetries per task (published: 1000)")
+        raise UserError(
+            "data.symmetries: a table needs a number of symmetries per task (published: 1000)"
+        )
     if cfg.eval.on == "dev":
-        raise UserError('eval.on: a table has no row for the dev split, which is never trained on: eval.on = "train"')
+        raise UserError(
+            'eval.on: a table has no row for the dev split, which is never trained on: eval.on = "train"'
+        )
     rows = torch.zeros(len(tasks) * cfg.data.symmetries, params.encoder.table.shape[1])
     return params._replace(encoder=Table(rows, keys_of(tasks)))
 
@@ -71,13 +82,19 @@ def numbers(params: Params, cfg: Config, tasks: Sequence[Task], views: int) -> T
     if cfg.model.encoder.kind != "table":
         return None
     if views > cfg.data.symmetries:
-        raise UserError(f"--views {views}: the table has rows for {cfg.data.symmetries} symmetries of a task")
+        raise UserError(
+            f"--views {views}: the table has rows for {cfg.data.symmetries} symmetries of a task"
+        )
     if not len(params.encoder.keys):
-        raise UserError("this table was converted: whose its rows are is not known, so that no task can be asked")
+        raise UserError(
+            "this table was converted: whose its rows are is not known, so that no task can be asked"
+        )
     same = (keys_of(tasks)[:, None] == params.encoder.keys.cpu()).all(-1)
     for task, row in zip(tasks, same, strict=True):
         if not row.any():
-            raise UserError(f"task {task.name}: unseen: the table has rows for the {row.numel()} tasks that were trained on, no others")
+            raise UserError(
+                f"task {task.name}: unseen: the table has rows for the {row.numel()} tasks that were trained on, no others"
+            )
     return same.float().argmax(1)
 
 
@@ -95,7 +112,10 @@ def spread(slots: Tensor, batch: Batch, grads: Tensor, of: int) -> list[Tensor]:
     assert batch.rows is not None
     wide, ids = grads.new_zeros(of, grads.shape[1]), grads.new_zeros(of, 2)
     slots = slots.to(grads.device)
-    wide[slots], ids[slots] = grads, torch.stack((batch.rows // 4096, batch.rows % 4096), 1).to(grads)
+    wide[slots], ids[slots] = (
+        grads,
+        torch.stack((batch.rows // 4096, batch.rows % 4096), 1).to(grads),
+    )
     return [wide, ids]
 
 
@@ -135,10 +155,14 @@ def init_feedback(cfg: ModelConfig, g: torch.Generator) -> Feedback:
         return Gains(made, torch.ones(d), torch.ones(d))
 
     blocks = tuple(one() for _ in range(cfg.layers))
-    return Feedback(normal(g, COLOURS + 1, d, std=1.0), blocks, normal(g, COLOURS, d), normal(g, 1, d))
+    return Feedback(
+        normal(g, COLOURS + 1, d, std=1.0), blocks, normal(g, COLOURS, d), normal(g, 1, d)
+    )
 
 
-def feedback_step(params: Params, cfg: ModelConfig, carry: Carry, batch: Batch, min_steps: Tensor | None) -> tuple[Carry, Output]:
+def feedback_step(
+    params: Params, cfg: ModelConfig, carry: Carry, batch: Batch, min_steps: Tensor | None
+) -> tuple[Carry, Output]:
     """One supervision step, as etrm.act_step: H_cycles of (L_cycles updates of z, one of the answer y).
 
     z <- net(x + y + z), y <- net(y + z), each read as the embedding of its likeliest colour: no gradient passes from one call
@@ -148,10 +172,20 @@ def feedback_step(params: Params, cfg: ModelConfig, carry: Carry, batch: Batch, 
     """
     p: Feedback = params.core
     x = torch.where(batch.inputs >= data.FIRST_COLOUR, batch.inputs - data.FIRST_COLOUR, COLOURS)
-    turn = turn_of(position_of("rope2d", batch.at, cfg.raster), cfg.heads, cfg.hidden // cfg.heads, p.embed.dtype)
-    runs, of_cell = runs_of(batch.cells), etrm.ragged(torch.tensor(batch.cells, device=x.device), len(x))[0]
+    turn = turn_of(
+        position_of("rope2d", batch.at, cfg.raster),
+        cfg.heads,
+        cfg.hidden // cfg.heads,
+        p.embed.dtype,
+    )
+    runs, of_cell = (
+        runs_of(batch.cells),
+        etrm.ragged(torch.tensor(batch.cells, device=x.device), len(x))[0],
+    )
     begins = carry.halted[of_cell][:, None]
-    start = torch.eye(1, COLOURS, dtype=carry.z_H.dtype, device=x.device)  # whose likeliest is the first colour
+    start = torch.eye(
+        1, COLOURS, dtype=carry.z_H.dtype, device=x.device
+    )  # whose likeliest is the first colour
     y, z = (torch.where(begins, start, s.detach()) for s in (carry.z_H, carry.z_L))
     q = torch.full(carry.steps.shape, -math.inf, device=x.device)
 
@@ -176,8 +210,13 @@ def feedback_step(params: Params, cfg: ModelConfig, carry: Carry, batch: Batch, 
         q = (pooled @ p.halt.float().T).squeeze(-1)
         if ended:
             mine = done[of_cell][:, None]
-            y, z, q = (torch.where(of, old, new) for of, old, new in zip((mine, mine, done), before, (y, z, q), strict=True))
+            y, z, q = (
+                torch.where(of, old, new)
+                for of, old, new in zip((mine, mine, done), before, (y, z, q), strict=True)
+            )
     steps = torch.where(carry.halted, 0, carry.steps) + 1
     halted = etrm.halts(cfg, q, steps, min_steps)
     logits = F.pad(y, (data.FIRST_COLOUR, 0), value=-math.inf)  # it cannot say where a grid ends
-    return carry._replace(z_H=y.detach(), z_L=z.detach(), steps=steps, halted=halted), Output(logits, q, q)
+    return carry._replace(z_H=y.detach(), z_L=z.detach(), steps=steps, halted=halted), Output(
+        logits, q, q
+    )
