@@ -17,10 +17,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from . import sources
-from .config import UserError, nearest
-from .data import MAX_SIDE, PAD, Task, parsed, tokenise, untokenise
+from .config import DataConfig, UserError, nearest
+from .data import (
+    MAX_SIDE,
+    PAD,
+    VIEW,
+    Symmetry,
+    Task,
+    draw_symmetry,
+    identity,
+    parsed,
+    tokenise,
+    uniform,
+    untokenise,
+)
 
 SIGNS = " |0123456789"  # a token each
 
@@ -154,6 +168,18 @@ def append(path: Path, made: Iterable[Prediction]) -> None:
 def task_hash(task: Task) -> str:
     """Content of a task but for the outputs of its queries."""
     return sources.asked_digest(task).hex()
+
+
+def view(task: Task, query: int, number: int, cfg: DataConfig) -> tuple[Symmetry, Tensor]:
+    """Symmetry () and uniform numbers for the order of demos of a view; view 0 is the task as it is.
+
+    Drawn from the content of the task, so that neither the other tasks nor their order matter, nor any hidden output."""
+    lots = 1 + len(task.demos)
+    u = uniform(11 + lots, int(task_hash(task)[:13], 16), VIEW, query, number)
+    if number == 0:
+        return identity(), torch.arange(lots).double() / lots
+    s = draw_symmetry(u[None, :11], cfg.dihedral, cfg.colours)
+    return Symmetry(s.dihedral[0], s.colours[0]), u[11:]
 
 
 def union(

@@ -283,18 +283,6 @@ def tuned_jointly(
 Key = tuple[str, int, int]  # (hash of a task, query, view)
 
 
-def view(task: Task, query: int, number: int, cfg: data.DataConfig) -> tuple[Symmetry, Tensor]:
-    """Symmetry () and uniform numbers for the order of demos of a view; view 0 is the task as it is.
-
-    Drawn from the content of the task, so that neither the other tasks nor their order matter, nor any hidden output."""
-    lots = 1 + len(task.demos)
-    u = data.uniform(11 + lots, int(score.task_hash(task)[:13], 16), data.VIEW, query, number)
-    if number == 0:
-        return data.identity(), torch.arange(lots).double() / lots
-    s = data.draw_symmetry(u[None, :11], cfg.dihedral, cfg.colours)
-    return Symmetry(s.dihedral[0], s.colours[0]), u[11:]
-
-
 def jitter(
     std: float, keys: Sequence[tuple[int, ...]]
 ) -> Callable[[int, Sequence[int], etrm.Carry], etrm.Carry]:
@@ -427,7 +415,11 @@ def predictions(
         """By row, the votes, and the canvas of view 0."""
         mine = [units[i] for i in part.tolist()]
         rows = [r for r, _ in mine for _ in range(samples)]
-        seen = [view(tasks[of[r]], number[r], v, cfg.data) for r, v in mine for _ in range(samples)]
+        seen = [
+            score.view(tasks[of[r]], number[r], v, cfg.data)
+            for r, v in mine
+            for _ in range(samples)
+        ]
         symmetry = Symmetry(*(torch.stack([s[i] for s, _ in seen]) for i in range(2)))
         if own is not None:
             owner, k = (

@@ -73,7 +73,7 @@ def batches(
         for r, v in (units[i] for i in part.tolist()):
             t = int(asked.task[r])
             seen.append(
-                solve.view(
+                score.view(
                     tasks[t], int(asked.pair[r] - packed.first[t] - packed.n_demos[t]), v, cfg.data
                 )
             )

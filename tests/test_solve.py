@@ -127,12 +127,12 @@ def test_the_logp_of_an_answer_is_that_of_its_cells_and_border(run):
 
 def test_symmetries_of_views_are_a_function_of_the_task_alone(run):
     s, task = solve.opened(run), tasks_of_all()[1]
-    found = [solve.view(task, 0, k, s.cfg.data) for k in range(20)]
+    found = [score.view(task, 0, k, s.cfg.data) for k in range(20)]
     assert len({(int(sym.dihedral), tuple(sym.colours.tolist())) for sym, _ in found}) > 10
     assert isinstance(found[0][0], Symmetry) and int(found[0][0].dihedral) == 0
     spoilt = task._replace(name="x", queries=[(x, 9 - y) for x, y in task.queries])
     assert all(
-        torch.equal(solve.view(spoilt, 0, k, s.cfg.data)[1], lots)
+        torch.equal(score.view(spoilt, 0, k, s.cfg.data)[1], lots)
         for k, (_, lots) in enumerate(found)
     )
 
