@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import copy
 import difflib
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
 import tomli
@@ -254,7 +255,21 @@ def parse_config(raw: dict[str, Any], where: str) -> Config:
             owner = next(f.type for f in msgspec.structs.fields(owner) if f.name == name)
         close = nearest(unknown[1], owner.__struct_fields__)
         raise UserError(f"{where}: unknown key {'.'.join(filter(None, (path, unknown[1])))}{close}")
-    raise UserError(f"{where}: {path or 'config'}: {text.split(' - at ')[0].lower()}")
+    reason = text.split(" - at ")[0].lower()
+    if "enum" in reason:
+        reason += f"; known: {', '.join(map(str, choices(path)))}"
+    raise UserError(f"{where}: {path or 'config'}: {reason}")
+
+
+def choices(path: str) -> list[str]:
+    """The values that the field of that path may have, of a Literal within its type."""
+    hint: Any = Config
+    for name in path.split("."):
+        fields = {f.name: f.type for f in msgspec.structs.fields(hint)}
+        hint = fields[name.partition("[")[0]]
+    while get_origin(hint) is not Literal:
+        hint = get_args(hint)[0]
+    return list(get_args(hint))
 
 
 def override(raw: dict[str, Any], key: str, value: Any, where: str) -> None:
@@ -274,7 +289,7 @@ def set_item(raw: dict[str, Any], item: str) -> None:
     try:
         value = tomli.loads(f"x = {text}")["x"]
     except tomli.TOMLDecodeError:
-        value = text
+        value = os.path.expanduser(text)  # which no shell does after an =
     except RecursionError as e:
         raise UserError(f"--set {key}: {e}") from None
     override(raw, key.strip(), value, f"--set {key}")
@@ -333,6 +348,8 @@ def load_config(path: str | Path, sets: Sequence[str] = (), fast: bool = False) 
         raw = faster if fast else raw
     elif fast:
         raise UserError(f"{path}: has no [fast] table, so --fast means nothing")
+    cfg = parse_config(raw, str(path))
     for item in sets:
         set_item(raw, item)
-    return parse_config(raw, str(path))
+        cfg = parse_config(raw, "--set")
+    return cfg

@@ -6,8 +6,11 @@ Axes: N demos, M cells of all demos, B slots, K most demos of a slot, T context 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
@@ -798,19 +801,43 @@ TABLE = Encoder(
 )  # TRM's, in the place of one; it looks at no demo
 
 
+@functools.lru_cache
+def user_module(file: Path) -> Any:
+    """The module in a file of the user's, imported once. Raises UserError, whatever its code raises."""
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None or not file.is_file():
+        raise UserError(f"model.encoder.kind: {file}: no such module in the working directory")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(file.stem, module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as e:
+        raise UserError(f"model.encoder.kind: {file}: {type(e).__name__}: {e}") from None
+    return module
+
+
 def lookup(kind: str) -> Encoder:
-    """Raises UserError on an unknown kind."""
+    """The encoder of that name, "my_module:colours" for the entry `colours` of the ENCODERS, or else for the variable, of
+    ./my_module.py. Raises UserError on an unknown kind."""
     known = {**ENCODERS, "table": TABLE}
+    module, colon, name = kind.partition(":")
+    if colon and module.isidentifier():
+        own = user_module(Path(f"{module}.py").absolute())
+        entry = {**vars(own), **vars(own).get("ENCODERS", {})}.get(name)
+        if not isinstance(entry, tuple) or not 2 <= len(entry) <= len(Encoder._fields):
+            raise UserError(f"model.encoder.kind: {module}.py has no encoder {name!r}")
+        return Encoder(*entry)
     if kind not in known:
         raise UserError(
-            f"model.encoder.kind: unknown {kind!r}{nearest(kind, known)}; known: {', '.join(known)}"
+            f"model.encoder.kind: unknown {kind!r}{nearest(kind, known)}; known: "
+            f"{', '.join(known)}, and MODULE:NAME of MODULE.py in the working directory"
         )
     return known[kind]
 
 
 def reads_demos(cfg: ModelConfig) -> bool:
     """Not so a table of tasks and the argmax-feedback TRM."""
-    return cfg.encoder.kind in ENCODERS and not cfg.feedback
+    return cfg.encoder.kind != "table" and not cfg.feedback
 
 
 # ---------------------------------------------------------------- encoder and core together
