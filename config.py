@@ -308,8 +308,20 @@ def joined(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return {**base, **over, **both}
 
 
+def is_set(raw: Any, key: str) -> bool:
+    """Whether the tables of a recipe set the dotted key."""
+    for name in key.split("."):
+        if not isinstance(raw, dict) or name not in raw:
+            return False
+        raw = raw[name]
+    return True
+
+
 def read_recipe(path: Path, names: Sequence[str], above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The tables of a TOML file on top of those of the one that it extends, whose path is seen from it."""
+    """The tables of a TOML file on top of those of the file that it extends (a relative path).
+
+    What a file sets wins over an inherited [fast] table: --fast keeps what the file is about.
+    """
     try:
         raw = tomli.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
@@ -324,7 +336,10 @@ def read_recipe(path: Path, names: Sequence[str], above: tuple[Path, ...] = ()) 
             f"{path}: extends must name one TOML file"
             + ", none that extends this one" * (path.resolve() in above)
         )
-    return joined(read_recipe(path.parent / base, names, (*above, path.resolve())), raw)
+    inherited = read_recipe(path.parent / base, names, (*above, path.resolve()))
+    if isinstance(fast := inherited.get("fast"), dict):
+        inherited["fast"] = {k: v for k, v in fast.items() if not is_set(raw, k)}
+    return joined(inherited, raw)
 
 
 def load_config(path: str | Path, sets: Sequence[str] = (), fast: bool = False) -> Config:

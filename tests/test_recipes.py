@@ -1,0 +1,218 @@
+"""The shipped recipes: the published ones field by field, --fast, inheritance, three steps each."""
+
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from etrm_arc import checkpoint, config, solve, sources, train
+from etrm_arc.config import UserError
+from etrm_arc.encoders import ENCODERS
+
+SET = Path(__file__).parent / "data" / "set"
+SHIPPED = sorted(
+    p.relative_to(config.SHIPPED).with_suffix("").as_posix() for p in config.SHIPPED.rglob("*.toml")
+)
+OURS = {"cpu", "cpu-plain", "overfit", "overfit-augment"}
+
+# The settings of the published work, as its authors describe them: systems, then the plan of
+# experiments.
+# fmt: off
+TRM = {
+    "model.hidden": 512, "model.heads": 8, "model.layers": 2, "model.H_cycles": 3,
+    "model.L_cycles": 6, "model.halt_max_steps": 16, "model.exploration": 0.1,
+    "model.fixed_steps": False, "model.context_tokens": 16, "model.loss": "stablemax",
+    "model.q_weight": 0.5, "model.encoder.kind": "table",
+    "optimizer.kind": "adam_atan2", "optimizer.lr": 1e-4, "optimizer.warmup": 2000,
+    "optimizer.final_lr": 1.0, "optimizer.betas": (0.9, 0.95), "optimizer.weight_decay": 0.1,
+    "optimizer.clip": 0.0, "optimizer.table_lr": 1e-2, "optimizer.lr_scale": {},
+    "train.batch": 768, "train.ema": 0.999, "init_from.path": "",
+    "data.policy": "demos", "data.symmetries": 1000, "data.dihedral": True,
+    "data.colours": "keep_black", "data.translate": True, "data.max_train_tasks": 0,
+}
+ETRM = TRM | {
+    "model.exploration": 0.5, "model.encoder.kind": "standard", "model.encoder.width": 0,
+    "model.encoder.layers": 2, "model.encoder.set_layers": 1, "model.encoder.pooling": "mean",
+    "model.encoder.norm": "post", "model.encoder.layer_scale": 0.0, "model.encoder.cached": False,
+    "optimizer.clip": 1.0, "train.batch": 256,
+    "init_from.path": "runs/trm", "init_from.take": (r"core\..*",),
+    "data.policy": "drop", "data.symmetries": 0, "eval.act_steps": 16,
+}
+FEEDBACK = {
+    "model.hidden": 512, "model.heads": 8, "model.layers": 2, "model.H_cycles": 3,
+    "model.L_cycles": 6, "model.feedback": "reset", "model.loss": "softmax", "model.unrolled": 1,
+    "model.halt_max_steps": 1, "optimizer.kind": "adamw", "optimizer.lr": 1e-4,
+    "optimizer.betas": (0.9, 0.95), "optimizer.weight_decay": 0.01, "optimizer.clip": 1.0,
+    "train.batch": 32, "train.ema": 0.999, "eval.patience": 5,
+    "data.dihedral": False, "data.colours": "fixed", "data.translate": False,
+}
+FEEDBACK_DEEP = {"model.unrolled": 16, "model.halt_max_steps": 16, "eval.act_steps": 16}
+TEN_TASKS = {"data.max_train_tasks": 10, "train.batch": 10, "eval.every": 100, "eval.on": "train"}
+HYBRID = {"layers": 4, "norm": "pre", "set_layers": 2}
+
+
+def fct(steps):  # a fixed number of ACT steps in training, up to 16 by q at evaluation
+    return ETRM | {
+        "model.fixed_steps": True, "model.exploration": 0.0, "model.halt_max_steps": steps,
+        "eval.act_steps": steps, "solve.leave": "q",
+    }
+
+
+def encoder(kind, **fields):
+    return {"model.encoder.kind": kind} | {f"model.encoder.{k}": v for k, v in fields.items()}
+
+
+E0 = fct(1) | {"optimizer.clip": 0.0, "train.batch": 768, "init_from.path": ""}
+O1 = ETRM | {"data.max_train_tasks": 32}
+PUBLISHED = {
+    "trm": TRM, "etrm": ETRM, "fct": fct(4), "etrm2": ETRM | encoder("recurrent"),
+    "cached": ETRM | encoder("standard", cached=True),
+    "published-split": ETRM | {"data.dev": (), "eval.on": "train"},
+    "feedback": FEEDBACK, "feedback-deep": FEEDBACK | FEEDBACK_DEEP,
+    "experiments/E0": E0,
+    "experiments/E1": E0 | TEN_TASKS,
+    "experiments/E2": E0 | {"optimizer.lr": 3e-5},
+    "experiments/E3": E0 | {"optimizer.clip": 1.0},
+    "experiments/E4": E0 | {"optimizer.lr": 3e-5, "optimizer.clip": 1.0},
+    "experiments/E5": E0 | encoder("standard", layers=4),
+    "experiments/E6": E0 | {"model.context_tokens": 32},
+    "experiments/E7": E0 | encoder("standard", pooling="attention"),
+    "experiments/E8": E0 | encoder("standard", set_layers=2),
+    "experiments/E9": E0 | encoder("standard", layer_scale=1e-4),
+    "experiments/E10": E0 | encoder("standard", norm="pre"),
+    "experiments/E11": E0 | {"optimizer.lr_scale": {r"encoder\..*": 0.1}},
+    "experiments/combined": E0 | {"optimizer.lr": 3e-5, "optimizer.clip": 1.0} | encoder(
+        "standard", layers=4, pooling="attention", set_layers=2, layer_scale=1e-4, norm="pre"
+    ),
+    **{f"experiments/A{n}": fct(n) | {"data.max_train_tasks": 32} for n in (1, 4, 8, 16)},
+    "experiments/O1": O1,
+    "experiments/O2": O1 | {"model.exploration": 0.3},
+    "experiments/O3": O1 | {"model.exploration": 0.7},
+    "experiments/enc-E1": O1 | encoder("hybrid_standard", **HYBRID),
+    "experiments/enc-E2": O1 | encoder("hybrid_variational", **HYBRID),
+    "experiments/enc-E3": O1 | encoder("lpn_variational", layers=4),
+    "experiments/H8": ETRM | {"model.halt_max_steps": 8, "eval.act_steps": 8},
+    "experiments/H16": ETRM,
+    "experiments/H32": ETRM | {"model.halt_max_steps": 32, "eval.act_steps": 32},
+    "experiments/scratch": ETRM | {"init_from.path": ""},
+    "experiments/frozen": ETRM,
+    **{f"encoders/{kind}": ETRM | encoder(kind) for kind in ENCODERS if kind != "table"},
+    "encoders/lpn_standard": ETRM | encoder("lpn_standard", layers=4),
+    "encoders/lpn_variational": ETRM | encoder("lpn_variational", layers=4),
+    "encoders/hybrid_standard": ETRM | encoder("hybrid_standard", **HYBRID),
+    "encoders/hybrid_variational": ETRM | encoder("hybrid_variational", **HYBRID),
+}
+SMALL = [
+    "model.hidden=16", "model.heads=2", "model.expansion=0.5", "model.H_cycles=1",
+    "model.L_cycles=1", "train.batch=4", "train.shards=1", "train.steps=3", "train.dtype=fp32",
+    "eval.every=3", "eval.act_steps=1", "optimizer.warmup=2", "data.max_train_tasks=0",
+    f'data.train=["{SET}"]', f'data.held_out=["{SET / "flip.json"}"]',
+]
+# fmt: on
+
+
+def settings(value: object, path: str = "") -> dict[str, object]:
+    """Every field of a config by its dotted name, without the run's folder and the [fast] table."""
+    if not isinstance(value, msgspec.Struct):
+        return {path: value}
+    fields = [(f"{path}.{f}".lstrip("."), getattr(value, f)) for f in value.__struct_fields__]
+    return {
+        k: v
+        for name, field in fields
+        if name not in ("fast", "run.dir")
+        for k, v in settings(field, name).items()
+    }
+
+
+def changed(name: str, base: str, fast: bool) -> dict[str, object]:
+    """What a recipe sets otherwise than the recipe that it extends."""
+    before = settings(config.load_config(base, fast=fast))
+    return {
+        k: v for k, v in settings(config.load_config(name, fast=fast)).items() if before[k] != v
+    }
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_recipe_has_the_settings_of_the_publication(name):
+    ours = settings(config.load_config(name))
+    assert {k: ours[k] for k in PUBLISHED[name]} == PUBLISHED[name]
+
+
+def test_the_shipped_recipes_are_ours_and_the_published_ones():
+    assert set(SHIPPED) == set(PUBLISHED) | OURS
+    assert all(config.load_config(name).run.dir == f"runs/{name}" for name in SHIPPED)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_fast_keeps_what_a_recipe_is_about(name):
+    path = config.SHIPPED / f"{name}.toml"
+    raw = config.tomli.loads(path.read_text())
+    if "extends" not in raw:
+        return
+    base = (path.parent / raw["extends"]).resolve().relative_to(config.SHIPPED).with_suffix("")
+    usual, fast = (changed(name, base.as_posix(), f) for f in (False, True))
+    its_own = raw.get("fast", {})
+    assert {k: fast.get(k) for k in usual if k not in its_own} == {
+        k: v for k, v in usual.items() if k not in its_own
+    }
+    assert set(fast) <= set(usual) | set(its_own)
+
+
+def test_a_recipe_extends_another_table_by_table(tmp_path):
+    (tmp_path / "below").mkdir()
+    (tmp_path / "a.toml").write_text(
+        "[model]\nhidden = 64\nheads = 4\n[model.encoder]\nlayers = 3\n"
+        '[fast]\n"train.steps" = 5\n"model.heads" = 2\n"model.hidden" = 32\n'
+    )
+    (tmp_path / "below" / "b.toml").write_text(
+        'extends = "../a.toml"\n[model]\nheads = 8\n[model.encoder]\nset_layers = 2\n'
+    )
+    usual, fast = (config.load_config(tmp_path / "below" / "b.toml", fast=f) for f in (False, True))
+    assert (usual.model.hidden, usual.model.heads, usual.model.encoder.layers) == (64, 8, 3)
+    assert usual.model.encoder.set_layers == 2
+    assert (fast.model.hidden, fast.model.heads, fast.train.steps) == (32, 8, 5)
+    (tmp_path / "a.toml").write_text('extends = "below/b.toml"')
+    with pytest.raises(UserError, match="extends must name one TOML file"):
+        config.load_config(tmp_path / "below" / "b.toml")
+    (tmp_path / "a.toml").write_text('extends = "missing.toml"')
+    with pytest.raises(UserError, match="missing.toml"):
+        config.load_config(tmp_path / "a.toml")
+
+
+def small(name, folder, *sets):
+    cfg = config.load_config(name)
+    dev = [str(SET / f"{n}.json") for n in ("double", "mirror")] if cfg.data.dev else []
+    sets = [
+        f"data.dev={json.dumps(dev)}",
+        f"data.symmetries={3 * bool(cfg.data.symmetries)}",
+        f"run.dir={folder}",
+        *sets,
+    ]
+    return config.load_config(name, [*SMALL, *sets])
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trm") / "run"
+    train.fit(small("trm", folder))
+    return folder
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_recipe_takes_three_steps(name, tmp_path, decoder):
+    sets = [f"init_from.path={decoder}"] if config.load_config(name).init_from.path else []
+    if name == "cpu-plain":
+        sets.append(f'data.train=["{SET}", "composed:5"]')
+    assert train.fit(small(name, tmp_path, *sets))["step"] == 3
+    assert checkpoint.load(tmp_path).meta["step"] == 3
+
+
+def test_the_shipped_checkpoint_is_of_its_recipe_and_answers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # it is found by name from any folder
+    opened, recipe = solve.opened("cpu-plain"), config.load_config("cpu-plain")
+    assert opened.cfg.model == recipe.model and opened.cfg.data == recipe.data
+    assert opened.path.stat().st_size < 15e6
+    task = sources.load(str(SET / "mirror.json"))
+    answers = list(solve.predict(opened.params, opened.cfg, task, 2))
+    assert answers and all(len(p.votes) == 2 for p in answers)
