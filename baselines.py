@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import data, etrm, sources
+from . import data, etrm
 from .config import Config, ModelConfig, UserError
 from .data import Batch, Task
 from .etrm import Block, Carry, Output, Params, block, normal, position_of, runs_of, turn_of
@@ -55,7 +55,7 @@ def apply_table(p: Table, cfg: ModelConfig, batch: Batch) -> Tensor:
 
 def keys_of(tasks: Sequence[Task]) -> Tensor:
     """(N, 3) by content of the demos."""
-    digests = [sources.task_digest(Task("", t.demos, []))[:6] for t in tasks]
+    digests = [data.task_digest(Task("", t.demos, []))[:6] for t in tasks]
     return torch.tensor(
         [[int.from_bytes(d[i : i + 2], "little") for i in (0, 2, 4)] for d in digests]
     ).float()

@@ -434,7 +434,7 @@ def split(params: dict[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
             ).flatten(0, 1)
         if not names and path != "encoder.keys" and bool((x != 0).any()):
             raise UserError(
-                f"{path}: has no place in a published checkpoint (encoder {cfg.encoder.kind}, {cfg.context_scale} scale)"
+                f"{path}: has no place in a published checkpoint (encoder {cfg.encoder.kind}, published = {cfg.published})"
             )
         if path.endswith("class_embed"):
             x = x[None]
@@ -506,13 +506,8 @@ def meaning(cfg: ModelConfig) -> dict[str, Any]:
         "set_layers",
         "pooling",
         "norm",
-        "qk_norm",
-        "attend_padding",
-        "query",
-        "difference",
-        "published",
     )
-    encoder = {k: getattr(e, k) for k in same} | {"heads": e.heads or cfg.heads}
+    encoder = {k: getattr(e, k) for k in same}
     encoder |= {"H_cycles": e.H_cycles, "L_cycles": e.L_cycles} if e.kind == "trm_style" else {}
     return core | {f"encoder.{k}": v for k, v in encoder.items()}
 

@@ -29,7 +29,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 Optional = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
-Side = Annotated[int, msgspec.Meta(ge=1, le=50)]  # of a canvas
+Side = Annotated[int, msgspec.Meta(ge=1, le=30)]  # of a canvas
 NonNegative = Annotated[float, msgspec.Meta(ge=0)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Beta = Annotated[float, msgspec.Meta(ge=0, lt=1)]
@@ -46,28 +46,17 @@ class DataConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     train: tuple[str, ...] = ("arc1:training",)
     dev: tuple[str, ...] = ("arc1:dev",)  # all choices are made on it; never trained on
-    held_out: tuple[str, ...] = ("arc1:evaluation",)  # for the final word; never trained on
-    policy: Literal["refuse", "drop", "demos"] = "drop"
-    guard_min_cells: Optional = (
-        20  # fewer cells in the pairs that two tasks share are taken for chance
-    )
+    held_out: tuple[str, ...] = ("arc1:evaluation",)  # for the final score; never trained on
+    policy: Literal["refuse", "drop", "demos"] = "drop"  # training tasks that share a held-out pair
     query: Literal["leave_one_out", "test"] = "leave_one_out"
     max_demos: Count = 10
-    min_demos: Optional = 0  # 0: all demos; else each episode draws a subset of at least that many
-    canvases: tuple[
-        Side, ...
-    ] = ()  # sides a canvas may have; none: all, so that a canvas fits its task exactly
-    demo_canvases: tuple[Side, ...] = ()  # the same of the demos
+    max_side: Side = 30  # of a canvas; a query whose grids need more is left out
+    canvas: Annotated[int, msgspec.Meta(ge=0, le=30)] = 0  # its side; 0: the smallest for its task
     dihedral: bool = True
     colours: Literal["fixed", "keep_black", "all"] = "keep_black"
     translate: bool = True
-    turn_outputs: Share = 0.0  # share of the episodes whose outputs an element of D8 turns further
-    symmetries: Optional = (
-        0  # of a task, fixed by the seed, the first: none; 0: every episode draws anew
-    )
-    composed: Annotated[float, msgspec.Meta(ge=0, lt=1)] = (
-        0.0  # share of the sample-steps for composed:N; 0: a task is a task
-    )
+    symmetries: Optional = 0  # of a task, fixed by the seed; 0: every episode draws anew
+    share: dict[str, Share] = {}  # source, e.g. "composed" -> its share of the sample-steps
     max_train_tasks: Optional = 0  # 0: all
     max_eval_tasks: Optional = 0
 
@@ -76,33 +65,21 @@ class EncoderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which demonstration encoder, and its shape."""
 
     kind: str = "perceiver"
-    width: Optional = 0  # of its tokens; 0: the core's
-    heads: Optional = 0  # 0: the core's
+    width: Optional = 0  # of its tokens, a multiple of the core's head size; 0: the core's
     layers: Optional = 2  # blocks over the cells of one demo
-    set_layers: Count = (
-        1  # blocks in which the context tokens attend to the demos, or demos to each other
-    )
-    pooling: Literal["mean", "max", "attention", "weighted"] = (
-        "mean"  # cells to a vector, where there is no class token
-    )
-    norm: Literal["post", "pre"] = (
-        "post"  # lpn* and hybrid*: of what follows the cells, there it is always pre
-    )
-    qk_norm: bool = False
+    set_layers: Count = 1  # blocks in which context tokens attend to demos, or demos to each other
+    pooling: Literal["mean", "max", "attention", "weighted"] = "mean"  # cells to a vector
+    norm: Literal["post", "pre"] = "post"  # where a class token is read, cells are always "pre"
     layer_scale: NonNegative = 0.0  # 0: none
-    attend_padding: bool = False  # published: the empty cells of a canvas attend and are attended
-    cached: bool = False  # published, and failing: read at an episode's first step alone; later steps have no gradient for it
-    query: bool = False  # reads the test input too, as one more demo, without an output
-    difference: bool = False  # perceiver, set_transformer: tokens say where input and output differ
+    cached: bool = False  # published: read at an episode's first step alone, which starves it
     H_cycles: Count = 2  # trm_style
     L_cycles: Count = 3
-    latent: Optional = 0  # of a variational encoder; 0: its width
+    latent: Optional = 0  # numbers drawn by a variational encoder, or in a row of a table; 0: width
     kl_weight: NonNegative = 1e-3
-    published: bool = False  # contexts not normed, states smoothed and without gradient, KL divided by the batch once more
 
 
 class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Shape and behaviour of the model. Each switch named `published` reproduces the published code."""
+    """Shape and behaviour of the model."""
 
     hidden: Count = 128
     heads: Count = 2
@@ -111,30 +88,18 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     H_cycles: Count = 3
     L_cycles: Count = 4
     context_tokens: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 16
-    positions: Literal["rope", "rope2d", "learned", "both", "borders", "none"] = (
-        "rope2d"  # both: and learned; borders: and codes
-    )
-    raster: Annotated[int, msgspec.Meta(ge=1, le=50)] = (
-        30  # position codes are those of a raster x raster canvas, whatever the pool
-    )
+    positions: Literal["rope", "rope2d", "learned", "both", "borders", "none"] = "rope2d"
+    raster: Annotated[int, msgspec.Meta(ge=1, le=50)] = 30  # side of the field that positions count
     tied_head: bool = True  # logits from the query's own token embedding
-    context_scale: Literal["gain", "published"] = "gain"
+    published: bool = False  # the context enters sqrt(hidden) times as large, without a gain
+    published_faults: bool = False  # only parity tests need them, see PARITY in etrm.py
     halt_max_steps: Count = 16
     exploration: Share = 0.1
-    fixed_steps: bool = False  # every episode takes halt_max_steps, all slots in step (ETRM-FCT); no q, no exploration
+    fixed_steps: bool = False  # every episode takes halt_max_steps (ETRM-FCT): no q, no exploration
     loss: Literal["stablemax", "softmax"] = "stablemax"
     q_weight: NonNegative = 0.5
-    published_halting: bool = (
-        False  # a row without a valid label counts as correct and trains the halting head
-    )
-    proposals: bool = (
-        False  # what hard attention to the demos proposes (experts.py) is read and corrected
-    )
-    mixer: bool = False  # tokens meet by an MLP over their places instead of attention: one canvas, the raster
-    feedback: Literal["", "reset", "kept"] = (
-        ""  # argmax-feedback TRM, whose z begins anew in each cycle or is kept
-    )
-    unrolled: Count = 1  # ACT steps of one optimizer step, ended when all slots halt: loss is their mean, slots begin together
+    feedback: Literal["", "reset", "kept"] = ""  # argmax-feedback TRM: z begins anew each H cycle
+    unrolled: Count = 1  # ACT steps of one optimizer step; the loss is their mean
     encoder: EncoderConfig = EncoderConfig()
 
 

@@ -44,7 +44,6 @@ from .etrm import (
     swiglu,
     turn_of,
 )
-from .extras.experts import proposals
 
 # ---------------------------------------------------------------- blocks
 
@@ -118,11 +117,11 @@ def cell_block(
     kind: str = "",
 ) -> Tensor:
     """Packed cells (M, D), each demo by itself; seen (M,) true where a cell may be attended to."""
-    kind, e = kind or cfg.encoder.norm, cfg.encoder
+    kind = kind or cfg.encoder.norm
     x = residual(
         kind,
         x,
-        lambda x: self_attention(p.qkv, p.o, cfg.heads, x, runs, turn, seen, e.qk_norm),
+        lambda x: self_attention(p.qkv, p.o, cfg.heads, x, runs, turn, seen),
         p.scale_1,
     )
     return residual(kind, x, lambda x: mlp(p, x), p.scale_2)
@@ -138,8 +137,7 @@ def set_block(
 
 def in_heads(cfg: ModelConfig, x: Tensor, weight: Tensor, normed: bool = True) -> Tensor:
     """(..., s, D) to (..., h, s, head): queries and keys, or values, which are never normed."""
-    y = rearrange(x @ weight.T, "... s (h d) -> ... h s d", h=cfg.heads)
-    return rms(y) if cfg.encoder.qk_norm and normed else y
+    return rearrange(x @ weight.T, "... s (h d) -> ... h s d", h=cfg.heads)
 
 
 def projected(
@@ -160,23 +158,28 @@ def attend_vectors(
 
 
 def attend_cells(
-    p: SetBlock, cfg: ModelConfig, x: Tensor, seen: Tensor, cells_of: Sequence[int], context: Tensor
+    p: SetBlock,
+    cfg: ModelConfig,
+    x: Tensor,
+    seen: Tensor,
+    slot_cells: Sequence[int],
+    context: Tensor,
 ) -> Tensor:
     """Each slot's context tokens attend to all cells (M, D), ordered by slot, of all its demos."""
     q, k, v = projected(p, cfg, context, x[None])
-    masks = seen.view(1, 1, 1, -1).split(list(cells_of), 3)
+    masks = seen.view(1, 1, 1, -1).split(list(slot_cells), 3)
     each = zip(
-        q.split(1), k.split(list(cells_of), 2), v.split(list(cells_of), 2), masks, strict=True
+        q.split(1), k.split(list(slot_cells), 2), v.split(list(slot_cells), 2), masks, strict=True
     )
     return rearrange(torch.cat([attention(*parts) for parts in each]), "b h t d -> b t (h d)")
 
 
 def attend_tokens(
-    p: SetBlock, cfg: ModelConfig, tokens: Tensor, cells_of: Sequence[int], x: Tensor
+    p: SetBlock, cfg: ModelConfig, tokens: Tensor, slot_cells: Sequence[int], x: Tensor
 ) -> Tensor:
     """All cells (M, D), ordered by slot, attend to their slot's tokens (B, t, D)."""
     q, k, v = projected(p, cfg, x[None], tokens)
-    each = zip(q.split(list(cells_of), 2), k.split(1), v.split(1), strict=True)
+    each = zip(q.split(list(slot_cells), 2), k.split(1), v.split(1), strict=True)
     return rearrange(torch.cat([attention(*parts) for parts in each], 2), "1 h m d -> m (h d)")
 
 
@@ -186,7 +189,7 @@ class Shown(NamedTuple):
     x: Tensor  # (M, D)
     seen: Tensor  # (M,) bool
     turn: Turn
-    cells_of: Sequence[int]  # of each slot
+    slot_cells: Sequence[int]  # of each slot
 
 
 def attend_across(
@@ -196,7 +199,6 @@ def attend_across(
 
     def heads(x: Tensor, weight: Tensor, turn: Turn, which: int) -> Tensor:
         y = (x @ weight.T).unflatten(-1, (cfg.heads, -1))
-        y = rms(y) if cfg.encoder.qk_norm else y
         assert turn is not None
         of = slice(which, which + 1)
         return rotate(y[:, None], (turn[0][:, of], turn[1][:, of])).permute(1, 2, 0, 3)
@@ -206,7 +208,7 @@ def attend_across(
         heads(to.x, p.k, to.turn, 1),
         in_heads(cfg, to.x[None], p.v, normed=False),
     )
-    cells = list(to.cells_of)
+    cells = list(to.slot_cells)
     masks = to.seen.view(1, 1, 1, -1).split(cells, 3)
     each = zip(q.split(list(sizes), 2), k.split(cells, 2), v.split(cells, 2), masks, strict=True)
     return rearrange(torch.cat([attention(*parts) for parts in each], 2), "1 h n d -> n (h d)")
@@ -230,9 +232,9 @@ def turn_in(cfg: ModelConfig, position: Tensor, like: Tensor) -> Turn:
 
 def to_slots(x: Tensor, demos: Demos) -> Tensor:
     """Per-demo values (N, ...) to (B, K, ...): each demo at its owner and place, 0 elsewhere."""
-    out = x.new_zeros((len(demos.cells_of), demos.most, *x.shape[1:]))
+    out = x.new_zeros((len(demos.slot_cells), demos.most, *x.shape[1:]))
     return out.index_put(
-        (demos.owner, demos.place), x
+        (demos.owner, demos.number), x
     )  # (owner, place) is unique: no accumulation, no order
 
 
@@ -265,8 +267,8 @@ def with_query(batch: Batch) -> Demos:
     )
     of_cell = owner[ragged(torch.tensor(cells, device=owner.device), len(inputs))[0]]
     return Demos(
-        inputs, outputs, torch.cat((d.at, batch.at)), cells, d.gaps + (1,) * slots, owner, torch.cat((d.place + 1, of * 0)),
-        d.most + 1, torch.argsort(of_cell, stable=True), tuple(a + b for a, b in zip(d.cells_of, batch.cells, strict=True)),
+        inputs, outputs, torch.cat((d.at, batch.at)), cells, d.gaps + (1,) * slots, owner, torch.cat((d.number + 1, of * 0)),
+        d.most + 1, torch.argsort(of_cell, stable=True), tuple(a + b for a, b in zip(d.slot_cells, batch.cells, strict=True)),
         torch.cat((d.borders, batch.borders)),
     )  # fmt: skip
 
@@ -317,7 +319,7 @@ def made_of(*parts: Part) -> Callable[[ModelConfig, torch.Generator], Standard]:
 
 def embeddings(cfg: ModelConfig, g: torch.Generator) -> dict[str, Any]:
     d, e = cfg.hidden, cfg.encoder
-    tables = {"input_embed": normal(g, 12, d), "output_embed": normal(g, 12 + e.query, d)}
+    tables = {"input_embed": normal(g, 12, d), "output_embed": normal(g, 12, d)}
     return {**tables, "cells": tuple(init_cell_block(cfg, g) for _ in range(e.layers))}
 
 
@@ -443,7 +445,7 @@ def pair_cells(p: Standard, cfg: ModelConfig, demos: Demos) -> tuple[Tensor, Ten
     if p.row_embed is None:
         turn = turn_in(cfg, position[order], x)
     runs = runs_of(
-        [lead + 2 * c for c in demos.cells], [not cfg.encoder.attend_padding] * len(demos.cells)
+        [lead + 2 * c for c in demos.cells], [not cfg.published_faults] * len(demos.cells)
     )
     for b in p.cells:
         x = cell_block(b, cfg, x, runs, turn, seen, kind)
@@ -468,7 +470,7 @@ def grid_vectors(p: Standard, cfg: ModelConfig, demos: Demos) -> Tensor:
     ) * math.sqrt(cfg.hidden)
     seen, cells = torch.cat((demos.inputs, demos.outputs)) != 0, demos.cells * 2
     turn = turn_in(cfg, position_in(cfg, demos.at.repeat(2, 1)), x)
-    runs = runs_of(cells, [not cfg.encoder.attend_padding] * len(cells))
+    runs = runs_of(cells, [not cfg.published_faults] * len(cells))
     for b in p.cells:
         x = cell_block(b, cfg, x, runs, turn, seen)
     return torch.cat(pooled(p, cfg, x, seen, runs).chunk(2), -1) @ p.pool_proj.T
@@ -513,7 +515,7 @@ def unfolded(p: Standard, cfg: ModelConfig, z: Tensor) -> Tensor:
     """(B, L) to context (B, T, D)."""
     assert p.up is not None
     context = F.linear(z, p.up, p.up_bias).unflatten(-1, (cfg.context_tokens, -1))
-    return context if cfg.encoder.published else rms(context)
+    return context if cfg.published_faults else rms(context)
 
 
 def apply_mean(p: Standard, cfg: ModelConfig, batch: Batch) -> Tensor:
@@ -541,11 +543,11 @@ def apply_drawn_each(p: Standard, cfg: ModelConfig, batch: Batch) -> Context:
     z, kl = drawn(
         p.latent,
         pair_vectors(p, cfg, d),
-        None if batch.noise is None else batch.noise[d.owner, d.place],
+        None if batch.noise is None else batch.noise[d.owner, d.number],
     )
-    whole = to_slots(kl, d).sum(1) * len(d.cells_of) / max(1, len(d.cells))
+    whole = to_slots(kl, d).sum(1) * len(d.slot_cells) / max(1, len(d.cells))
     return Context(
-        unfolded(p, cfg, mean_of(z, d)), whole if cfg.encoder.published else mean_of(kl, d)
+        unfolded(p, cfg, mean_of(z, d)), whole if cfg.published_faults else mean_of(kl, d)
     )
 
 
@@ -562,7 +564,7 @@ def apply_vectors(p: Standard, cfg: ModelConfig, batch: Batch) -> Vector:
 
 def settled(cfg: ModelConfig, old: Tensor, new: Tensor) -> Tensor:
     """Published: nine tenths of the old state stay, and no gradient ever reaches the encoder."""
-    return (0.9 * old + 0.1 * new).detach() if cfg.encoder.published else rms(new)
+    return (0.9 * old + 0.1 * new).detach() if cfg.published_faults else rms(new)
 
 
 def recur_sets(p: Standard, cfg: ModelConfig, read: Vector, z: Tensor) -> Tensor:
@@ -603,13 +605,9 @@ class Perceiver(NamedTuple):
     cells: tuple[CellBlock, ...]
     queries: Tensor  # (T, D)
     sets: tuple[SetBlock, ...]
-    difference_embed: Tensor | None = (
-        None  # (2, D) of cells whose input and output are equal, or not
-    )
     border_embed: Tensor | None = (
         None  # (4 (raster + 1), D) of their distances to the input's borders
     )
-    proposal_embed: Tensor | None = None  # (V, D) of what the other demos propose for a cell
     point_queries: Tensor | None = None  # (T, D) set_transformer
     points: tuple[tuple[SetBlock, SetBlock], ...] = ()  # cells to points, points to cells
     mixing: tuple[CellBlock, ...] = ()  # in which the context tokens attend to each other
@@ -619,33 +617,25 @@ def init_perceiver(cfg: ModelConfig, g: torch.Generator, query: bool = False) ->
     d, e = cfg.hidden, cfg.encoder
     return Perceiver(
         input_embed=normal(g, 12, d),
-        output_embed=normal(g, 12 + (query or e.query), d),
+        output_embed=normal(g, 12 + query, d),
         cells=tuple(init_cell_block(cfg, g) for _ in range(e.layers)),
         queries=normal(g, cfg.context_tokens, d, std=1.0),
         sets=tuple(init_set_block(cfg, g) for _ in range(e.set_layers)),
-        difference_embed=normal(g, 2, d) if e.difference else None,
         border_embed=normal(g, 4 * (cfg.raster + 1), d) if cfg.positions == "borders" else None,
-        proposal_embed=normal(g, 12, d) if cfg.proposals else None,
     )
 
 
-def aligned(
-    p: Perceiver, cfg: ModelConfig, demos: Demos, proposed: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def aligned(p: Perceiver, cfg: ModelConfig, demos: Demos) -> tuple[Tensor, Tensor]:
     """Input and output of a demo aligned cell by cell, one token per cell: (M, D), and which may be seen; proposed (M, V)."""
     said = [F.embedding(demos.inputs, p.input_embed), F.embedding(demos.outputs, p.output_embed)]
-    if p.difference_embed is not None:
-        said.append(F.embedding((demos.inputs != demos.outputs).long(), p.difference_embed))
     if p.border_embed is not None:
         said.append(codes(cfg, p.border_embed, demos.at, demos.borders))
-    if p.proposal_embed is not None and proposed is not None:
-        said.append(proposed.exp().to(p.proposal_embed.dtype) @ p.proposal_embed)
     x, seen = (
         functools.reduce(torch.add, said) * math.sqrt(cfg.hidden / len(said)),
         (demos.inputs != 0) | (demos.outputs != 0),
     )
     turn = turn_in(cfg, position_in(cfg, demos.at), x)
-    runs = runs_of(demos.cells, None if cfg.encoder.attend_padding else demos.gaps)
+    runs = runs_of(demos.cells, None if cfg.published_faults else demos.gaps)
     for b in p.cells:
         x = cell_block(b, cfg, x, runs, turn, seen)
     return x, seen
@@ -657,19 +647,19 @@ def slot_by_slot(p: Perceiver, cfg: ModelConfig, demos: Demos) -> tuple[Tensor, 
 
 
 def in_cells(
-    p: Perceiver, cfg: ModelConfig, x: Tensor, seen: Tensor, cells_of: Sequence[int]
+    p: Perceiver, cfg: ModelConfig, x: Tensor, seen: Tensor, slot_cells: Sequence[int]
 ) -> Tensor:
     """T queries attend to all demos' cells (M, D)."""
-    context = p.queries.expand(len(cells_of), -1, -1)
+    context = p.queries.expand(len(slot_cells), -1, -1)
     for s in p.sets:
         context = set_block(
-            s, cfg, context, functools.partial(attend_cells, s, cfg, x, seen, cells_of)
+            s, cfg, context, functools.partial(attend_cells, s, cfg, x, seen, slot_cells)
         )
     return context
 
 
 def apply_perceiver(p: Perceiver, cfg: ModelConfig, batch: Batch) -> Tensor:
-    return rms(in_cells(p, cfg, *slot_by_slot(p, cfg, batch.demos), batch.demos.cells_of))
+    return rms(in_cells(p, cfg, *slot_by_slot(p, cfg, batch.demos), batch.demos.slot_cells))
 
 
 def apply_matching(p: Perceiver, cfg: ModelConfig, batch: Batch) -> Context:
@@ -681,14 +671,13 @@ def apply_matching(p: Perceiver, cfg: ModelConfig, batch: Batch) -> Context:
         len(batch.cells),
         layout_of(cfg, batch.cells, batch.at.device),
     )
-    proposed = proposals(batch) if cfg.proposals else None
-    x, seen = aligned(p, cfg, with_query(batch), None if proposed is None else torch.cat(proposed))
+    x, seen = aligned(p, cfg, with_query(batch))
     shown, here = len(d.inputs), position_in(cfg, batch.at)
     to = Shown(
         x[:shown][d.by_slot],
         seen[:shown][d.by_slot],
         turn_in(cfg, position_in(cfg, d.at[d.by_slot]), x),
-        d.cells_of,
+        d.slot_cells,
     )
     turn = turn_in(
         cfg, torch.cat((here.new_zeros(slots * t, *here.shape[1:]), here))[layout.source], x
@@ -702,9 +691,7 @@ def apply_matching(p: Perceiver, cfg: ModelConfig, batch: Batch) -> Context:
             asked = cell_block(p.mixing[i], cfg, asked, runs_of(layout.tokens), turn, None)
     asked = rms(asked)
     tokens = asked[layout.first[:, None] + torch.arange(t, device=x.device)]
-    return Context(
-        tokens, cells=asked[layout.cells], proposals=None if proposed is None else proposed[1]
-    )
+    return Context(tokens, cells=asked[layout.cells])
 
 
 def init_matching(cfg: ModelConfig, g: torch.Generator) -> Perceiver:
@@ -727,15 +714,15 @@ def apply_set_transformer(p: Perceiver, cfg: ModelConfig, batch: Batch) -> Tenso
     """Cells attend to each other across demos by way of T points (Lee et al. 2019), queries to cells, context tokens to
     each other."""
     assert p.point_queries is not None
-    (x, seen), cells_of = slot_by_slot(p, cfg, batch.demos), batch.demos.cells_of
-    slots, t = len(cells_of), cfg.context_tokens
+    (x, seen), slot_cells = slot_by_slot(p, cfg, batch.demos), batch.demos.slot_cells
+    slots, t = len(slot_cells), cfg.context_tokens
     for gather, back in p.points:
         points = p.point_queries.expand(slots, -1, -1)
         points = set_block(
-            gather, cfg, points, functools.partial(attend_cells, gather, cfg, x, seen, cells_of)
+            gather, cfg, points, functools.partial(attend_cells, gather, cfg, x, seen, slot_cells)
         )
-        x = set_block(back, cfg, x, functools.partial(attend_tokens, back, cfg, points, cells_of))
-    packed = in_cells(p, cfg, x, seen, cells_of).flatten(0, 1)
+        x = set_block(back, cfg, x, functools.partial(attend_tokens, back, cfg, points, slot_cells))
+    packed = in_cells(p, cfg, x, seen, slot_cells).flatten(0, 1)
     for b in p.mixing:
         packed = cell_block(b, cfg, packed, ((slots, t, False),), None, None)
     return rms(packed).unflatten(0, (slots, t))
@@ -766,19 +753,10 @@ ENCODERS: dict[str, Encoder] = {
     ),
     "lpn_standard": Encoder(made_of(*TOKEN, unfolding), apply_mean),
     "lpn_variational": Encoder(made_of(*TOKEN, drawing), apply_drawn_each, variational=True),
-    "lpn_variational_v2": Encoder(
-        made_of(*TOKEN, drawing), partial(apply_drawn, one="mean"), variational=True
-    ),
     "hybrid_standard": Encoder(made_of(*TOKEN, *SETS), apply_sets),
     "hybrid_variational": Encoder(
         made_of(*TOKEN, *SETS, drawing), partial(apply_drawn, one="normed"), variational=True
     ),
-    "lpn": Encoder(
-        made_of(paper, unfolding), apply_mean
-    ),  # the paper's; published: width 128, 8 heads
-    "lpn_var": Encoder(
-        made_of(paper, drawing), apply_drawn_each, variational=True
-    ),  # published: latent 32
     "recurrent": Encoder(
         made_of(*POOL, some("sets", init_set_block), states(1)), apply_vectors, recur_sets
     ),
@@ -853,7 +831,8 @@ class Widened(NamedTuple):
 def own_config(cfg: ModelConfig) -> ModelConfig:
     """The config as the encoder sees it."""
     e = cfg.encoder
-    return msgspec.structs.replace(cfg, hidden=e.width or cfg.hidden, heads=e.heads or cfg.heads)
+    width = e.width or cfg.hidden
+    return msgspec.structs.replace(cfg, hidden=width, heads=max(1, width * cfg.heads // cfg.hidden))
 
 
 def latent_of(cfg: ModelConfig) -> int | None:
@@ -880,11 +859,6 @@ def init_params(cfg: ModelConfig, seed: int) -> Params:
     if (encoder.recur or encoder.asks) and cfg.encoder.cached:
         why = "goes on in every step" if encoder.recur else "says more than context tokens"
         raise UserError(f"model.encoder.cached: {cfg.encoder.kind} {why}, it cannot be read once")
-    if cfg.proposals and (cfg.feedback or not encoder.asks):
-        kinds = ", ".join(k for k, e in ENCODERS.items() if e.asks)
-        raise UserError(
-            f"model.proposals: are read by an encoder that asks with the test input: {kinds}"
-        )
     if cfg.context_tokens == 0 and not cfg.feedback:
         raise UserError("model.context_tokens: must be at least 1")
     if cfg.feedback and (cfg.context_tokens or cfg.loss != "softmax"):
@@ -908,12 +882,11 @@ def encoder_of(cfg: ModelConfig) -> Encode:
         context = found if isinstance(found, Context) else Context(found)
         if not isinstance(p, Widened):
             return context
-        normed = (lambda x: x) if cfg.encoder.published else rms
+        normed = (lambda x: x) if cfg.published_faults else rms
         cells = None if context.cells is None else normed(context.cells @ p.out.T)
         return context._replace(tokens=normed(context.tokens @ p.out.T), cells=cells)
 
     def read(p: Any, batch: Batch) -> Any:
-        batch = batch._replace(demos=with_query(batch)) if cfg.encoder.query else batch
         found = encoder.apply(p.own if isinstance(p, Widened) else p, own, batch)
         return found if encoder.recur else said(p, found)
 

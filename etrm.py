@@ -195,18 +195,9 @@ class Block(NamedTuple):
     down: Tensor  # (D, F)
 
 
-class Mixer(NamedTuple):
-    """A block whose tokens meet by an MLP over their S = T + cells places, the same in every slot."""
-
-    mix_gate_up: Tensor  # (2 F', S)
-    mix_down: Tensor  # (S, F')
-    gate_up: Tensor  # (2 F, D)
-    down: Tensor  # (D, F)
-
-
 class Core(NamedTuple):
     embed: Tensor  # (V, D)
-    blocks: tuple[Block | Mixer, ...]  # shared by the L and the H update
+    blocks: tuple[Block, ...]  # shared by the L and the H update
     head: Tensor | None  # (V, D), None when tied to embed
     q_weight: Tensor  # (2, D) halt, continue
     q_bias: Tensor  # (2,)
@@ -216,8 +207,6 @@ class Core(NamedTuple):
     position: (
         Tensor | None
     )  # (T + raster * raster, D) learned positions, or (T + 4 (raster + 1), D): borders
-    proposal_embed: Tensor | None = None  # (V, D) tokens proposed for a cell
-    trust_head: Tensor | None = None  # (D,) how much more than once a cell's proposal counts
 
 
 class Params(NamedTuple):
@@ -246,12 +235,6 @@ def init_block(cfg: ModelConfig, g: torch.Generator) -> Block:
     return Block(normal(g, 3 * d, d), normal(g, d, d), normal(g, 2 * f, d), normal(g, d, f))
 
 
-def init_mixer(cfg: ModelConfig, g: torch.Generator) -> Mixer:
-    d, f, s = cfg.hidden, inner_width(cfg.hidden, cfg.expansion), cfg.context_tokens + cfg.raster**2
-    wide = inner_width(s, cfg.expansion)
-    return Mixer(normal(g, 2 * wide, s), normal(g, s, wide), normal(g, 2 * f, d), normal(g, d, f))
-
-
 def init_core(cfg: ModelConfig, g: torch.Generator, vocab: int = 12) -> Core:
     d, places = (
         cfg.hidden,
@@ -261,16 +244,14 @@ def init_core(cfg: ModelConfig, g: torch.Generator, vocab: int = 12) -> Core:
     )
     return Core(
         embed=normal(g, vocab, d),
-        blocks=tuple((init_mixer if cfg.mixer else init_block)(cfg, g) for _ in range(cfg.layers)),
+        blocks=tuple(init_block(cfg, g) for _ in range(cfg.layers)),
         head=None if cfg.tied_head else normal(g, vocab, d),
         q_weight=torch.zeros(2, d),
         q_bias=torch.full((2,), -5.0),
         H_init=normal(g, d, std=1.0),
         L_init=normal(g, d, std=1.0),
-        context_gain=torch.ones(d) if cfg.context_scale == "gain" else None,
+        context_gain=None if cfg.published else torch.ones(d),
         position=normal(g, cfg.context_tokens + places, d) if places else None,
-        proposal_embed=normal(g, vocab, d) if cfg.proposals else None,
-        trust_head=torch.zeros(d) if cfg.proposals else None,
     )
 
 
@@ -309,18 +290,14 @@ def tree_map(f: Callable[[Tensor], Any], tree: Any) -> Any:
 
 
 def block(
-    p: Block | Mixer,
+    p: Block,
     heads: int,
     x: Tensor,
     runs: Runs,
     turn: Turn,
     gains: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Post-norm transformer block on packed tokens (N, D); gains (D,) of its two norms. A mixer's first norm is over places."""
-    if isinstance(p, Mixer):
-        places = x.unflatten(0, (-1, len(p.mix_down))).transpose(1, 2).contiguous()  # (B, D, S)
-        x = rms(places + swiglu(p.mix_gate_up, p.mix_down, places)).transpose(1, 2).flatten(0, 1)
-        return rms(x + swiglu(p.gate_up, p.down, x))
+    """Post-norm transformer block on packed tokens (N, D); gains (D,) of its two norms."""
     x = rms(x + self_attention(p.qkv, p.o, heads, x, runs, turn))
     x = x if gains is None else x * gains[0]
     x = rms(x + swiglu(p.gate_up, p.down, x))
@@ -405,10 +382,6 @@ def place(
     root, t, context = math.sqrt(cfg.hidden), cfg.context_tokens, said.tokens
     scale = root if p.context_gain is None else p.context_gain
     cells = F.embedding(batch.inputs, p.embed) * root
-    if p.proposal_embed is not None and said.proposals is not None:
-        cells = math.sqrt(0.5) * (
-            cells + said.proposals.exp().to(cells.dtype) @ p.proposal_embed * root
-        )
     if said.cells is not None:
         cells = math.sqrt(0.5) * (cells + said.cells * scale)
     slots = len(layout.tokens)
@@ -482,9 +455,6 @@ class Context(NamedTuple):
     kl: Tensor | None = None  # (B,) float32: how far a variational encoder is from its prior
     z_E: Tensor | None = None  # (B, S, T, D) states of a recurrent encoder
     cells: Tensor | None = None  # (M, D) what it says of each cell of the test inputs
-    proposals: Tensor | None = (
-        None  # (M, V) float32 log-probabilities of its answer, to be corrected
-    )
 
 
 class Encode(NamedTuple):
@@ -547,8 +517,6 @@ def act_step(
 
     z = z_H[layout.cells]
     logits = z @ (p.embed if p.head is None else p.head).T
-    if p.trust_head is not None and context.proposals is not None:
-        logits = logits + context.proposals.to(z.dtype) * (1 + z @ p.trust_head)[:, None]
     q = (z_H[layout.first] @ p.q_weight.T + p.q_bias).float()
     steps = torch.where(carry.halted, 0, carry.steps) + 1
     halted = halts(cfg, q[:, 0], steps, min_steps)
@@ -605,10 +573,10 @@ def act_loss(cfg: ModelConfig, out: Output, labels: Tensor, cells: Sequence[int]
     lm = per_slot(torch.where(valid, ce, 0.0), cells) / asked.clamp(min=1)
     exact, labelled = hits == asked, asked > 0
     q = F.binary_cross_entropy_with_logits(out.q_halt, exact.float(), reduction="none")
-    if not cfg.published_halting:
+    if not cfg.published_faults:
         q = torch.where(labelled, q, 0.0)
     kl = torch.zeros_like(lm) if out.kl is None else out.kl
-    each = cfg.encoder.kl_weight / (len(cells) if cfg.encoder.published else 1)
+    each = cfg.encoder.kl_weight / (len(cells) if cfg.published_faults else 1)
     return Loss(
         total=lm + cfg.q_weight * q + each * kl,
         lm=lm.detach(),
@@ -641,10 +609,10 @@ def only(batch: Batch, read: Any, carry: Carry, slots: Sequence[int]) -> tuple[B
     own = batch._replace(inputs=inputs, labels=labels, at=at, borders=borders, cells=tuple(cells))
     said: dict[str, Tensor] = {}
     if isinstance(read, Context):
-        each = {k: x for k in ("cells", "proposals") if (x := getattr(read, k)) is not None}
+        each = {k: x for k in ("cells",) if (x := getattr(read, k)) is not None}
         said, read = (
             {k: part_of(x, batch.cells, slots) for k, x in each.items()},
-            read._replace(cells=None, proposals=None),
+            read._replace(cells=None),
         )
     states = {k: part_of(getattr(carry, k), carry.tokens, slots) for k in ("z_H", "z_L")}
     kept = carry._replace(

@@ -118,12 +118,11 @@ def timelines(
         data.pack([task for task, _ in asked], device),
         tree_map(lambda x: x.to(device, dtype), params),
     )
-    queries, made = data.queries(packed, "test", cfg.data.canvases), dict[int, list[Step]]()
+    queries, made = data.queries(packed, "test", cfg.data), dict[int, list[Step]]()
     for part in train.portions(queries, cfg.model, cfg.eval.tokens):
         batch = data.batch(
             packed,
             data.posed(packed, cfg.data, "test", data.chosen(queries, part)),
-            cfg.data,
             cfg.model.raster,
         )
         steps = watched(cast, cfg, batch, queries.canvas[part].tolist(), dtype, cycles)
@@ -760,7 +759,7 @@ def contexts(params: Params, cfg: Config, tasks: Sequence[Task]) -> tuple[list[i
     device, dtype = train.hardware(cfg)
     encode, packed = encoder_of(cfg.model), data.pack(hidden, device)
     asked, cast = (
-        data.queries(packed, "test", cfg.data.canvases),
+        data.queries(packed, "test", cfg.data),
         tree_map(lambda x: x.to(device, dtype), params.encoder),
     )
     rows, found = [], []
@@ -768,7 +767,6 @@ def contexts(params: Params, cfg: Config, tasks: Sequence[Task]) -> tuple[list[i
         batch = data.batch(
             packed,
             data.posed(packed, cfg.data, "test", data.chosen(asked, part)),
-            cfg.data,
             cfg.model.raster,
         )
         with torch.no_grad():

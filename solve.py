@@ -85,7 +85,7 @@ def ask_demos(
     size = torch.stack(
         [packed.grids[a:b, :, 1:].amax((0, 1)) for a, b in zip(first, first[1:], strict=False)]
     )
-    canvas = data.snug(size, cfg.data.canvases)
+    canvas = data.snug(size, cfg.data)
     owner: list[int] = []
     pair: list[int] = []
     for b, t in enumerate(rows):
@@ -98,7 +98,7 @@ def ask_demos(
     lots = torch.nn.functional.pad(view[1], (0, 99))[of, : 1 + int(packed.first.diff().max())]
     turned = Symmetry(view[0].dihedral[of], view[0].colours[of])
     episodes = data.posed(packed, cfg.data, "leave_one_out", asked, view=(turned, lots))
-    return Asked(data.batch(packed, episodes, cfg.data, cfg.model.raster), of.to(device))
+    return Asked(data.batch(packed, episodes, cfg.model.raster), of.to(device))
 
 
 def likelihood(
@@ -182,7 +182,7 @@ def recipe(cfg: Config, folder: str = "") -> Config:
         cfg,
         run=replace(cfg.run, dir=folder, track=""),
         init_from=InitConfig(),
-        data=replace(cfg.data, query="leave_one_out", min_demos=0, turn_outputs=0.0),
+        data=replace(cfg.data, query="leave_one_out"),
         optimizer=replace(
             cfg.optimizer,
             lr=how.adapt_lr or 1e-3,
@@ -227,7 +227,7 @@ def tuned(params: Params, cfg: Config, task: Task, until: float) -> Params:
     """Weights trained on the task's demos until all slots were right three steps on end, or the steps or the time are over;
     the same weights where no demo can be asked, for none fits the canvas of the others."""
     cfg, task = recipe(cfg), several(task)
-    asked = data.queries(data.pack([task]), cfg.data.query, cfg.data.canvases)
+    asked = data.queries(data.pack([task]), cfg.data.query, cfg.data)
     if not asked.fits.any() or time.monotonic() > until:
         return params
     s = prepared(params, cfg, [task])
@@ -384,7 +384,7 @@ def predictions(
     own = baselines.numbers(params, cfg, tasks, max(views, default=-1) + 1)
     cast, encode = tree_map(lambda x: x.to(device, dtype), params), encoder_of(cfg.model)
     packed, hashes = data.pack(tasks, device), [score.task_hash(t) for t in tasks]
-    asked = data.queries(packed, "test", cfg.data.canvases)
+    asked = data.queries(packed, "test", cfg.data)
     number = (asked.pair - packed.first[asked.task] - packed.n_demos[asked.task]).tolist()
     of = asked.task.tolist()
     nothing = [
@@ -434,14 +434,7 @@ def predictions(
         episodes = (
             episodes if own is None else episodes._replace(row=owner * cfg.data.symmetries + k)
         )
-        batch = data.batch(packed, episodes, cfg.data, cfg.model.raster)
-        if cfg.solve.other:
-            second = [
-                v % cfg.solve.other == min(1, cfg.solve.other - 1)
-                for _, v in mine
-                for _ in range(samples)
-            ]
-            batch = batch._replace(other=torch.tensor(second, device=device))
+        batch = data.batch(packed, episodes, cfg.model.raster)
         answering, explains = from_demos(
             cast, cfg, encode, batch, tasks, [of[r] for r in rows], turn, share
         )
@@ -613,10 +606,7 @@ def answer(solver: Solver, ask: Question, say: Callable[[float], None]) -> None:
     met: set[tuple[str, int]] = set()
     for n, group in enumerate(groups):
         begun, params, spent, until = time.monotonic(), solver.params, solver.spent, ask.deadline
-        if (
-            alone
-            and data.queries(data.pack(group), "test", solver.cfg.data.canvases).canvas[:, 0].any()
-        ):
+        if alone and data.queries(data.pack(group), "test", solver.cfg.data).canvas[:, 0].any():
             # each task has its share of the time, by the cells of its largest grid, and learns at most four fifths of that
             share_of = (until - begun) * cells[n] / sum(cells[n:])
             params = tuned(params, solver.cfg, group[0], begun + 0.8 * share_of)
@@ -807,7 +797,7 @@ def unseen(cfg: Config, meta: dict[str, Any], tasks: Sequence[Task]) -> bool | N
     if sources.set_hash(trained) != meta["data"]:
         return None
     try:
-        sources.guard(trained, [], tasks, "refuse", cfg.data.guard_min_cells)
+        sources.guard(trained, [], tasks, "refuse", sources.MIN_SHARED_CELLS)
     except UserError:
         return False
     return True
@@ -912,7 +902,7 @@ def overfit(cfg: Config, fit: Callable[[Config], dict[str, Any]]) -> dict[str, A
     tasks, _, _ = sources.prepare(cfg.data)
     device, dtype = train.hardware(cfg)
     packed = data.pack(tasks, device)
-    asked = data.queries(packed, cfg.data.query, cfg.data.canvases)
+    asked = data.queries(packed, cfg.data.query, cfg.data)
     here = (tree_map(lambda x: x.to(device), p) for p in (c.params, c.ema))
     raw, ema = (train.probe(p, cfg, packed, cfg.data.query, dtype) for p in here)
     wrong = [

@@ -18,11 +18,12 @@ import numpy as np
 import torch
 
 from .config import DataConfig, UserError, nearest
-from .data import MAX_SIDE, Task, histogram, pack, queries, turn
+from .data import MAX_SIDE, Task, histogram, pack, queries, task_digest, turn
 from .extras import compose, scenes
 
 DEV_TASKS = 80
 MAX_COMPOSED = 1_000_000
+MIN_SHARED_CELLS = 20  # fewer cells in the pairs that two tasks share are taken for chance
 
 
 def check_grid(grid: Any, where: str) -> np.ndarray:
@@ -261,17 +262,6 @@ def free_name(task: Task, named: Mapping[str, Task]) -> str:
     return name
 
 
-def task_digest(task: Task) -> bytes:
-    """Content of a task, whatever its name."""
-    h = hashlib.blake2b(digest_size=16)
-    for part in (task.demos, task.queries):
-        h.update(b"|")
-        for pair in part:
-            for grid in pair:
-                h.update(b"?" if grid is None else bytes(grid.shape) + grid.tobytes())
-    return h.digest()
-
-
 def asked_digest(task: Task) -> bytes:
     """Content of a task but for the outputs of its queries, so that it is the same task whether they are known or not."""
     return task_digest(task._replace(queries=[(x, None) for x, _ in task.queries]))
@@ -409,24 +399,31 @@ def guard(
     return kept, Finding(policy, tuple(dropped), aside, tiny, sum(t.name in names for t in kept))
 
 
-def weights(tasks: Sequence[Task], share: float, asked: torch.Tensor) -> torch.Tensor | None:
-    """(T,) such that the composed ones of the tasks that are asked, (T,) bool, have that share together; None: all the same.
-    Raises UserError where there are none of them, or no others."""
-    if not share:
+def weights(
+    tasks: Sequence[Task], shares: Mapping[str, float], asked: torch.Tensor
+) -> torch.Tensor | None:
+    """(T,) f64 such that of the tasks that are asked, (T,) bool, those of each named source have its share together, all
+    others the rest; None: every task the same. Raises UserError where a source, or the rest, has no such task."""
+    if not shares:
         return None
-    composed = torch.tensor([t.name.startswith("composed") for t in tasks])
-    ours, others = ((which & asked).double() for which in (composed, ~composed))
-    if not (ours.sum() and others.sum()):
-        raise UserError(
-            "data.composed: a share of the sample-steps needs composed:N and another source in data.train, of which some fit"
-        )
-    return ours * share / ours.sum() + others * (1 - share) / others.sum()
+    source = [t.name.partition(":")[0] for t in tasks]
+    groups = {k: torch.tensor([s == k for s in source]) & asked for k in shares}
+    rest = asked & ~torch.stack(list(groups.values())).any(0)
+    weight = torch.zeros(len(tasks), dtype=torch.float64)
+    for which, share in (
+        *((groups[k], v) for k, v in shares.items()),
+        (rest, 1 - sum(shares.values())),
+    ):
+        if not which.any() or share <= 0:
+            raise UserError(
+                "data.share: every source named, and another one, need a task that fits, and a share above 0"
+            )
+        weight += which.double() * share / which.sum().double()
+    return weight
 
 
 def prepare(cfg: DataConfig) -> tuple[list[Task], list[Task], Finding]:
     """(training tasks, dev tasks, the guard's finding) of a config."""
-    if cfg.demo_canvases and max(cfg.demo_canvases) != MAX_SIDE:
-        raise UserError(f"data.demo_canvases: must hold {MAX_SIDE}, the largest demo")
     if cfg.policy == "demos" and cfg.query == "test":
         raise UserError(
             "data.policy: held-out demos are asked one by one, which needs data.query = leave_one_out"
@@ -434,7 +431,7 @@ def prepare(cfg: DataConfig) -> tuple[list[Task], list[Task], Finding]:
     if not cfg.train:
         raise UserError("data.train: names no source")
     dev, held_out = (load(names) if names else [] for names in (cfg.dev, cfg.held_out))
-    train, finding = guard(load(cfg.train), dev, held_out, cfg.policy, cfg.guard_min_cells)
+    train, finding = guard(load(cfg.train), dev, held_out, cfg.policy, MIN_SHARED_CELLS)
     kept = train[: cfg.max_train_tasks or None]  # what was admitted stands at the end
     finding = msgspec.structs.replace(
         finding, admitted=max(0, finding.admitted - len(train) + len(kept))
@@ -446,12 +443,13 @@ def prepare(cfg: DataConfig) -> tuple[list[Task], list[Task], Finding]:
 
 
 def describe(
-    tasks: Sequence[Task], canvases: Sequence[int] = DataConfig().canvases
+    tasks: Sequence[Task],
+    cfg: DataConfig = DataConfig(),  # noqa: B008
 ) -> dict[str, Any]:
     """Counts, sizes and content hash of a set of tasks, as `etrm data` prints them."""
     packed = pack(tasks)
     sides = packed.grids[:, :, 1:].amax((1, 2))
-    asked = {rule: queries(packed, rule, canvases) for rule in ("leave_one_out", "test")}
+    asked = {rule: queries(packed, rule, cfg) for rule in ("leave_one_out", "test")}
     return {
         "tasks": len(tasks),
         "pairs": len(packed.task_of),

@@ -218,8 +218,8 @@ def undivided(cfg: ModelConfig) -> str:
     """Why a step cannot be worked on in shards; "" where it can."""
     if cfg.unrolled > 1:
         return "model.unrolled ends the steps of all slots together"
-    published = cfg.encoder.published and lookup(cfg.encoder.kind).variational
-    return "model.encoder.published divides the KL by the whole batch" if published else ""
+    faulty = cfg.published_faults and lookup(cfg.encoder.kind).variational
+    return "model.published_faults divides the KL by the whole batch" if faulty else ""
 
 
 def min_steps(cfg: ModelConfig, seed: int, slots: Tensor, n: Tensor, step: Tensor) -> Tensor:
@@ -292,7 +292,7 @@ def next_batch(
     halted, steps, n = (x.cpu() for x in (carry.halted, carry.steps, carry.n))
     n = n + halted
     episodes = data.draw(s.tasks, s.deck, cfg.data, cfg.run.seed, slots, n)
-    batch = data.batch(s.tasks, episodes, cfg.data, cfg.model.raster)
+    batch = data.batch(s.tasks, episodes, cfg.model.raster)
     least = min_steps(cfg.model, cfg.run.seed, slots, n, torch.where(halted, 0, steps) + 1)
     if (lanes := latent_of(cfg.model)) is not None:
         drawn = noise(
@@ -482,7 +482,7 @@ def probe(
 
     Means over queries; one whose output does not fit its canvas counts as wrong and has no loss. `wrong`: their pairs.
     """
-    asked = data.queries(tasks, rule, cfg.data.canvases)
+    asked = data.queries(tasks, rule, cfg.data)
     asked = data.chosen(asked, asked.known)
     shown = asked.pair[data.donors(asked, cfg.run.seed)] if foreign else asked.pair
     encode, cast = encoder_of(cfg.model), tree_map(lambda x: x.to(dtype), params)
@@ -492,7 +492,7 @@ def probe(
     def answer(rows: Tensor) -> None:
         e = data.posed(tasks, cfg.data, rule, data.chosen(asked, rows), shown[rows])
         e = e._replace(row=tasks.task_of[shown[rows]] * cfg.data.symmetries)  # of the task as it is
-        batch = data.batch(tasks, e, cfg.data, cfg.model.raster)
+        batch = data.batch(tasks, e, cfg.model.raster)
         out, _ = etrm.think(cast, cfg.model, encode, batch, dtype, cfg.eval.act_steps)
         loss = act_loss(cfg.model, out, batch.labels, batch.cells)
         lm[rows], cells[rows], exact[rows] = (
@@ -578,18 +578,18 @@ def setup(
         raise UserError(
             f"train.shards: {cfg.train.shards} shards cannot be spread over {world} processes"
         )
-    asked = data.queries(tasks, cfg.data.query, cfg.data.canvases)
+    asked = data.queries(tasks, cfg.data.query, cfg.data)
     some = torch.zeros(len(train), dtype=torch.bool).index_fill_(
         0, asked.task[asked.fits & asked.known], True
     )
     deck = data.deck(
         asked,
         cfg.train.batch,
-        sources.weights(train, cfg.data.composed, some) if given is None else None,
+        sources.weights(train, cfg.data.share, some) if given is None else None,
     )
     shards = deal(deck, cfg.model, cfg.train.shards)
     watched = tasks if cfg.eval.on == "train" else data.pack(dev, device)
-    questions = data.queries(watched, rule_of(cfg), cfg.data.canvases)
+    questions = data.queries(watched, rule_of(cfg), cfg.data)
     if not (questions.known & questions.fits).any():
         raise UserError(
             f"eval.on: no task of the {cfg.eval.on} set has a query with a known output that fits a canvas"
@@ -598,14 +598,9 @@ def setup(
         data.donors(
             data.chosen(questions, questions.known), cfg.run.seed
         )  # before an hour has gone by
-    if (largest := max(cfg.data.canvases or (data.MAX_SIDE,))) > cfg.model.raster:
-        raise UserError(
-            f"data.canvases: {largest} is larger than model.raster = {cfg.model.raster}"
-        )
-    if cfg.model.mixer and cfg.data.canvases != (cfg.model.raster,):
-        raise UserError(
-            f"model.mixer: has one canvas: data.canvases = [{cfg.model.raster}], the raster"
-        )
+    if (largest := cfg.data.canvas or cfg.data.max_side) > cfg.model.raster:
+        field = "canvas" if cfg.data.canvas else "max_side"
+        raise UserError(f"data.{field}: {largest} is larger than model.raster = {cfg.model.raster}")
     like = baselines.with_rows(init_params(cfg.model, cfg.run.seed), cfg, train)
     check_patterns(cfg.optimizer, leaves(like))
     meta = {

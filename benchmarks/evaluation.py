@@ -62,7 +62,7 @@ def batches(
 ) -> list[tuple[data.Batch, list[list[int]]]]:
     """Every query of the tasks under so many views each, as `etrm eval` asks them, and their canvases; limit: so many."""
     packed = data.pack(tasks)
-    asked = data.queries(packed, "test", cfg.data.canvases)
+    asked = data.queries(packed, "test", cfg.data)
     units = [
         (r, v) for r in torch.nonzero(asked.canvas[:, 0]).flatten().tolist() for v in range(views)
     ]
@@ -80,9 +80,7 @@ def batches(
         symmetry = data.Symmetry(*(torch.stack([s[i] for s, _ in seen]) for i in range(2)))
         turn = symmetry, torch.nn.utils.rnn.pad_sequence([u for _, u in seen], batch_first=True)
         episodes = data.posed(packed, cfg.data, "test", data.chosen(asked, rows[part]), view=turn)
-        made.append(
-            (data.batch(packed, episodes, cfg.data, cfg.model.raster), episodes.canvas.tolist())
-        )
+        made.append((data.batch(packed, episodes, cfg.model.raster), episodes.canvas.tolist()))
     return made
 
 

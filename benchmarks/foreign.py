@@ -25,7 +25,7 @@ def main() -> None:
     args = options.parse_args()
     s = solve.opened(args.checkpoint, args.set)
     hidden, known = (sources.load(args.data, hide=hide) for hide in (True, False))
-    asked = data.queries(data.pack(hidden), "test", s.cfg.data.canvases)
+    asked = data.queries(data.pack(hidden), "test", s.cfg.data)
     donor = dict(
         zip(
             asked.task.tolist(),

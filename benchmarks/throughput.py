@@ -167,7 +167,7 @@ def published_layout() -> Iterator[None]:
 
 
 LAYOUT: dict[str, Any] = {
-    "data__canvases": [30], "data__demo_canvases": [30], "model__encoder__kind": "standard", "model__encoder__attend_padding": True,
+    "data__canvas": 30, "model__encoder__kind": "standard", "model__published_faults": True,
     "model__positions": "rope", "model__tied_head": False,
 }  # fmt: skip
 
@@ -359,9 +359,7 @@ def one_dtype(dtype: str, sets: list[str], repeats: int, stand_in: int) -> dict[
         "ratio_to_published": rate / PUBLISHED[dtype],
     }  # fmt: skip
     trm = Trainer(
-        recipe(
-            sets, train__dtype=dtype, data__canvases=[30], train__shards=1, model__positions="rope"
-        )
+        recipe(sets, train__dtype=dtype, data__canvas=30, train__shards=1, model__positions="rope")
     )
     context = torch.zeros(t.cfg.train.batch, 16, 128, dtype=trm.s.dtype)
     trm.s = trm.s._replace(encode=etrm.Encode(lambda *_: etrm.Context(context)))
@@ -379,7 +377,7 @@ def growth(sets: list[str], repeats: int) -> dict[str, dict[str, Any]]:
     rate = lambda **changes: Trainer(recipe(sets, **changes)).rate(repeats)  # noqa: E731
     return {
         "tasks": {str(n): with_tasks(n, repeats) for n in (100, 1_000, 10_000, 50_000, 100_000)},
-        "canvas": {str(n): rate(data__canvases=[n]) for n in (5, 10, 15, 20, 30)},
+        "canvas": {str(n): rate(data__canvas=n) for n in (5, 10, 15, 20, 30)},
         "demos": {str(n): rate(data__max_demos=n) for n in (1, 2, 3, 10)},
         "hidden": {str(n): rate(model__hidden=n) for n in (64, 128, 256)},
         "processes": {str(n): with_processes(n, repeats) for n in (1, 2)},

@@ -543,7 +543,7 @@ def proposals(batch: Batch) -> tuple[Tensor, Tensor]:
     """Log-probabilities (M_d, V) of the demos' cells, each demo's from the others, and (M, V) of the test inputs' cells.
 
     0 where a demo's output says nothing. Of one demo nothing is left to foretell it from, so experts of one kind are all worth
-    the same to a slot with one, but for what LESS takes. Slots of `batch.other` get the second answer of the last round."""
+    the same to a slot with one, but for what LESS takes. Slots of `getattr(batch, "other", None)` get the second answer of the last round."""
     device, d = batch.inputs.device, batch.demos
     of_demos, of_queries = (
         torch.zeros(len(x), TOKENS, device=device) for x in (d.inputs, batch.inputs)
@@ -591,8 +591,8 @@ def proposals(batch: Batch) -> tuple[Tensor, Tensor]:
             weight = torch.softmax(SHARP * worth, 1)
             if (
                 rounds == ROUNDS
-                and batch.other is not None
-                and bool((turn := batch.other[begin:end]).any())
+                and getattr(batch, "other", None) is not None
+                and bool((turn := getattr(batch, "other", None)[begin:end]).any())
             ):
                 here = turn[query.slot]
                 theirs = Cells(*(x[here] for x in query))

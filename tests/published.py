@@ -3,7 +3,7 @@
 import torch
 
 from etrm_arc.config import ModelConfig
-from etrm_arc.encoders import CellBlock, Latent, SetBlock, Standard, Widened
+from etrm_arc.encoders import CellBlock, Latent, SetBlock, Standard
 from etrm_arc.etrm import Block, Core
 
 
@@ -96,13 +96,6 @@ def standard(sd, sets=1):
     )
 
 
-def widened(p, width, hidden):
-    """The published LPN encoders go from their own width to the core's at once: ours where the way out copies the first numbers."""
-    up = p.up.new_zeros(len(p.up) // hidden, width, p.up.shape[1])
-    up[:, :hidden] = p.up.view(-1, hidden, p.up.shape[1])
-    return Widened(p._replace(up=up.flatten(0, 1)), torch.eye(hidden, width))
-
-
 def config(**changes):
     base = dict(
         hidden=64,
@@ -118,8 +111,8 @@ def config(**changes):
         **{
             **base,
             "tied_head": False,
-            "context_scale": "published",
-            "published_halting": True,
+            "published": True,
+            "published_faults": True,
             **changes,
         }
     )

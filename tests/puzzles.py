@@ -66,24 +66,12 @@ SLOTS = 5
 KINDS = {kind: {"kind": kind} for kind in encoders.ENCODERS}
 OTHER = {
     "standard, pre": {"kind": "standard", "pooling": "max", "norm": "pre", "layer_scale": 0.5},
-    "standard, QK norm": {
-        "kind": "standard",
-        "pooling": "attention",
-        "set_layers": 2,
-        "qk_norm": True,
-    },
+    "standard, attention": {"kind": "standard", "pooling": "attention", "set_layers": 2},
     "standard, weighted": {"kind": "standard", "pooling": "weighted"},
-    "perceiver, pre": {"kind": "perceiver", "norm": "pre", "layer_scale": 0.5, "difference": True},
-    "perceiver, wide": {"kind": "perceiver", "width": 48, "heads": 3, "qk_norm": True},
-    "perceiver, query": {"kind": "perceiver", "query": True},
-    "matching, wide": {
-        "kind": "matching",
-        "width": 48,
-        "heads": 3,
-        "qk_norm": True,
-        "set_layers": 2,
-    },
-    "lpn_var, wide": {"kind": "lpn_var", "width": 16, "latent": 8, "query": True},
+    "perceiver, pre": {"kind": "perceiver", "norm": "pre", "layer_scale": 0.5},
+    "perceiver, wide": {"kind": "perceiver", "width": 48},
+    "matching, wide": {"kind": "matching", "width": 48, "set_layers": 2},
+    "lpn_variational, wide": {"kind": "lpn_variational", "width": 16, "latent": 8},
     "recurrent, wide": {"kind": "recurrent", "width": 16, "norm": "pre", "set_layers": 2},
 }
 ENCODERS = list({**KINDS, **OTHER})
@@ -92,7 +80,7 @@ RECURRENT = [kind for kind, e in encoders.ENCODERS.items() if e.recur]
 
 
 def config(encoder="perceiver", published=False, **options):
-    e = EncoderConfig(**{"layers": 1, "published": published, **{**KINDS, **OTHER}[encoder]})
+    e = EncoderConfig(**{"layers": 1, **{**KINDS, **OTHER}[encoder]})
     small = {
         "hidden": 32,
         "heads": 2,
@@ -102,7 +90,9 @@ def config(encoder="perceiver", published=False, **options):
         "L_cycles": 1,
         "context_tokens": 4,
     }
-    return ModelConfig(**{**small, "halt_max_steps": 4, "encoder": e, **options})
+    return ModelConfig(
+        **{**small, "halt_max_steps": 4, "published_faults": published, "encoder": e, **options}
+    )
 
 
 class World:
@@ -114,8 +104,8 @@ class World:
         # Some demos and queries small, some large; no output larger than what its task shows.
         some = [task(g, low=high - 1, high=high) for high in (2, 3, 4, 6, 7, 7)]
         self.packed = data.pack(some)
-        self.data = DataConfig(**{"min_demos": 1, **options})
-        self.deck = data.deck(data.queries(self.packed, "leave_one_out", self.data.canvases), SLOTS)
+        self.data = DataConfig(**options)
+        self.deck = data.deck(data.queries(self.packed, "leave_one_out", self.data), SLOTS)
         self.episodes = self.draw(torch.zeros(SLOTS, dtype=torch.int64))
         self.batch = self.paint(self.episodes)
 
@@ -123,7 +113,7 @@ class World:
         return data.draw(self.packed, self.deck, self.data, 7, torch.arange(SLOTS), n)
 
     def paint(self, episodes):
-        return data.batch(self.packed, episodes, self.data, self.cfg.raster)
+        return data.batch(self.packed, episodes, self.cfg.raster)
 
     def context(self, batch=None, params=None):
         """What is said to slots that begin: each slot's context tokens (T, D), then, where there are, each one's cells (c, D)."""

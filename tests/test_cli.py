@@ -45,7 +45,7 @@ def run(tmp_path_factory):
     ]
     more = [
         x
-        for item in [*sources, f"run.dir={folder}", "data.canvases=[6, 10]", "eval.foreign=false"]
+        for item in [*sources, f"run.dir={folder}", "data.max_side=10", "eval.foreign=false"]
         for x in ("--set", item)
     ]
     out = last_json(call("train", "cpu", *SETS, *more, "--json"))
@@ -109,7 +109,7 @@ def test_convert_writes_either_format(tmp_path):
 
     shape = [
         "model.tied_head=false",
-        "model.context_scale=published",
+        "model.published=true",
         "model.encoder.kind=standard",
         "model.positions=rope",
     ]
@@ -171,7 +171,7 @@ def test_a_recipe_goes_on_from_what_the_one_before_it_left_in_the_same_command(t
         for item in (*SMALL, f'data.train=["{HERE / "set"}"]', "data.dev=[]", "eval.on=train")
         for x in ("--set", item)
     ]
-    more = "held_out = []\ncanvases = [6, 10]\n[eval]\nforeign = false\n[fast]\n'train.batch' = 4\n"
+    more = "held_out = []\nmax_side = 10\n[eval]\nforeign = false\n[fast]\n'train.batch' = 4\n"
     first, then = tmp_path / "first.toml", tmp_path / "then.toml"
     first.write_text(
         f'extends = "{HERE.parents[1] / "configs" / "cpu.toml"}"\n[run]\ndir = "{tmp_path}/a"\n[data]\n{more}'
@@ -428,7 +428,7 @@ def test_a_fork_goes_on_where_another_run_stopped(run, tmp_path):
     more = [
         *sources,
         f"run.dir={tmp_path}",
-        "data.canvases=[6, 10]",
+        "data.max_side=10",
         "eval.foreign=false",
         "train.steps=5",
     ]
@@ -540,7 +540,7 @@ def test_a_bad_task_file_is_one_line(tmp_path, content, said):
         ),
         (
             ["train", "cpu", "--set", "model.raster=10"],
-            "data.canvases: 30 is larger than model.raster = 10",
+            "data.max_side: 30 is larger than model.raster = 10",
         ),
         (
             ["train", "cpu", "--set", f'data.dev=["{HERE / "task.json"}"]'],
@@ -619,7 +619,7 @@ def test_outputs_that_fit_no_canvas_cannot_be_watched(tmp_path):
         f'data.train=["{HERE / "set"}"]',
         f'data.dev=["{tmp_path}"]',
         "data.held_out=[]",
-        "data.canvases=[10]",
+        "data.canvas=10",
     ]
     result = call(
         "train", "cpu", *SETS, *(x for item in sets for x in ("--set", item)), "--dry-run", code=2
@@ -761,7 +761,7 @@ def test_a_run_killed_before_its_first_state_begins_and_ended_ones_may_be_prolon
         f'data.dev=["{HERE / "set" / "mirror.json"}"]',
         "data.held_out=[]",
     ]
-    items = [*sources, f"run.dir={tmp_path / 'a'}", "data.canvases=[6, 10]", "eval.foreign=false"]
+    items = [*sources, f"run.dir={tmp_path / 'a'}", "data.max_side=10", "eval.foreign=false"]
     more = [x for item in items for x in ("--set", item)]
     assert "holds no whole state" in call("train", "cpu", *SETS, *more, "--resume", code=2).stderr
     (tmp_path / "a").mkdir(exist_ok=True)
@@ -776,14 +776,14 @@ def test_a_run_killed_before_its_first_state_begins_and_ended_ones_may_be_prolon
 @pytest.mark.parametrize(
     "item",
     ["model.expansion=0", "run.seed=-1", "run.seed=1e30", "optimizer.betas=[0.9, 1.0]", "optimizer.lr=-1", "optimizer.weight_decay=-1",
-     "data.min_demos=-1", "data.max_train_tasks=-3", "model.expansion=0.001", "model.expansion=inf", "model.context_tokens=5000",
+     "data.max_train_tasks=-3", "model.expansion=0.001", "model.expansion=inf", "model.context_tokens=5000",
      "model.raster=65", "model.exploration=7", "model.encoder.layers=-1", "model.encoder.set_layers=0", "model.encoder.kl_weight=-1",
      "model.encoder.layer_scale=-1", "model.q_weight=-1", "train.ema=5", "train.ema=1.0", "train.keep_every=-1",
      "optimizer.warmup=-5", "optimizer.clip=-1", "optimizer.final_lr=-1", "optimizer.table_lr=-1", "optimizer.table_decay=-1",
      "optimizer.lr_scale={'.*' = -1}", "optimizer.decay_scale={'.*' = -1}", "optimizer.freeze_until={'.*' = -1}", "eval.patience=-1",
-     "eval.min_gain=-1", "eval.stop_at=-1", "eval.stop_at=2", "data.canvases=[0]", "data.demo_canvases=[-1, 30]",
-     "data.guard_min_cells=-1", "train.batch=100000000000000000000", "train.shards=10000000000", "model.halt_max_steps=1e20",
-     "data.canvases=[99999999999999999999]", "data.canvases=[51]", "solve.views=100000000000000000000000"],
+     "eval.min_gain=-1", "eval.stop_at=-1", "eval.stop_at=2", "data.max_side=0", "data.canvas=-1",
+     "train.batch=100000000000000000000", "train.shards=10000000000", "model.halt_max_steps=1e20",
+     "data.max_side=99999999999999999999", "data.max_side=31", "solve.views=100000000000000000000000"],
 )  # fmt: skip
 def test_a_number_out_of_bounds_is_one_line(item):
     said = call("train", "cpu", "--set", item, "--dry-run", code=2).stderr

@@ -195,7 +195,7 @@ def test_a_batch_paints_each_episode_on_its_canvas(g):
             e.shift[owner : owner + 1, 1 + place],
         )
         further = None if e.further is None else e.further[owner : owner + 1]
-        sizes = data.turned(data.both_sides(s, further), packed.grids[pair[None], :, 1:])
+        sizes = data.turned_size(data.both_sides(s, further), packed.grids[pair[None], :, 1:])
         size = torch.tensor([[3 if n <= 3 else 6 for n in sizes[0].amax(0)]])
         assert same((x, y), data.paint(packed, pair[None], s, at, size, further=further)[:2])
         assert gap or bool(((x != data.PAD) | (y != data.PAD)).all())

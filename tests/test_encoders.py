@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from etrm_arc import data, encoders, etrm
+from etrm_arc import data, encoders
 from etrm_arc.config import DataConfig, EncoderConfig, ModelConfig
 from etrm_arc.encoders import attend_cells, init_params, lookup
-from etrm_arc.etrm import act_loss, leaves
+from etrm_arc.etrm import act_loss
 from etrm_arc.tests import puzzles, test_model
 from etrm_arc.tests.puzzles import (
     ENCODERS,
@@ -235,50 +235,6 @@ def test_the_divergence_of_each_slot_is_in_the_loss(kind):
     )
     close([mean.sum()], [w.cfg.encoder.kl_weight * loss.kl.mean()], 1e-6)
     assert not act_loss(w.cfg, out._replace(kl=None), w.batch.labels, w.batch.cells).kl.any()
-
-
-@pytest.mark.parametrize("kind", ["standard", "perceiver", "set_transformer", "cross_attention"])
-def test_qk_norm_makes_the_size_of_queries_and_keys_indifferent(kind):
-    """Of every attention there is: cells, pooling, demos, context tokens."""
-
-    def moved(**more):
-        e = EncoderConfig(kind=kind, layers=1, pooling="attention", set_layers=2, **more)
-        w = World(torch.Generator().manual_seed(0), msgspec.structs.replace(config(), encoder=e))
-        plain, larger = leaves(w.params), {}
-        for name, x in plain.items():
-            if name.startswith("encoder.") and name.endswith(("queries", "pool.0")):
-                plain[name] = x = (
-                    x / x.std()
-                )  # initially so small that the norm's epsilon would show
-            larger[name] = x
-            if name.startswith("encoder.") and name.endswith(
-                (".q", ".k", "pool.1", "pool.2", "qkv")
-            ):
-                keys = len(x) * 2 // 3 if name.endswith("qkv") else len(x)
-                larger[name] = torch.cat((x[:keys] * 3, x[keys:]))
-        said = [w.context(params=etrm.rebuild(w.params, x)) for x in (larger, plain)]
-        return max((x - y).abs().max() for x, y in zip(*said, strict=True))
-
-    assert moved(qk_norm=True) < 1e-3 < 0.01 < moved()
-
-
-@given(generators, st.sampled_from(["perceiver", "standard", "lpn_variational", "trm_style"]))
-@settings(max_examples=8)
-def test_the_test_input_is_read_where_the_config_says_so(g, kind):
-    w = World(g, config(kind))
-    e = msgspec.structs.replace(w.cfg.encoder, query=True)
-    asking = World(g, msgspec.structs.replace(w.cfg, encoder=e))
-    for world, reads in ((w, False), (asking, True)):
-        slot = puzzles.integer(g, 0, SLOTS - 1)
-        batch = world.batch
-        cell = torch.arange(SLOTS).repeat_interleave(torch.tensor(batch.cells)) == slot
-        inputs = torch.where(
-            cell & (batch.inputs >= data.FIRST_COLOUR), 13 - batch.inputs, batch.inputs
-        )
-        moved = puzzles.apart(world.context(batch._replace(inputs=inputs)), world.context())
-        assert ((moved[:, slot] > 1e-4) == reads).all() and moved[
-            :, torch.arange(SLOTS) != slot
-        ].max() < 1e-4
 
 
 @given(generators)

@@ -273,7 +273,7 @@ def mix(slot, mine, others):
 
 def rows_of(e, rows):
     return data.Episodes(
-        *(data.Symmetry(*(y[rows] for y in x)) if isinstance(x, tuple) else x[rows] for x in e[:-2])
+        *(data.Symmetry(*(y[rows] for y in x)) if isinstance(x, tuple) else x[rows] for x in e[:-1])
     )
 
 
@@ -649,7 +649,7 @@ def test_a_tree_survives_being_taken_apart(encoder, positions):
     )
     batch = World(torch.Generator().manual_seed(0), config()).batch
     of_demos = [
-        f"demos.{k}" for k in ("inputs", "outputs", "at", "owner", "place", "by_slot", "borders")
+        f"demos.{k}" for k in ("inputs", "outputs", "at", "owner", "number", "by_slot", "borders")
     ]
     names = ["inputs", "labels", "at", *of_demos, "borders"]
     assert list(leaves(batch)) == names
@@ -668,13 +668,13 @@ def test_parameters_are_a_function_of_the_seed(seed):
 
 
 @pytest.mark.parametrize("positions", ["rope", "rope2d", "learned", "borders", "none"])
-@pytest.mark.parametrize("context_scale", ["gain", "published"])
-def test_every_leaf_that_should_learn_gets_a_gradient(positions, context_scale):
+@pytest.mark.parametrize("published", [False, True])
+def test_every_leaf_that_should_learn_gets_a_gradient(positions, published):
     w = World(
         torch.Generator().manual_seed(1),
         config(
             positions=positions,
-            context_scale=context_scale,
+            published=published,
             raster=8,
             tied_head=positions == "none",
         ),

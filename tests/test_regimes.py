@@ -25,7 +25,7 @@ SET = Path(__file__).parent / "data" / "set"
 TABLE = {
     "model__encoder__kind": "table",
     "data__symmetries": 4,
-    "model__context_scale": "published",
+    "model__published": True,
 }
 
 # ---------------------------------------------------------------- the table of tasks
@@ -35,7 +35,7 @@ TABLE = {
 def test_a_row_is_a_task_under_one_symmetry_whoever_draws_it(g, symmetries):
     tasks = data.pack(puzzles.tasks(g, 4))
     cfg = data.DataConfig(symmetries=symmetries, colours="all")
-    deck, slots = data.deck(data.queries(tasks, cfg.query, ()), 50), torch.arange(50)
+    deck, slots = data.deck(data.queries(tasks, cfg.query, cfg), 50), torch.arange(50)
     seen: dict[int, str] = {}
     for n in (0, 7):
         e = data.draw(tasks, deck, cfg, 3, slots, torch.full((50,), n))
@@ -221,7 +221,6 @@ def test_views_are_the_symmetries_of_the_rows(table, monkeypatch):
             {"model__encoder__latent": 999},
             "a row of the table has latent = 999 numbers, at most 128",
         ),
-        ({"model__mixer": True}, r"model.mixer: has one canvas: data.canvases = [30]"),
         ({"model__context_tokens": 0}, "model.context_tokens: must be at least 1"),
         ({"model__feedback": "kept"}, "model.feedback: has no context"),
     ],
@@ -243,40 +242,6 @@ def test_a_published_table_comes_over_and_back(golden, tmp_path):
 
 
 # ---------------------------------------------------------------- the mixer
-
-
-@given(generators)
-def test_a_mixer_is_the_published_block(g):
-    cfg = ModelConfig(hidden=8, heads=2, raster=3, context_tokens=2, mixer=True, expansion=2.0)
-    p, x = etrm.init_mixer(cfg, g), torch.randn(3 * 11, 8, generator=g)
-    silu, norm = (
-        torch.nn.functional.silu,
-        lambda y: y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-5),
-    )
-    for b, own in enumerate(x.view(3, 11, 8)):
-        t = own.T
-        gate, up = (t @ p.mix_gate_up.T).chunk(2, -1)
-        h = norm(t + (silu(gate) * up) @ p.mix_down.T).T
-        gate, up = (h @ p.gate_up.T).chunk(2, -1)
-        close(
-            etrm.block(p, 2, x, (), None).view(3, 11, 8)[b], norm(h + (silu(gate) * up) @ p.down.T)
-        )
-
-
-def test_a_mixer_trains_all_that_it_has(tmp_path):
-    cfg = tiny(
-        tmp_path,
-        model__mixer=True,
-        model__raster=10,
-        data__canvases=[10],
-        model__positions="none",
-        **TABLE,
-    )
-    s = train.setup(cfg)
-    step = train.one_step(s, cfg, [train.start_carry(s, cfg, slots) for slots in s.shards])
-    names = [k for k, v in s.params.items() if v.requires_grad]
-    assert {k for k, g in zip(names, step.grads, strict=True) if not g.any()} == set()
-    assert train.fit(cfg)["step"] == 6
 
 
 # ---------------------------------------------------------------- the argmax-feedback TRM

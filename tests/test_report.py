@@ -308,7 +308,7 @@ def test_contexts_are_those_of_the_tasks_and_need_no_output(kind):
         "encoder": {"kind": kind},
     }
     cfg = parse_config(
-        {"model": model, "train": {"dtype": "fp32"}, "data": {"canvases": list(range(1, 9))}},
+        {"model": model, "train": {"dtype": "fp32"}, "data": {"max_side": 8}},
         "test",
     )
     params, g = init_params(cfg.model, 0), torch.Generator().manual_seed(3)

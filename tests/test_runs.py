@@ -26,7 +26,7 @@ from etrm_arc.tests.test_train import tiny
 
 SMALL = {
     "model__hidden": 16,
-    "data__canvases": [10],
+    "data__canvas": 10,
     "train__shards": 1,
     "eval__foreign": False,
     "eval__act_steps": 1,

@@ -22,9 +22,7 @@ SMALL = {
     "context_tokens": 4,
     "halt_max_steps": 4,
 }
-CFG = parse_config(
-    {"model": SMALL, "train": {"dtype": "fp32"}, "data": {"canvases": [6, 10]}}, "test"
-)
+CFG = parse_config({"model": SMALL, "train": {"dtype": "fp32"}, "data": {"max_side": 10}}, "test")
 PARAMS = init_params(CFG.model, 0)
 TASK = Task(
     "t",
@@ -48,10 +46,8 @@ def test_a_timeline_is_what_thinking_gives():
     t = show.timeline(PARAMS, CFG, TASK)
     assert len(t.steps) == 4 and t.target is None and t.question is TASK.queries[0][0]
     packed = data.pack([TASK])
-    asked = data.queries(packed, "test", CFG.data.canvases)
-    batch = data.batch(
-        packed, data.posed(packed, CFG.data, "test", asked), CFG.data, CFG.model.raster
-    )
+    asked = data.queries(packed, "test", CFG.data)
+    batch = data.batch(packed, data.posed(packed, CFG.data, "test", asked), CFG.model.raster)
     out, _ = etrm.think(PARAMS, CFG.model, show.encoder_of(CFG.model), batch, torch.float32, 4)
     tokens, grid = show.decoded(out.logits.argmax(-1).view(*asked.canvas[0]).numpy())
     assert np.array_equal(tokens, t.steps[-1].tokens) and (grid is None) == (
@@ -91,7 +87,7 @@ def test_timelines_of_many_are_those_of_each(kind, cycles):
         {
             "model": SMALL | {"encoder": {"kind": kind}},
             "train": {"dtype": "fp32"},
-            "data": {"canvases": [5, 6]},
+            "data": {"max_side": 6},
         },
         "test",
     )

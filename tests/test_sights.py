@@ -1,17 +1,14 @@
 """Sights are what a plain reading of the grid gives; proposals are what the demos of a task that one sight explains show."""
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-import msgspec
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from etrm_arc import config, data, encoders, etrm, solve, train
-from etrm_arc.config import EncoderConfig, ModelConfig, UserError
+from etrm_arc import config, data
 from etrm_arc.data import Task
 from etrm_arc.extras import compose, experts, scenes
 
@@ -184,12 +181,10 @@ RULES = {
 }
 
 
-def batch_of(tasks: list[Task], canvases: Sequence[int] = range(1, 21)) -> data.Batch:
-    cfg = config.parse_config({"data": {"canvases": list(canvases)}}, "").data
+def batch_of(tasks: list[Task], max_side: int = 20) -> data.Batch:
+    cfg = config.parse_config({"data": {"max_side": max_side}}, "").data
     packed = data.pack(tasks)
-    return data.batch(
-        packed, data.posed(packed, cfg, "test", data.queries(packed, "test", cfg.canvases)), cfg
-    )
+    return data.batch(packed, data.posed(packed, cfg, "test", data.queries(packed, "test", cfg)))
 
 
 def task_of(rule: str, seed: int) -> Task:
@@ -357,80 +352,3 @@ def test_who_leaves_holes_in_its_grid_is_not_the_second_answer():
         for tokens, at in zip(said.split(batch.cells), batch.at.split(batch.cells), strict=True):
             height, width = (at.amax(0) - at.amin(0) + 1).tolist()
             assert data.untokenise(tokens.view(height, width).byte().numpy()) is not None
-
-
-def test_one_view_in_four_is_proposed_the_second_answer():
-    task, *answers = either(0)
-    params = encoders.init_params(MODEL, 0)
-    for x in (params.core.embed, params.core.trust_head):
-        x.zero_()  # a network that says nothing
-    raw = {
-        "model": msgspec.to_builtins(MODEL),
-        "data": {"canvases": list(range(1, 21)), "dihedral": False, "colours": "fixed"},
-    }
-    for other, second in ((4, {1, 5}), (3, {1, 4}), (1, set(range(6))), (0, set())):
-        cfg = config.parse_config(raw | {"solve": {"other": other}}, "")
-        votes = {v.view: v.grid.tobytes() for v in solve.predict(params, cfg, task, 6)[0].votes}
-        plain = next((votes[v] for v in votes if v not in second), None)
-        assert set(votes.values()) <= {x.tobytes() for x in answers}
-        assert {v for v in votes if votes[v] != plain} == second
-
-
-MODEL = ModelConfig(
-    hidden=32, heads=2, H_cycles=1, L_cycles=1, halt_max_steps=2, proposals=True,
-    encoder=EncoderConfig(kind="matching", layers=1, set_layers=1),
-)  # fmt: skip
-
-
-def test_an_untrained_model_reads_proposals_and_all_of_it_learns():
-    params = encoders.init_params(MODEL, 0)
-    leaves = {k: v.requires_grad_() for k, v in etrm.leaves(params).items()}
-    batch, encode = batch_of([task_of("mirror", s) for s in range(3)]), encoders.encoder_of(MODEL)
-    carry = etrm.fresh_carry(MODEL, batch.cells, torch.float32)
-    _, out = etrm.act_step(params, MODEL, encode, carry, batch, None)
-    right = (out.logits.argmax(1) == batch.labels)[batch.labels >= 0]
-    assert right.float().mean() > 0.5
-    etrm.act_loss(MODEL, out, batch.labels, batch.cells).total.sum().backward()
-    for k in ("core.trust_head", "core.proposal_embed", "encoder.proposal_embed"):
-        assert leaves[k].grad is not None and leaves[k].grad.abs().max() > 0, k
-
-
-def test_slots_that_leave_take_their_proposals_along():
-    params, encode = encoders.init_params(MODEL, 0), encoders.encoder_of(MODEL)
-    params.core.q_bias.zero_()
-    params.core.q_weight.normal_(generator=torch.Generator().manual_seed(1))
-    batch = batch_of(
-        [task_of(rule, s) for s, rule in enumerate(RULES)]
-        + [task_of("mirror", s) for s in range(6)]
-    )
-    think = functools.partial(etrm.think, params, MODEL, encode, batch, torch.float32)
-    whole: dict[tuple[int, int], torch.Tensor] = {}
-
-    def keep(step: int, slots: list[int], out: etrm.Output) -> None:
-        cells = out.logits.split([batch.cells[i] for i in slots])
-        whole.update({(step, i): x for i, x in zip(slots, cells, strict=True)})
-
-    think(1, look=lambda step, slots, out: params.core.q_bias.sub_(out.q_halt.median()))
-    think(6, look=keep)
-    parted, spent = think(6, leave="q")
-    assert len(set(spent.tolist())) > 1
-    for i, x in enumerate(parted.logits.split(batch.cells)):
-        assert torch.allclose(x, whole[int(spent[i]), i], atol=1e-4)
-
-
-def test_a_dry_run_counts_a_model_with_proposals():
-    sets = [
-        'data.train=["arc1:dev"]',
-        "data.dev=[]",
-        "data.composed=0.0",
-        "eval.on=train",
-        "train.batch=4",
-        "init_from.path=",
-    ]
-    cfg = config.load_config("cpu-best", sets)
-    assert train.flops(train.setup(cfg), cfg)[0] > 0.1
-
-
-def test_proposals_need_an_encoder_that_asks():
-    with pytest.raises(UserError, match=r"model\.proposals: .*matching"):
-        encoders.init_params(ModelConfig(hidden=32, heads=2, proposals=True), 0)

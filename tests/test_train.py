@@ -20,7 +20,7 @@ from etrm_arc.tests.puzzles import generators
 from etrm_arc.tests.test_parity import all_demos, batch_of
 
 TINY = {
-    "data": {"dev": [], "held_out": [], "train": ["tests"], "canvases": [6, 10]},
+    "data": {"dev": [], "held_out": [], "train": ["tests"], "max_side": 10},
     "model": {
         "hidden": 32,
         "heads": 2,
