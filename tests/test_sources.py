@@ -128,7 +128,7 @@ def test_challenges_without_solutions_have_hidden_outputs(tmp_path):
     path.with_name("arc-agi_evaluation_solutions.json").unlink()
     found = sources.load([str(path)])
     assert sources.set_hash(found) == sources.set_hash(map(without_outputs, some))
-    assert len(data.queries(data.pack(found), "test", (6,)).pair) == sum(
+    assert len(data.queries(data.pack(found), "test", data.DataConfig(max_side=6)).pair) == sum(
         len(t.queries) for t in some
     )
 
@@ -194,7 +194,7 @@ def test_the_set_hash_is_of_content(g):
 
 def test_describe_counts():
     some = [puzzles.task(generator(i), hidden=True) for i in range(6)]
-    said = sources.describe(some, (3, 6))
+    said = sources.describe(some, data.DataConfig(max_side=6))
     assert said["tasks"] == 6 and said["pairs"] == sum(len(t.demos) + len(t.queries) for t in some)
     assert said["hidden_outputs"] == sum(y is None for t in some for _, y in t.queries) > 0
     assert sum(said["demos_per_task"].values()) == 6

@@ -285,7 +285,9 @@ def test_overrides_are_toml_or_plain_strings(tmp_path):
 
 @given(generators, st.integers(1, 12), st.integers(1, 4))
 def test_shards_partition_the_slots_and_share_the_work(g, slots, parts):
-    deck = data.deck(data.queries(data.pack(puzzles.tasks(g, 6)), "leave_one_out", ()), slots)
+    deck = data.deck(
+        data.queries(data.pack(puzzles.tasks(g, 6)), "leave_one_out", data.DataConfig()), slots
+    )
     cfg = ModelConfig()
     if slots < parts:
         with pytest.raises(UserError, match="cannot fill"):
@@ -696,7 +698,7 @@ def test_hidden_outputs_are_neither_trained_on_nor_probed(tmp_path):
         for t in sources.load([str(Path(__file__).parent / "data" / "set")])
     ]
     packed = data.pack(tasks)
-    asked = data.queries(packed, "test", (6, 20))
+    asked = data.queries(packed, "test", data.DataConfig(max_side=20))
     assert not asked.known.any() and asked.fits.all()
     with pytest.raises(UserError, match="no query to train on"):
         data.deck(asked, 6)
