@@ -72,7 +72,7 @@ class EncoderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     norm: Literal["post", "pre"] = "post"  # where a class token is read, cells are always "pre"
     layer_scale: NonNegative = 0.0  # 0: none
     cached: bool = False  # published: read at an episode's first step alone, which starves it
-    H_cycles: Count = 2  # trm_style
+    H_cycles: Count = 2  # trm_style; refinements in each forward of recurrent
     L_cycles: Count = 3
     latent: Optional = 0  # numbers drawn by a variational encoder, or in a row of a table; 0: width
     kl_weight: NonNegative = 1e-3

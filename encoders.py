@@ -568,8 +568,10 @@ def settled(cfg: ModelConfig, old: Tensor, new: Tensor) -> Tensor:
 
 
 def recur_sets(p: Standard, cfg: ModelConfig, read: Vector, z: Tensor) -> Tensor:
-    """The context of the step before attends to the demos once more."""
-    return settled(cfg, z, in_sets(p, cfg, read.each, read.seen, z[:, 0])[:, None])
+    """The context of the step before attends to the demos again, H_cycles times."""
+    for _ in range(cfg.encoder.H_cycles):
+        z = settled(cfg, z, in_sets(p, cfg, read.each, read.seen, z[:, 0])[:, None])
+    return z
 
 
 def recur_cycles(p: Standard, cfg: ModelConfig, read: Vector, z: Tensor) -> Tensor:

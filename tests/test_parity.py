@@ -297,7 +297,7 @@ def test_recurrent_encoders(golden, kind):
     batch = asked(*golden("enc_inputs")[0].values())
     states = ("z_e",) if kind == "recurrent" else ("z_e_H", "z_e_L")
     for published in (True, False):
-        e = EncoderConfig(kind=kind, set_layers=1 if kind == "recurrent" else 2)
+        e = EncoderConfig(kind=kind, set_layers=len(states), H_cycles=len(states))
         encode = encoder_of(config(hidden=32, encoder=e, published_faults=published))
         p = tree_map(lambda x: x.clone().requires_grad_(), standard(sub(t, "sd.")))
         z_E = torch.stack([t[f"carry0.{k}"] for k in states], 1)

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import torch
 
 from etrm_arc import checkpoint, config, solve, sources, train
 from etrm_arc.config import UserError
-from etrm_arc.encoders import ENCODERS
+from etrm_arc.encoders import ENCODERS, encoder_of
+from etrm_arc.tests import puzzles
+from etrm_arc.tests.puzzles import World
 
 SET = Path(__file__).parent / "data" / "set"
 SHIPPED = sorted(
@@ -206,6 +209,20 @@ def test_every_recipe_takes_three_steps(name, tmp_path, decoder):
         sets.append(f'data.train=["{SET}", "composed:5"]')
     assert train.fit(small(name, tmp_path, *sets))["step"] == 3
     assert checkpoint.load(tmp_path).meta["step"] == 3
+
+
+def test_two_refinements_of_etrm2_are_one_refinement_twice():
+    world = World(torch.Generator().manual_seed(0), puzzles.config("recurrent"))
+    carry = world.running(torch.Generator().manual_seed(1))
+    read = world.encode.read(world.params.encoder, world.batch)
+
+    def refined(times, z_E):
+        once = msgspec.structs.replace(world.cfg.encoder, H_cycles=times)
+        encode = encoder_of(msgspec.structs.replace(world.cfg, encoder=once))
+        return encode.recur(world.params.encoder, read, z_E, torch.zeros_like(carry.halted)).z_E
+
+    puzzles.close([refined(2, carry.z_E)], [refined(1, refined(1, carry.z_E))])
+    assert not torch.allclose(refined(2, carry.z_E), refined(1, carry.z_E))
 
 
 def test_the_shipped_checkpoint_is_of_its_recipe_and_answers(tmp_path, monkeypatch):
