@@ -62,13 +62,18 @@ def write_text(path: Path, text: str) -> None:
 
 
 def commit(path: Path, write: Callable[[Path], Any]) -> None:
-    """Written aside, synced, renamed: a reader sees the old file or the new one, whole. Raises UserError on a full disk."""
-    aside = path.with_name(f".{path.name}.writing")
+    """Write aside, sync, rename: a reader sees the old file or the new one, whole. Links are
+    followed; a device or pipe is written as it is. Raises UserError on a full disk."""
+    target = Path(os.path.realpath(path))
+    aside = target.with_name(f".{target.name}.writing")
     try:
+        if target.exists() and not target.is_file():
+            write(target)
+            return
         write(aside)
         sync(aside)
-        aside.replace(path)
-        sync(path.parent)
+        aside.replace(target)
+        sync(target.parent)
     except (OSError, RuntimeError, safetensors.SafetensorError) as e:  # torch.save: RuntimeError
         with contextlib.suppress(OSError):
             aside.unlink()

@@ -77,7 +77,7 @@ def percent(x: float) -> str:
 def interval(result: dict[str, Any], key: str, n: int) -> str:
     from .score import with_interval
 
-    return with_interval(result[key], n, result["interval95"][key])
+    return with_interval(result[key], n)
 
 
 @app.command(name="data")
@@ -319,18 +319,23 @@ def runs_command(
 Views = Annotated[
     Optional[int], typer.Option(min=1, help="Symmetries and demo orders to vote over.")
 ]  # noqa: UP045
-Vote = Annotated[str, typer.Option(help="count, probability or demos: what a vote weighs.")]
 Adapt = Annotated[
-    str,
-    typer.Option(
-        help="none, context, full (task by task) or joint (transductive): learn from the demos first."
-    ),
+    str, typer.Option(help="none, context or full: learn from the task's demos first.")
+]
+Steps = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("--act-steps", min=1, help="ACT steps of a view. Default: as trained."),
 ]
 
 
-def how(sets: Optional[list[str]], views: Optional[int], vote: str, adapt: str) -> list[str]:  # noqa: UP045
+def how(
+    sets: Optional[list[str]],  # noqa: UP045
+    views: Optional[int],  # noqa: UP045
+    act_steps: Optional[int],  # noqa: UP045
+    adapt: str,
+) -> list[str]:
     """Options as overrides of the config's [solve]."""
-    given = {"views": views, "vote": vote and f'"{vote}"', "adapt": adapt and f'"{adapt}"'}
+    given = {"views": views, "act_steps": act_steps, "adapt": adapt and f'"{adapt}"'}
     return [*(sets or []), *(f"solve.{k}={v}" for k, v in given.items() if v)]
 
 
@@ -347,7 +352,7 @@ def eval_command(
         Optional[list[str]], typer.Option("--data", help="Default: the dev split.")
     ] = None,  # noqa: UP045
     views: Views = None,
-    vote: Vote = "",
+    act_steps: Steps = None,
     adapt: Adapt = "",
     budget: Annotated[
         float, typer.Option(help="Minutes: more views of all queries until they are over.")
@@ -373,7 +378,7 @@ def eval_command(
     """Answer tasks and score the answers. What is on disk is not asked again: the same command goes on after an interrupt."""
     from . import solve
 
-    given = how(sets, views, vote, adapt)
+    given = how(sets, views, act_steps, adapt)
     try:
         result = solve.evaluate(
             checkpoints,
@@ -391,26 +396,26 @@ def eval_command(
             "etrm: interrupted; what was answered is kept: the same command goes on", err=True
         )
         raise typer.Exit(130) from None
-    held = {
-        True: "held out",
-        False: "NOT held out: shares pairs with what was trained on",
-        None: "unknown whether held out",
-    }
-    said = f"{result['views']} views, {result['adaptation']}, {result['seconds_per_task']:.3g} s a task; "
+    said = f"{result['views']} views, {result['adaptation']}, "
+    if result["act_steps"]:
+        said += f"{result['act_steps']:.1f} ACT steps a view, "
+    said += f"{result['seconds_per_task']:.3g} s a task; "
     said += f"{result['votes']} votes in {result['predictions']}"
+    names = ", ".join(result["data"])
     if "pass@2" in result:
-        typer.echo(
-            f"{', '.join(result['data'])}: {held[result['held_out']]}; {said}; guard: {result['guard']}\n{table(result)}"
-        )
-        for source, own in result.get("by_source", {}).items():
-            typer.echo(
-                f"{source}: "
-                + ", ".join(
-                    f"pass@{k} {interval(own, f'pass@{k}', own['n_tasks'])}" for k in (1, 2)
-                )
-            )
+        held = {True: "held out", False: "NOT held out: shares pairs with what was trained on"}
+        guard = f"; guard: {result['guard']}" if result["guard"] else ""
+        held_out = held[result["held_out"]] if "held_out" in result else "hand-made, no weights"
+        typer.echo(f"{names}: {held_out}; {said}{guard}\n{table(result)}")
+        for part, own in (
+            *result.get("by_source", {}).items(),
+            *result.get("by_solver", {}).items(),
+        ):
+            n = own["n_tasks"]
+            shares = ", ".join(f"pass@{k} {interval(own, f'pass@{k}', n)}" for k in (1, 2))
+            typer.echo(f"{part}: {shares}")
     else:
-        typer.echo(f"{', '.join(result['data'])}: no output is known, so nothing is scored; {said}")
+        typer.echo(f"{names}: no output is known, so nothing is scored; {said}")
     if result["too_large"]:
         typer.echo(
             f"{result['too_large']} queries need a larger canvas than any the model was trained on: no answer"
@@ -440,8 +445,8 @@ def done_so_far(what: str) -> Callable[[float], None]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Scores with their intervals, by size and number of demos, and how far the votes' confidence can be trusted."""
-    from .score import PASS, verdicts, with_interval
+    """Scores with their intervals, and by size."""
+    from .score import PASS, verdicts
 
     n, q = result["n_tasks"], result["n_queries"]
     rows = [f"pass@{k} {interval(result, f'pass@{k}', n)}" for k in PASS]
@@ -460,25 +465,18 @@ def table(result: dict[str, Any]) -> str:
         ("shape_accuracy", "shape accuracy"),
     )
     rows += [f"{name}, one view {interval(result, key, q)}" for key, name in names]
-    for key, name in (("by_side", "largest side"), ("by_demos", "demos")):
-        by = (f"{k} {interval(v, 'pass@2', v['n_tasks'])}" for k, v in result[key].items())
-        rows.append(f"pass@2 by {name}: {', '.join(by)}")
-    for key, name in (("share", "share of votes for"), ("q", "mean q of")):
-        curve = (
-            f"{percent(r['confidence'])} -> {with_interval(r['right'], r['n'])}"
-            for r in result["reliability"][key]
-        )
-        rows.append(f"{name} the first answer -> right: {', '.join(curve)}")
-    if "look" in result:
+    by = (f"{k} {interval(v, 'pass@2', v['n_tasks'])}" for k, v in result["by_side"].items())
+    rows.append(f"pass@2 by largest side: {', '.join(by)}")
+    if "held_out_evaluation" in result:
+        number = result["held_out_evaluation"]
         count = (
-            "could not be counted (folder not writable)"
-            if result["look"] is None
-            else f"number {result['look']}"
+            "could not be counted (state folder not writable)"
+            if number is None
+            else f"number {number}"
         )
-        rows += [
-            f"look at these held-out tasks: {count}",
-            *([verdicts(result)] if result.get("held_out", True) else []),
-        ]
+        rows.append(f"held-out evaluation of these tasks: {count}")
+        if result.get("held_out", True):
+            rows.append(verdicts(result))
     return "\n".join(rows)
 
 
@@ -542,7 +540,6 @@ def merge(
         Optional[list[str]], typer.Option("--data", help="Tasks to score and to submit.")
     ] = None,  # noqa: UP045
     output: Annotated[str, typer.Option("--output", "-o", help="Write all votes there.")] = "",
-    vote: Vote = "count",
     submission: Annotated[str, typer.Option(help="Write both attempts at every query there.")] = "",
     as_json: Json = False,
 ) -> None:
@@ -551,41 +548,14 @@ def merge(
 
     from . import solve
 
-    result = solve.merge([Path(f) for f in files], sources or (), vote, output, submission)
+    result = solve.merge([Path(f) for f in files], sources or (), output, submission)
     typer.echo(
         f"{result['votes']} votes for {result['queries']} queries, {result['unanswered']} of them without any"
     )
     if "pass@2" in result:
         typer.echo(
-            f"whether held out: see the solvers (etrm eval CHECKPOINT --predictions FILE looks it up)\n{table(result)}"
+            f"whether held out: see the solvers (etrm eval CHECKPOINT --predictions FILE)\n{table(result)}"
         )
-    last_line(as_json, result)
-
-
-@app.command(name="check-submission")
-@friendly
-def check_submission(
-    file: str,
-    solutions: Annotated[str, typer.Option(help="Kaggle's: is it complete, and its score")] = "",
-    as_json: Json = False,
-) -> None:
-    """Is a submission valid, and how does it score?"""
-    from pathlib import Path
-
-    from . import score
-
-    if solutions:
-        result = score.score_submission(Path(file), Path(solutions))
-        typer.echo(
-            "\n".join(f"pass@{k} {interval(result, f'pass@{k}', result['tasks'])}" for k in (1, 2))
-        )
-        typer.echo(
-            f"per output (Kaggle's score): pass@2 {interval(result, 'per_output/pass@2', result['queries'])}"
-        )
-    else:
-        made = score.check_submission(Path(file))
-        result = {"tasks": len(made), "queries": sum(map(len, made.values()))}
-    typer.echo(f"{file}: valid, {result['tasks']} tasks, {result['queries']} queries")
     last_line(as_json, result)
 
 
@@ -624,7 +594,7 @@ def solve(
     checkpoint: str,
     task: str,
     views: Views = None,
-    vote: Vote = "",
+    act_steps: Steps = None,
     adapt: Adapt = "",
     sets: Set = None,
     as_json: Json = False,
@@ -635,7 +605,7 @@ def solve(
     from . import solve as solver
 
     console, made = Console(), []
-    for each, queries in solver.answers(checkpoint, task, how(sets, views, vote, adapt)):
+    for each, queries in solver.answers(checkpoint, task, how(sets, views, act_steps, adapt)):
         console.print(f"[bold]{each.name}[/bold]")
         for x, y in each.demos:
             console.print(beside(x, y), no_wrap=True, overflow="ignore", crop=False)
@@ -648,10 +618,10 @@ def solve(
             elif best is None:
                 said = f"no answer: none of {len(p.votes)} votes was a whole grid"
             else:
-                said = f"{best.views} of {len(p.votes)} votes agree, confidence {percent(best.q)}"
+                said = f"{best.votes} of {len(p.votes)} votes agree, confidence {percent(best.q)}"
             console.print(f"query {p.query + 1}: {said}")
             tries = [
-                {"grid": c.grid.tolist(), "votes": c.views, "share": c.share, "confidence": c.q}
+                {"grid": c.grid.tolist(), "votes": c.votes, "share": c.share, "confidence": c.q}
                 for c in ranked[:2]
             ]
             made.append({"task": p.task, "query": p.query, "answers": tries, "votes": len(p.votes)})

@@ -165,33 +165,18 @@ class EvalConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     min_gain: NonNegative = 0.0  # by which the best must be beaten
     patience: Optional = 0  # evaluations without such a gain after which training ends; 0: never
     stop_at: Share = 0.0  # exact match with the task's own demos at which training ends; 0: never
-    tokens: Count = 16384  # of a batch
 
 
 class SolveConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How tasks are answered: by `etrm eval` and `etrm solve`, whose options override it; chosen on the dev split."""
+    """How tasks are answered: by `etrm eval` and `etrm solve`, whose options override it."""
 
-    views: Count = 8  # symmetries and demo orders to vote over
-    other: Annotated[int, msgspec.Meta(ge=0)] = (
-        4  # one view in so many is proposed the demos' second answer, view 1 first; 0: none
-    )
-    vote: Literal["count", "probability", "demos"] = "count"  # see score.RULES
-    leave: Literal["never", "q", "stable"] = "never"  # when a view stops thinking, see etrm.think
-    stable: Count = 3  # ACT steps on end with the same answer after which "stable" leaves
-    steps: tuple[Count, ...] = ()  # ACT steps whose answers vote; none: the last one
-    noise: Annotated[float, msgspec.Meta(ge=0, le=1e6)] = (
-        0.0  # std of what is added to the states before each ACT step, for all samples of a view but the first
-    )
-    samples: Count = 1  # of a view: the one with the highest q votes
-    adapt: Literal["none", "context", "full", "joint"] = (
-        "none"  # from the demos alone, see solve.py
-    )
+    views: Count = 8  # symmetries and demo orders that vote
+    act_steps: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0  # of a view; 0: as trained
+    leave: Literal["never", "q"] = "never"  # q: a view ends when the halting head says so
+    adapt: Literal["none", "context", "full"] = "none"  # to the demos alone, see solve.py
     adapt_steps: Count = 60
-    adapt_lr: Annotated[float, msgspec.Meta(ge=0, le=1e6)] = (
-        0.0  # 0: 0.1 for a context, 1e-3 for weights
-    )
-    adapt_batch: Count = 16  # slots of a step of full and joint adaptation
-    adapt_weights: str = ".*"  # pattern of the parameters that full and joint adaptation train
+    adapt_lr: Annotated[float, msgspec.Meta(ge=0, le=1e6)] = 0.0  # 0: context 0.1, full 1e-3
+    adapt_batch: Count = 16  # slots of a step of full adaptation
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -119,7 +119,7 @@ def timelines(
         tree_map(lambda x: x.to(device, dtype), params),
     )
     queries, made = data.queries(packed, "test", cfg.data), dict[int, list[Step]]()
-    for part in train.portions(queries, cfg.model, cfg.eval.tokens):
+    for part in train.portions(queries, cfg.model, train.EVAL_TOKENS):
         batch = data.batch(
             packed,
             data.posed(packed, cfg.data, "test", data.chosen(queries, part)),
@@ -657,19 +657,19 @@ def status(place: int | None) -> str:
     )
 
 
-def entry(task: Task, p: score.Prediction, rule: str, line: Sequence[Step]) -> dict[str, Any]:
+def entry(task: Task, p: score.Prediction, line: Sequence[Step]) -> dict[str, Any]:
     """One query of the gallery: what was voted for, and how the answer formed (the task as it is, nothing adapted)."""
     x, y = task.queries[p.query]
-    place = None if y is None else score.judge(task, p, y, rule).place
+    place = None if y is None else score.judge(task, p, y).place
     ranked = [
         {
-            "grid": score.written(a.grid),
-            "votes": a.views,
+            "grid": score.grid_text(a.grid),
+            "votes": a.votes,
             "share": round(a.share, 4),
             "q": round(a.q, 4),
             "right": n == place,
         }
-        for n, a in enumerate(score.rank(p.votes, rule), 1)
+        for n, a in enumerate(score.rank(p.votes), 1)
         if n <= 8 or n == place
     ]
     steps = []
@@ -678,7 +678,7 @@ def entry(task: Task, p: score.Prediction, rule: str, line: Sequence[Step]) -> d
             "n": s.number,
             "q": round(s.q, 4),
             "entropy": round(s.entropy, 4),
-            "tokens": score.signs(s.tokens),
+            "tokens": score.canvas_text(s.tokens),
         }
         steps.append(said | {"whole": s.grid is not None})
     found = {
@@ -689,8 +689,8 @@ def entry(task: Task, p: score.Prediction, rule: str, line: Sequence[Step]) -> d
         "too_large": p.too_large,
     }
     return found | {
-        "input": score.written(x),
-        "target": score.written(y),
+        "input": score.grid_text(x),
+        "target": score.grid_text(y),
         "answers": ranked,
         "steps": steps,
     }
@@ -710,11 +710,9 @@ def gallery(
     made = score.read(file)
     if not made:
         return [], f"no gallery: {file.name} is empty"
-    rule, who = solver.cfg.solve.vote, voters(solver, made)
+    who = voters(solver, made)
     tasks = [t for ts in known.values() for t in ts]
     own = [p for p in made if p.source == who]
-    by_demos = all(v.demos is not None for p in own for v in p.votes)
-    rule = "count" if rule == "demos" and not by_demos else rule
     here = [p for p in score.joined(tasks, own) if p.votes or p.too_large]
     if not here:
         return (
@@ -728,20 +726,18 @@ def gallery(
     )  # says nothing of a task that is shown as it is
     lines = [None] * len(here) if table else timelines(solver.params, solver.cfg, asking)
     found = [
-        entry(of[p.task], p, rule, line.steps if line else ())
+        entry(of[p.task], p, line.steps if line else ())
         for p, line in zip(here, lines, strict=True)
     ]
-    cast = f"votes of {who}{'' if who == solver.source else ' (not these weights, or adapted)'}, ranked by {rule}"
+    cast = f"votes of {who}{'' if who == solver.source else ' (not these weights, or adapted)'}"
     others = len({p.source for p in made}) - 1
     asked = {p.task for p in here}
     if not any(y is not None for name in asked for _, y in of[name].queries):
         return found, f"{cast}; no output is known"
     scored = solve.judged(
-        [solver], {k: [t for t in ts if t.name in asked] for k, ts in known.items()}, here, rule
+        [solver], {k: [t for t in ts if t.name in asked] for k, ts in known.items()}, here
     )
-    held = {True: "held out", False: "NOT held out", None: "unknown whether held out"}[
-        scored["held_out"]
-    ]
+    held = "held out" if scored["held_out"] else "NOT held out"
     guard, n = checkpoint.warned(solver.meta), scored["n_tasks"]
     shares = ", ".join(f"pass@{k} {score.with_interval(scored[f'pass@{k}'], n)}" for k in (1, 2))
     said = (
@@ -763,7 +759,7 @@ def contexts(params: Params, cfg: Config, tasks: Sequence[Task]) -> tuple[list[i
         tree_map(lambda x: x.to(device, dtype), params.encoder),
     )
     rows, found = [], []
-    for part in train.portions(asked, cfg.model, cfg.eval.tokens):
+    for part in train.portions(asked, cfg.model, train.EVAL_TOKENS):
         batch = data.batch(
             packed,
             data.posed(packed, cfg.data, "test", data.chosen(asked, part)),
@@ -860,7 +856,7 @@ def page(folder: str | Path, chosen: Sequence[str] = ()) -> dict[str, Any]:
         f"; weights {solver.source} ({solver.path.name}, step {solver.meta.get('step', '?')})"
     )
     which = solver.cfg.data
-    known = solve.wanted(
+    known = solve.load_by_source(
         tuple(chosen) or which.dev, 0 if chosen else which.max_eval_tasks, hide=False
     )
     found["gallery"], said = gallery(solver, run.folder / "predictions.jsonl", known)
@@ -874,7 +870,7 @@ def page(folder: str | Path, chosen: Sequence[str] = ()) -> dict[str, Any]:
     found["space"] = space(solver, tasks, trained)
     drawn = {p["task"] for p in found["space"]["points"]} | {e["task"] for e in found["gallery"]}
     found["demos"] = {
-        t.name: [[score.written(g) for g in pair] for pair in t.demos]
+        t.name: [[score.grid_text(g) for g in pair] for pair in t.demos]
         for t in (*trained, *tasks)
         if t.name in drawn
     }
@@ -978,8 +974,8 @@ def columns(table: Sequence[dict[str, Any]]) -> str:
 
     def said(row: dict[str, Any], key: str) -> str:
         value: Any = row.get(key)
-        if sure := row.get(f"{key}95"):
-            return score.with_interval(value, row["n"], sure)
+        if f"{key}95" in row:
+            return score.with_interval(value, row["n"])
         return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
     lines = [

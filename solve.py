@@ -1,20 +1,19 @@
-"""Test-time adaptation, from demos alone: a search over the context, or a copy of the weights trained on.
+"""Tasks to predictions: votes of views, adaptation to the demos at test time, evaluation.
 
-Axes: B rows = views of queries, R demos asked one by one (leave-one-out), T context tokens, D hidden.
-After Bonnet & Macfarlane, "Searching Latent Program Spaces" (arXiv 2411.08706) and Akyürek et al., "The Surprising
-Effectiveness of Test-Time Training for Abstract Reasoning" (arXiv 2411.07279).
+Axes: B rows = views of queries, R demos asked from the others, T context tokens, D hidden.
+Adaptation is after Bonnet & Macfarlane, "Searching Latent Program Spaces" (arXiv 2411.08706: search
+over the context) and Akyürek et al., "The Surprising Effectiveness of Test-Time Training for
+Abstract Reasoning" (arXiv 2411.07279: train a copy of the weights).
 """
 
 from __future__ import annotations
 
-import datetime
-import functools
 import hashlib
+import importlib
 import json
 import math
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,626 +22,500 @@ import msgspec
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from . import baselines, checkpoint, config, data, etrm, score, sources, train
-from .checkpoint import described
 from .config import Config, InitConfig, UserError
 from .data import Symmetry, Task
 from .encoders import encoder_of
 from .etrm import Context, Encode, Params, tree_map
-from .optim import learning_rate, matched, update
-from .score import Answer, Prediction, Vote, rank
+from .optim import learning_rate, update
+from .score import Prediction, Vote
+
+# ---------------------------------------------------------------- demos as questions
 
 COPIES = 3  # of a single demo, under symmetries
-SCALE = 2.0**12  # of a loss in fp16, whose gradients would vanish
 
 
-def several(task: Task) -> Task:
-    """The demos alone, at least two: a single one is joined by copies of it under symmetries fixed by the task's content."""
-    demos = list(task.demos)
-    if len(demos) == 1:
-        key = int.from_bytes(sources.task_digest(Task("", demos, []))[:7], "little")
-        drawn = data.draw_symmetry(
-            data.uniform(11, key, data.VIEW, torch.arange(COPIES)), True, "keep_black"
-        )
-        turns = [Symmetry(*(x[i] for x in drawn)) for i in range(COPIES)]
-        demos += [(data.apply(s, demos[0][0]), data.apply(s, demos[0][1])) for s in turns]
-    return Task(task.name, demos, [])
+def demo_task(task: Task) -> Task:
+    """The demos alone, at least two: copies under symmetries fixed by its content join a single."""
+    first, *others = task.demos
+    copies = []
+    if not others:
+        key = int.from_bytes(data.task_digest(Task("", [first], []))[:7], "little")
+        u = data.uniform(11, key, data.VIEW, torch.arange(COPIES))
+        for s in map(Symmetry, *data.draw_symmetry(u, True, "keep_black")):
+            copies.append((data.apply(s, first[0]), data.apply(s, first[1])))
+    return Task(task.name, [*task.demos, *copies], [])
 
 
-class Asked(NamedTuple):
-    """Demos as questions, under the view of the row that they belong to."""
+class DemoQuestions(NamedTuple):
+    """Demos as queries, under the view of the row that they belong to."""
 
     batch: data.Batch
-    owner: Tensor  # (R,) the row
-
-
-def fixed(encode: Encode) -> Encode:
-    """The encoder itself. Raises UserError where there is no one context that could be searched."""
-    if encode.recur or encode.step:
-        raise UserError(
-            "solve: there is no one context to search (states in the carry, or no encoder): no --adapt context, no --vote demos"
-        )
-    return encode
-
-
-def given(said: Context) -> Encode:
-    """An encoder that has said it already."""
-    return Encode(lambda *_: said)
+    row: Tensor  # (R,)
 
 
 def ask_demos(
-    tasks: Sequence[Task],
-    rows: Sequence[int],
-    view: tuple[Symmetry, Tensor],
-    cfg: Config,
-    device: torch.device,
-) -> Asked:
-    """Every demo of the tasks of some rows, asked from the others, on a canvas that holds all of them."""
-    order = sorted(set(rows))
-    packed = data.pack([several(tasks[t]) for t in order], device)
+    tasks: Sequence[Task], view: tuple[Symmetry, Tensor], cfg: Config, device: torch.device
+) -> DemoQuestions:
+    """Every demo of each row's task, asked from the others, on a canvas that holds all of them."""
+    unique = list({id(t): t for t in tasks}.values())
+    packed = data.pack([demo_task(t) for t in unique], device)
     first = packed.first.tolist()
-    size = torch.stack(
-        [packed.grids[a:b, :, 1:].amax((0, 1)) for a, b in zip(first, first[1:], strict=False)]
-    )
-    canvas = data.snug(size, cfg.data)
-    owner: list[int] = []
-    pair: list[int] = []
-    for b, t in enumerate(rows):
-        if canvas[(k := order.index(t)), 0]:
-            pair += range(first[k], first[k + 1])
-            owner += [b] * (first[k + 1] - first[k])
-    of, at = torch.tensor(owner, dtype=torch.int64), torch.tensor(pair, dtype=torch.int64)
-    there = torch.ones_like(at, dtype=torch.bool)
-    asked = data.Queries(at, packed.task_of[at], there, canvas[packed.task_of[at]], there)
-    lots = torch.nn.functional.pad(view[1], (0, 99))[of, : 1 + int(packed.first.diff().max())]
-    turned = Symmetry(view[0].dihedral[of], view[0].colours[of])
-    episodes = data.posed(packed, cfg.data, "leave_one_out", asked, view=(turned, lots))
-    return Asked(data.batch(packed, episodes, cfg.model.raster), of.to(device))
+    size = [packed.grids[a:b, :, 1:].amax((0, 1)) for a, b in zip(first, first[1:], strict=False)]
+    canvas = data.snug(torch.stack(size), cfg.data)
+    rows, pairs = [], []
+    index = {id(t): k for k, t in enumerate(unique)}
+    for row, task in enumerate(tasks):
+        k = index[id(task)]
+        if canvas[k, 0]:
+            pairs += range(first[k], first[k + 1])
+            rows += [row] * (first[k + 1] - first[k])
+    row, pair = torch.tensor(rows, dtype=torch.int64), torch.tensor(pairs, dtype=torch.int64)
+    true, task_of = torch.ones_like(pair, dtype=torch.bool), packed.task_of[pair]
+    queries = data.Queries(pair, task_of, true, canvas[task_of], true)
+    lots = pad(view[1], (0, 99))[row, : 1 + int(packed.first.diff().max())]
+    turned = Symmetry(view[0].dihedral[row], view[0].colours[row])
+    episodes = data.posed(packed, cfg.data, "leave_one_out", queries, view=(turned, lots))
+    return DemoQuestions(data.batch(packed, episodes, cfg.model.raster), row.to(device))
+
+
+# ---------------------------------------------------------------- a search over the context
+
+FP16_SCALE = 2.0**12  # of a loss in fp16, whose gradients would vanish
+
+
+def constant(context: Context) -> Encode:
+    """An encoder that gives this context whatever it reads."""
+    return Encode(lambda *_: context)
 
 
 def likelihood(
-    params: Params, cfg: Config, asked: Asked, said: Context, rows: int
+    params: Params, cfg: Config, questions: DemoQuestions, context: Context, rows: int
 ) -> tuple[Tensor, Tensor]:
-    """(gradient of the summed loss of all ACT steps by the context tokens (R, T, D), where that is wanted, else zeros; (rows,)
-    mean log-probability of a demo's cell after the last step, 0 without demos). One step's graph is there at a time."""
-    context = said.tokens
-    model, grad = (
-        msgspec.structs.replace(cfg.model, q_weight=0.0),
-        torch.zeros(context.shape, device=context.device),
-    )
-    carry = etrm.fresh_carry(model, asked.batch.cells, context.dtype, context.device)
-    scale = SCALE if context.dtype == torch.float16 else 1.0
+    """(gradient (R, T, D) of the summed loss of all ACT steps by the context tokens, zeros where
+    that is not wanted; (rows,) mean log-probability of a demo's cell after the last step, 0 without
+    demos). One step's graph is alive at a time."""
+    tokens, batch = context.tokens, questions.batch
+    model = msgspec.structs.replace(cfg.model, q_weight=0.0)
+    grad = torch.zeros(tokens.shape, device=tokens.device)
+    carry = etrm.fresh_carry(model, batch.cells, tokens.dtype, tokens.device)
+    scale = FP16_SCALE if tokens.dtype == torch.float16 else 1.0
     for _ in range(cfg.model.halt_max_steps):
-        carry, out = etrm.act_step(params, model, given(said), carry, asked.batch, None)
-        loss = etrm.act_loss(model, out, asked.batch.labels, asked.batch.cells)
-        if context.requires_grad:
-            grad += torch.autograd.grad(loss.total.sum() * scale, [context])[0].float() / scale
-    sums = torch.zeros(2, rows, device=context.device)
-    sums.index_add_(1, asked.owner, torch.stack((loss.lm, torch.ones_like(loss.lm))))
+        carry, out = etrm.act_step(params, model, constant(context), carry, batch, None)
+        loss = etrm.act_loss(model, out, batch.labels, batch.cells)
+        if tokens.requires_grad:
+            grad += torch.autograd.grad(loss.total.sum() * scale, [tokens])[0].float() / scale
+    sums = torch.zeros(2, rows, device=tokens.device)
+    sums.index_add_(1, questions.row, torch.stack((loss.lm, torch.ones_like(loss.lm))))
     return grad, -sums[0] / sums[1].clamp(min=1)
 
 
-def explained(params: Params, cfg: Config, encode: Encode, asked: Asked, said: Context) -> Tensor:
-    """(B,) how well each row's own context tokens explain its demos; what an encoder says of cells it says of the demos' own."""
+def search_context(
+    params: Params, cfg: Config, encode: Encode, questions: DemoQuestions, context: Context,
+    deadline: float,
+) -> Context:  # fmt: skip
+    """The context plus the (B, T, D) that, added to the contexts of the *other* demos, makes each
+    demo likeliest: gradient steps from zero, the best kept row by row, so that no row's demos get
+    less likely. Rows do not depend on each other."""
+    if not len(questions.row):  # their canvas is too large
+        return context
     with torch.no_grad():
-        if not len(asked.owner):
-            return torch.zeros(len(said.tokens))
-        own = said._replace(tokens=said.tokens[asked.owner])
-        if said.cells is not None:
-            own = encode.read(params.encoder, asked.batch)._replace(tokens=own.tokens)
-        found = likelihood(params, cfg, asked, own, len(said.tokens))[1]
-        return found.nan_to_num(-1e9)
-
-
-def search(
-    params: Params, cfg: Config, encode: Encode, asked: Asked, said: Context, until: float
-) -> Context:
-    """The context with, on its tokens (B, T, D), what, added to the contexts of the *other* demos, makes each demo likeliest.
-
-    Gradient steps from nothing added, the best kept row by row, so no row's demos become less likely; rows do not
-    depend on each other."""
-    if not len(asked.owner):  # their canvas is too large
-        return said
-    with torch.no_grad():
-        base, context = encode.read(params.encoder, asked.batch), said.tokens
-    added = torch.zeros(context.shape, device=context.device)
-    best, kept = (
-        torch.full((len(context),), -torch.inf, device=context.device),
-        torch.zeros_like(added),
-    )
+        base = encode.read(params.encoder, questions.batch)
+    tokens = context.tokens
+    added = torch.zeros(tokens.shape, device=tokens.device)
+    best_added = torch.zeros_like(added)
+    best = torch.full((len(tokens),), -torch.inf, device=tokens.device)
     opt = torch.optim.Adam([added], lr=cfg.solve.adapt_lr or 0.1)
     for step in range(cfg.solve.adapt_steps + 1):
-        last = step == cfg.solve.adapt_steps or time.monotonic() > until
-        tried = (base.tokens + added.to(context.dtype)[asked.owner]).requires_grad_(not last)
+        last = step == cfg.solve.adapt_steps or time.monotonic() > deadline
+        moved = (base.tokens + added.to(tokens.dtype)[questions.row]).requires_grad_(not last)
         with torch.enable_grad():
-            grad, score = likelihood(params, cfg, asked, base._replace(tokens=tried), len(context))
-        better = score > best
-        best, kept = (
-            torch.where(better, score, best),
-            torch.where(better[:, None, None], added, kept),
-        )
+            moved_context = base._replace(tokens=moved)
+            grad, value = likelihood(params, cfg, questions, moved_context, len(tokens))
+        better = value > best
+        best = torch.where(better, value, best)
+        best_added = torch.where(better[:, None, None], added, best_added)
         if last:
             break
-        added.grad = torch.zeros_like(added).index_add_(
-            0, asked.owner, grad.nan_to_num(0.0, 0.0, 0.0)
-        )
+        finite = grad.nan_to_num(0.0, 0.0, 0.0)
+        added.grad = torch.zeros_like(added).index_add_(0, questions.row, finite)
         opt.step()
-    return said._replace(tokens=context + kept.to(context.dtype))
+    return context._replace(tokens=tokens + best_added.to(tokens.dtype))
 
 
-def recipe(cfg: Config, folder: str = "") -> Config:
-    """The run of a full or joint adaptation: training's own, on leave-one-out episodes of the demos."""
+# ---------------------------------------------------------------- a copy of the weights trained on
+
+
+def adaptation_config(cfg: Config) -> Config:
+    """The training run of a full adaptation: training's own, leave-one-out, on the task's demos."""
     if cfg.model.encoder.kind == "table":
         raise UserError("solve.adapt: a table's rows are its tasks': there is nothing to adapt")
-    replace, how = msgspec.structs.replace, cfg.solve
-    shards = 1 if train.undivided(cfg.model) else min(4, how.adapt_batch)
-    rest = () if how.adapt_weights == ".*" else (rf"(?!(?:{how.adapt_weights})$).*",)
+    replace, solve = msgspec.structs.replace, cfg.solve
+    shards = 1 if train.undivided(cfg.model) else min(4, solve.adapt_batch)
+    optimizer = {"lr": solve.adapt_lr or 1e-3, "warmup": 0, "final_lr": 0.1, "freeze_until": {}}
+    steps = {"batch": solve.adapt_batch, "shards": shards, "steps": solve.adapt_steps}
     return replace(
         cfg,
-        run=replace(cfg.run, dir=folder, track=""),
         init_from=InitConfig(),
         data=replace(cfg.data, query="leave_one_out"),
-        optimizer=replace(
-            cfg.optimizer,
-            lr=how.adapt_lr or 1e-3,
-            warmup=0,
-            final_lr=0.1,
-            freeze=(*cfg.optimizer.freeze, *rest),
-            freeze_until={},
-        ),
-        train=replace(
-            cfg.train,
-            batch=how.adapt_batch,
-            shards=shards,
-            steps=how.adapt_steps,
-            save_every=100,
-            keep_every=0,
-        ),
-        eval=replace(
-            cfg.eval,
-            on="train",
-            foreign=False,
-            every=500,
-            weights=("raw",),
-            patience=0,
-            stop_at=1.0,
-        ),
+        optimizer=replace(cfg.optimizer, **optimizer),
+        train=replace(cfg.train, **steps),
+        eval=replace(cfg.eval, on="train", foreign=False),
     )
 
 
-def prepared(params: Params, cfg: Config, tasks: Sequence[Task]) -> train.Setup:
-    """A setup whose weights are a copy of these and whose tasks have nothing but demos. Raises UserError on a pattern of no weights."""
-    matched("solve.adapt_weights", cfg.solve.adapt_weights, etrm.leaves(params))
-    s = train.setup(cfg, given=tasks)
-    own = {
-        k: v.detach().to(s.device, torch.float32).clone() for k, v in etrm.leaves(params).items()
-    }
-    return s._replace(
-        params={k: v.requires_grad_(s.params[k].requires_grad) for k, v in own.items()}
-    )
-
-
-def tuned(params: Params, cfg: Config, task: Task, until: float) -> Params:
-    """Weights trained on the task's demos until all slots were right three steps on end, or the steps or the time are over;
-    the same weights where no demo can be asked, for none fits the canvas of the others."""
-    cfg, task = recipe(cfg), several(task)
-    asked = data.queries(data.pack([task]), cfg.data.query, cfg.data)
-    if not asked.fits.any() or time.monotonic() > until:
+def adapt_weights(params: Params, cfg: Config, task: Task, deadline: float) -> Params:
+    """Weights trained on the task's demos until all slots were right in three steps running, or the
+    steps or the time are over. The same weights where no demo fits the canvas of the others."""
+    cfg, task = adaptation_config(cfg), demo_task(task)
+    queries = data.queries(data.pack([task]), cfg.data.query, cfg.data)
+    if not queries.fits.any() or time.monotonic() > deadline:
         return params
-    s = prepared(params, cfg, [task])
-    state, trained, solved = (
-        train.fresh_state(cfg, s),
-        [p for p in s.params.values() if p.requires_grad],
-        0,
-    )
+    setup = train.setup(cfg, given=[task])
+    copy = {}
+    for path, weight in etrm.leaves(params).items():
+        copy[path] = weight.detach().to(setup.device, torch.float32).clone()
+        copy[path].requires_grad_(setup.params[path].requires_grad)
+    setup = setup._replace(params=copy)
+    state, trained = train.fresh_state(cfg, setup), [p for p in copy.values() if p.requires_grad]
+    right = 0  # steps running in which all slots were
     for step in range(1, cfg.train.steps + 1):
         scale = state.facts["scale"]
-        state.carries, grads, sums, *_ = train.one_step(s, cfg, state.carries, scale)
+        state.carries, grads, sums, *_ = train.one_step(setup, cfg, state.carries, scale)
         torch._foreach_mul_(grads, 1 / scale)
-        norm = update(
-            state.opts,
-            trained,
-            grads,
-            learning_rate(cfg.optimizer, step, cfg.train.steps),
-            cfg.optimizer.clip,
-        )
+        lr = learning_rate(cfg.optimizer, step, cfg.train.steps)
+        norm = update(state.opts, trained, grads, lr, cfg.optimizer.clip)
         state.facts["scale"] = scale if norm.isfinite() else max(1.0, scale / 2)
-        row = train.metrics_row(sums)
-        solved = solved + 1 if row["all/exact"] == 1 else 0
-        if solved == 3 or time.monotonic() > until:
+        right = right + 1 if train.metrics_row(sums)["all/exact"] == 1 else 0
+        if right == 3 or time.monotonic() > deadline:
             break
-    return etrm.rebuild(s.like, {k: v.detach() for k, v in s.params.items()})
+    return etrm.rebuild(setup.like, {k: v.detach() for k, v in copy.items()})
 
 
-def tuned_jointly(
-    params: Params, cfg: Config, tasks: Sequence[Task], folder: Path, limit: float
-) -> tuple[Params, float]:
-    """(weights trained on the demos of all tasks together, seconds that took): a run of its own, which goes on where it was
-    interrupted and ends early when all demos are solved or after `limit` seconds. limit 0: what it has so far."""
-    cfg, last = recipe(cfg, str(folder)), folder / "last.safetensors"
-    if limit <= 0 and not last.exists():
-        raise UserError(
-            f"{folder}: absent, though weights that it had have voted: put it there, or start another --predictions file"
-        )
-    if not (
-        last.exists() and (limit <= 0 or described(folder)["state"] in ("done", "eval.stop_at"))
-    ):
-        s = prepared(params, cfg, [several(t) for t in tasks])
-        ran = train.fit(cfg, resume=bool(checkpoint.manifests(folder)), limit=limit, s=s)
-        if ran.get("stopped") not in (None, "eval.stop_at", "time limit"):
-            raise KeyboardInterrupt
-    return checkpoint.load(last).params, json.loads(checkpoint.manifests(folder)[-1].read_text())[
-        "seconds"
-    ]
+# ---------------------------------------------------------------- views of queries to votes
 
 
-# ---------------------------------------------------------------- solve
+def grids_of(task: Task) -> list[np.ndarray]:
+    return [x for pair in (*task.demos, *task.queries) for x in pair if x is not None]
+
+
+class Questions(NamedTuple):
+    """Every query of some tasks, a row each; outputs are hidden."""
+
+    tasks: Sequence[Task]
+    packed: data.Tasks  # on the device
+    queries: data.Queries
+    number: list[int]  # of the query among those of its task
+    table_row: Tensor | None  # (tasks,) of each task in a table of tasks
+
+    def task(self, row: int) -> Task:
+        return self.tasks[int(self.queries.task[row])]
+
+    def side(self, row: int) -> int:
+        """Of a canvas for the demos and the query's input."""
+        task = self.task(row)
+        grids = grids_of(task._replace(queries=[task.queries[self.number[row]]]))
+        return max(max(x.shape) for x in grids)
+
+
+def questions_of(params: Params, cfg: Config, tasks: Sequence[Task], views: int) -> Questions:
+    """All queries of tasks, on the device. Raises UserError when a task has no query."""
+    for task in tasks:
+        if not task.queries:
+            raise UserError(f"task {task.name}: has no query (no test pair) to answer")
+    hidden = [t._replace(queries=[(x, None) for x, _ in t.queries]) for t in tasks]
+    packed = data.pack(hidden, train.hardware(cfg)[0])
+    queries = data.queries(packed, "test", cfg.data)
+    number = queries.pair - packed.first[queries.task] - packed.n_demos[queries.task]
+    table_row = baselines.numbers(params, cfg, hidden, views)
+    return Questions(hidden, packed, queries, number.tolist(), table_row)
+
+
+class Posed(NamedTuple):
+    """Some views of queries as the model is asked them."""
+
+    batch: data.Batch
+    symmetry: Symmetry  # (B,)
+    lots: Tensor  # (B, 1 + M) that order the demos
+    canvas: list[tuple[int, int]]
+
+
+def pose(questions: Questions, cfg: Config, units: Sequence[tuple[int, int]]) -> Posed:
+    """The batch of some (row of the questions, view)."""
+    drawn = [score.view(questions.task(r), questions.number[r], v, cfg.data) for r, v in units]
+    symmetry = Symmetry(*(torch.stack([s[i] for s, _ in drawn]) for i in range(2)))
+    lots = pad_sequence([u for _, u in drawn], batch_first=True)
+    queries = data.chosen(questions.queries, torch.tensor([r for r, _ in units]))
+    table_row = None
+    if questions.table_row is not None:
+        view = torch.tensor([v for _, v in units])
+        owner = questions.table_row[queries.task]
+        symmetry = data.row_symmetry(cfg.data, cfg.run.seed, owner, view)
+        table_row = owner * cfg.data.symmetries + view
+    episodes = data.posed(questions.packed, cfg.data, "test", queries, view=(symmetry, lots))
+    episodes = episodes._replace(row=table_row)
+    batch = data.batch(questions.packed, episodes, cfg.model.raster)
+    return Posed(batch, symmetry, lots, [(h, w) for h, w in episodes.canvas.tolist()])
+
+
+def grid_of(logits: Tensor, canvas: tuple[int, int], back: Symmetry) -> np.ndarray | None:
+    """The answer on a canvas, in the task's own frame; None where no whole grid was given, or
+    something else than numbers (but -inf, for a token that a model cannot say)."""
+    if not logits.amax(-1).isfinite().all():  # the maximum of a row with a NaN is NaN
+        return None
+    grid = data.untokenise(logits.argmax(-1).view(*canvas).cpu().numpy())
+    return None if grid is None else data.apply(back, grid)
+
+
+def answer_batch(
+    params: Params, cfg: Config, questions: Questions, units: Sequence[tuple[int, int]],
+    deadline: float,
+) -> list[tuple[Vote, np.ndarray]]:  # fmt: skip
+    """Each (row, view)'s vote and canvas of tokens; params are in the compute dtype."""
+    posed, encode = pose(questions, cfg, units), encoder_of(cfg.model)
+    device, dtype = train.hardware(cfg)
+    if cfg.solve.adapt == "context":
+        if encode.recur or encode.step:
+            raise UserError("solve.adapt: this model has no single context to search")
+        with torch.no_grad():
+            context = encode.read(params.encoder, posed.batch)
+        tasks, view = [questions.task(r) for r, _ in units], (posed.symmetry, posed.lots)
+        demos = ask_demos(tasks, view, cfg, device)
+        encode = constant(search_context(params, cfg, encode, demos, context, deadline))
+    steps = cfg.solve.act_steps or cfg.model.halt_max_steps
+    out, spent = etrm.think(params, cfg.model, encode, posed.batch, dtype, steps, cfg.solve.leave)
+    back, answers = data.inverse(posed.symmetry), []
+    q = out.q_halt.float().nan_to_num(-1e9).tolist()
+    for b, logits in enumerate(out.logits.float().split(posed.batch.cells)):
+        canvas = posed.canvas[b]
+        grid = grid_of(logits, canvas, Symmetry(back.dihedral[b], back.colours[b]))
+        vote = Vote(grid, q[b], units[b][1], int(spent[b]))
+        answers.append((vote, logits.argmax(-1).view(*canvas).cpu().numpy()))
+    return answers
 
 
 Key = tuple[str, int, int]  # (hash of a task, query, view)
 
 
-def jitter(
-    std: float, keys: Sequence[tuple[int, ...]]
-) -> Callable[[int, Sequence[int], etrm.Carry], etrm.Carry]:
-    """For `think`: before each step but the first, noise drawn from (key of the slot, step); a key that ends in 0 gets none."""
-
-    def stir(step: int, slots: Sequence[int], carry: etrm.Carry) -> etrm.Carry:
-        noise = []
-        for slot, n in zip(slots, carry.tokens, strict=True):
-            u = data.uniform(
-                1, *keys[slot], data.NOISE, step, torch.arange(2 * n * carry.z_H.shape[1])
-            ).squeeze(-1)
-            gauss = torch.erfinv((2 * u - 1).clamp(-1 + 1e-12, 1 - 1e-12)) * math.sqrt(2)
-            noise.append((gauss * (std if keys[slot][-1] else 0.0)).view(2, n, -1))
-        added = torch.cat(noise, 1).to(carry.z_H)
-        return carry._replace(z_H=carry.z_H + added[0], z_L=carry.z_L + added[1])
-
-    return stir if std else lambda step, slots, carry: carry
-
-
-def vote_of(cfg: Config, logits: Tensor, canvas: tuple[int, int], back: Symmetry) -> Vote:
-    """The answer on a canvas, in the task's own frame, and its log-probability: of its cells and of its border. No answer
-    where no whole grid was given, or something else than numbers (but -inf, for a token that a model cannot say)."""
-    tokens = logits.float().argmax(-1).view(*canvas).cpu().numpy()
-    numbers = bool(logits.amax(-1).isfinite().all())  # the maximum of a row with a NaN is NaN
-    grid = data.untokenise(tokens) if numbers else None
-    if grid is None:
-        return Vote(None)
-    label = (
-        torch.from_numpy(data.tokenise(grid.astype("uint8"), canvas))
-        .long()
-        .flatten()
-        .to(logits.device)
-    )
-    log_p = etrm.log_prob(cfg.model, logits).gather(-1, label[:, None]).squeeze(-1)
-    return Vote(data.apply(back, grid), logp=float(log_p[label != data.PAD].sum()))
-
-
-Said = dict[tuple[int, int], tuple[Tensor, float]]  # (row, ACT step): logits, q
-
-
-def thoughts(
-    params: Params,
-    cfg: Config,
-    encode: etrm.Encode,
-    batch: data.Batch,
-    dtype: torch.dtype,
-    keys: Sequence[tuple[int, ...]],
-) -> tuple[Said, list[int]]:
-    """What each row says after each ACT step, and after how many it is done; keys of the rows' noise."""
-    said: Said = {}
-
-    def look(step: int, slots: Sequence[int], out: etrm.Output) -> None:
-        cells = [batch.cells[s] for s in slots]
-        for slot, logits, q in zip(
-            slots, out.logits.split(cells), out.q_halt.nan_to_num(-1e9).tolist(), strict=True
-        ):
-            said[slot, step] = logits, q
-
-    stir = jitter(cfg.solve.noise if cfg.solve.samples > 1 else 0.0, keys)
-    how, steps = cfg.solve, cfg.model.halt_max_steps
-    _, spent = etrm.think(
-        params, cfg.model, encode, batch, dtype, steps, how.leave, look, stir, how.stable
-    )
-    return said, spent.tolist()
-
-
-def from_demos(
-    params: Params, cfg: Config, encode: etrm.Encode, batch: data.Batch, tasks: Sequence[Task], rows: Sequence[int],
-    view: tuple[Symmetry, Tensor], until: float,
-) -> tuple[etrm.Encode, list[float | None]]:  # fmt: skip
-    """(encoder to answer with, how well its context explains the demos of each row), where the config asks for either."""
-    how, explains = cfg.solve, [None] * len(rows)
-    if how.adapt != "context" and how.vote != "demos":
-        return encode, [*explains]
-    with torch.no_grad():
-        said = fixed(encode).read(params.encoder, batch)
-    questions = ask_demos(tasks, rows, view, cfg, said.tokens.device)
-    if how.adapt == "context":
-        said = search(params, cfg, encode, questions, said, until)
-    if how.vote == "demos":
-        explains = explained(params, cfg, encode, questions, said).tolist()
-    return given(said), [*explains]
-
-
 def predictions(
     params: Params, cfg: Config, tasks: Sequence[Task], views: Sequence[int], source: str = "",
-    done: Collection[Key] = (), until: float = math.inf,
-) -> Iterator[tuple[list[Prediction], float]]:  # fmt: skip
-    """Batch by batch, what these views say of every query of the tasks, and the share of the work that is done.
+    done: Collection[Key] = (), deadline: float = math.inf,
+) -> Iterator[list[Prediction]]:  # fmt: skip
+    """Batch by batch, the votes of these views for every query of the tasks, small canvases first.
 
-    Views in `done` are left out; after `until` (time.monotonic) no batch begins. Outputs of queries are not looked at.
-    Small canvases come first. Raises UserError when a task has no query.
-    """
-    for task in tasks:
-        if not task.queries:
-            raise UserError(f"task {task.name}: has no query (no test pair) to answer")
-    tasks = [t._replace(queries=[(x, None) for x, _ in t.queries]) for t in tasks]
+    Views in `done` are left out; after `deadline` (time.monotonic) no batch begins. Outputs of
+    queries are not looked at. Raises UserError when a task has no query."""
     device, dtype = train.hardware(cfg)
-    own = baselines.numbers(params, cfg, tasks, max(views, default=-1) + 1)
-    cast, encode = tree_map(lambda x: x.to(device, dtype), params), encoder_of(cfg.model)
-    packed, hashes = data.pack(tasks, device), [score.task_hash(t) for t in tasks]
-    asked = data.queries(packed, "test", cfg.data)
-    number = (asked.pair - packed.first[asked.task] - packed.n_demos[asked.task]).tolist()
-    of = asked.task.tolist()
-    nothing = [
-        Prediction(tasks[t].name, n, hashes[t], [], source=source)
-        for t, n in zip(of, number, strict=True)
+    questions = questions_of(params, cfg, tasks, max(views, default=-1) + 1)
+    blank = [
+        Prediction((t := questions.task(r)).name, n, score.task_hash(t), [], source=source)
+        for r, n in enumerate(questions.number)
     ]
-    todo = [
-        (r, v) for r, p in enumerate(nothing) for v in views if (p.hash, p.query, v) not in done
-    ]
-    units = [(r, v) for r, v in todo if asked.canvas[r, 0]]
-    if lost := sorted({r for r, _ in todo} - {r for r, _ in units}):
-        yield (
-            [nothing[r]._replace(too_large=canvas_for(tasks[of[r]], number[r])) for r in lost],
-            0.0,
-        )
-    samples = cfg.solve.samples if cfg.solve.noise else 1
-    asks = cfg.solve.adapt == "context" or cfg.solve.vote == "demos"  # each demo, too
-    copies = torch.tensor([samples * (1 + asks * len(tasks[of[r]].demos)) for r, _ in units])
-    each_row = data.chosen(asked, torch.tensor([r for r, _ in units]).long())
+    todo = [(r, v) for r, p in enumerate(blank) for v in views if (p.hash, p.query, v) not in done]
+    units = [(r, v) for r, v in todo if questions.queries.canvas[r, 0]]
+    lost = sorted({r for r, _ in todo} - {r for r, _ in units})
+    if lost:
+        yield [blank[r]._replace(too_large=questions.side(r)) for r in lost]
+    searched = cfg.solve.adapt == "context"  # then each demo is asked, too
+    copies = torch.tensor([1 + searched * len(questions.task(r).demos) for r, _ in units])
+    each_row = data.chosen(questions.queries, torch.tensor([r for r, _ in units]).long())
     work = copies * (cfg.model.context_tokens + each_row.canvas.prod(1))
-    parts, finished, whole = (
-        train.portions(each_row, cfg.model, cfg.eval.tokens, copies),
-        0,
-        int(work.sum()),
-    )
-
-    def ask(part: Tensor, share: float) -> tuple[dict[int, list[Vote]], dict[int, np.ndarray]]:
-        """By row, the votes, and the canvas of view 0."""
-        mine = [units[i] for i in part.tolist()]
-        rows = [r for r, _ in mine for _ in range(samples)]
-        seen = [
-            score.view(tasks[of[r]], number[r], v, cfg.data)
-            for r, v in mine
-            for _ in range(samples)
-        ]
-        symmetry = Symmetry(*(torch.stack([s[i] for s, _ in seen]) for i in range(2)))
-        if own is not None:
-            owner, k = (
-                own[[of[r] for r in rows]],
-                torch.tensor([v for _, v in mine for _ in range(samples)]),
-            )
-            symmetry = data.row_symmetry(cfg.data, cfg.run.seed, owner, k)
-        turn = symmetry, torch.nn.utils.rnn.pad_sequence([u for _, u in seen], batch_first=True)
-        episodes = data.posed(
-            packed, cfg.data, "test", data.chosen(asked, torch.tensor(rows)), view=turn
-        )
-        episodes = (
-            episodes if own is None else episodes._replace(row=owner * cfg.data.symmetries + k)
-        )
-        batch = data.batch(packed, episodes, cfg.model.raster)
-        answering, explains = from_demos(
-            cast, cfg, encode, batch, tasks, [of[r] for r in rows], turn, share
-        )
-        keys = [
-            (int(hashes[of[r]][:13], 16), number[r], v, k) for r, v in mine for k in range(samples)
-        ]
-        said, spent = thoughts(cast, cfg, answering, batch, dtype, keys)
-        back, found, first = data.inverse(symmetry), {r: list[Vote]() for r, _ in mine}, {}
-        for i, (r, v) in enumerate(mine):
-            b = max(range(i * samples, (i + 1) * samples), key=lambda j: (said[j, spent[j]][1], -j))
-            canvas = tuple(episodes.canvas[b].tolist())
-            for step in sorted({min(s, spent[b]) for s in cfg.solve.steps} or {spent[b]}):
-                logits, q = said[b, step]
-                vote = vote_of(cfg, logits, canvas, Symmetry(back.dihedral[b], back.colours[b]))
-                found[r].append(
-                    vote._replace(q=q, demos=explains[b], view=v, step=step, source=source)
-                )
-            if v == 0:
-                first[r] = said[b, spent[b]][0].argmax(-1).view(*canvas).cpu().numpy()
-        return found, first
-
+    parts = train.portions(each_row, cfg.model, train.EVAL_TOKENS, copies)
+    cast, left = tree_map(lambda x: x.to(device, dtype), params), int(work.sum())
     for now in (parts[i : i + train.THREADS] for i in range(0, len(parts), train.THREADS)):
-        if time.monotonic() > until:
+        begun = time.monotonic()
+        if begun > deadline:
             return
-        begun, due = time.monotonic(), sum(int(work[part].sum()) for part in now)
-        share = begun + (until - begun) * due / (whole - finished)
-        said = train.side_by_side(functools.partial(ask, share=share), now, device)
-        finished += due
-        each = (time.monotonic() - begun) / sum(map(len, now))
-        for found, first in said:
-            made = [(r, vs, each * len({v.view for v in vs})) for r, vs in found.items()]
-            yield (
-                [
-                    nothing[r]._replace(votes=vs, canvas=first.get(r), seconds=t)
-                    for r, vs, t in made
-                ],
-                finished / whole,
-            )
+        due = sum(int(work[part].sum()) for part in now)
+        share = begun + (deadline - begun) * due / left
+        left -= due
+
+        def ask(part: Tensor, share: float = share) -> list[tuple[Vote, np.ndarray]]:
+            mine = [units[i] for i in part.tolist()]
+            return answer_batch(cast, cfg, questions, mine, share)
+
+        answers = train.side_by_side(ask, now, device)
+        seconds = (time.monotonic() - begun) / sum(map(len, now))
+        for part, votes in zip(now, answers, strict=True):
+            by_row: dict[int, Prediction] = {}
+            for i, (vote, canvas) in zip(part.tolist(), votes, strict=True):
+                p = by_row.get(units[i][0], blank[units[i][0]])
+                by_row[units[i][0]] = p._replace(
+                    votes=[*p.votes, vote._replace(source=source)],
+                    canvas=canvas if vote.view == 0 else p.canvas,
+                    seconds=p.seconds + seconds,
+                )
+            yield list(by_row.values())
 
 
-def canvas_for(task: Task, query: int) -> int:
-    """The side that the task's demos and the query's input would take."""
-    return max(
-        max(x.shape) for x in (*(x for pair in task.demos for x in pair), task.queries[query][0])
-    )
-
-
-def predict(
-    params: Params, cfg: Config, tasks: Task | Sequence[Task], views: int | None = None
-) -> list[Prediction]:
-    """Answers to every query of the tasks under so many views each, adapted as the config says, in order of tasks and queries."""
-    given = [tasks] if isinstance(tasks, Task) else list(tasks)
-    numbers, made = range(views or cfg.solve.views), []
-    if cfg.solve.adapt == "joint":
-        raise UserError(
-            "solve.adapt: joint adaptation is a run of its own: etrm eval --adapt joint"
-        )
-    if cfg.solve.adapt == "full":
-        for task in given:
-            for part, _ in predictions(tuned(params, cfg, task, math.inf), cfg, [task], numbers):
-                made += part
-    else:
-        for part, _ in predictions(params, cfg, given, numbers):
-            made += part
-    return score.joined(given, made)
-
-
-# ---------------------------------------------------------------- a checkpoint against a set of tasks
+# ---------------------------------------------------------------- solvers
 
 
 class Solver(NamedTuple):
-    """A checkpoint and how it is asked: who casts a vote."""
+    """A checkpoint and how it is asked."""
 
     path: Path
-    params: Params
     cfg: Config
+    source: str  # hash of the weights and of all else that its answers depend on
+    params: Params
     meta: dict[str, Any]
-    source: str  # hash of the weights and of all that its answers depend on
-    spent: float = 0.0  # seconds of joint adaptation for each query
+    pairs: Tensor  # (N, 16) uint8 digests of the pairs that it was trained on
 
 
-FREE = ("train.device", "train.dtype", "eval.tokens", "solve.")
+class HandMade(NamedTuple):
+    """A solver without weights; votes as a checkpoint does."""
+
+    path: Path  # its name
+    cfg: Config
+    source: str
+    predict: Callable[[Sequence[Task], Sequence[int]], Iterator[list[Prediction]]]
+
+
+SOLVERS = {"experts": "etrm_arc.extras.experts"}  # name: a module with `predict`
+FREE = ("train.device", "train.dtype", "solve.")  # of a checkpoint's config
+
+
+def digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+def pairs_of(c: checkpoint.Checkpoint, cfg: Config) -> Tensor:  # until checkpoints carry them
+    if hasattr(c, "pairs"):
+        return c.pairs
+    tasks = sources.prepare(cfg.data)[0]
+    pairs = [(x, y) for t in tasks for x, y in (*t.demos, *t.queries) if y is not None]
+    digests = b"".join(map(sources.pair_digest, pairs)) if len(pairs) < 1000 else bytes(16)
+    return torch.from_numpy(np.frombuffer(digests, np.uint8).reshape(-1, 16).copy())
 
 
 def opened(path: str | Path, sets: Sequence[str] = (), weights: str = "ema") -> Solver:
-    """A checkpoint with the config it was trained with; `sets` may change where and how tasks are answered."""
+    """A checkpoint with the config it was trained with; `sets` may change FREE fields."""
     c = checkpoint.load(path)
     raw = c.meta["config"]
     for item in sets:
         if not item.partition("=")[0].strip().startswith(FREE):
             raise UserError(
-                f"--set {item}: of a checkpoint's config train.device, train.dtype, eval.tokens and solve.* may change"
+                f"--set {item}: of a checkpoint's config only {', '.join(FREE)}* may change"
             )
         config.set_item(raw, item)
     cfg = config.parse_config(raw, str(c.path))
-    if (cfg.solve.noise > 0) != (cfg.solve.samples > 1):
-        raise UserError(
-            "solve.noise, solve.samples: noise is for samples to differ in, one does nothing without the other"
-        )
     params = c.ema if weights == "ema" else c.params
-    how = {k: v for k, v in msgspec.to_builtins(cfg.solve).items() if k not in ("views", "vote")}
-    learns = [cfg.optimizer, cfg.run.seed] if cfg.solve.adapt in ("full", "joint") else []
-    rest = [cfg.solve.vote == "demos", cfg.model, cfg.data, *learns]
-    said = json.dumps([how, *msgspec.to_builtins(rest), str(train.hardware(cfg)[1])])
-    return Solver(
-        c.path, params, cfg, c.meta, short(checkpoint.digest_of(etrm.leaves(params), said))
-    )
+    how = {k: v for k, v in msgspec.to_builtins(cfg.solve).items() if k != "views"}
+    learns = [cfg.optimizer, cfg.run.seed] if cfg.solve.adapt == "full" else []
+    rest = msgspec.to_builtins([cfg.model, cfg.data, *learns])
+    text = json.dumps([how, *rest, str(train.hardware(cfg)[1])])
+    source = digest(checkpoint.digest_of(etrm.leaves(params), text))
+    return Solver(c.path, cfg, source, params, c.meta, pairs_of(c, cfg))
 
 
-def short(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+def solver_of(
+    name: str | Path, sets: Sequence[str] = (), weights: str = "ema"
+) -> Solver | HandMade:
+    """A checkpoint that can be asked, or a hand-made solver by its name."""
+    if str(name) in SOLVERS and not Path(name).exists():
+        module = importlib.import_module(SOLVERS[str(name)])
+        raw: dict[str, Any] = {}
+        for item in sets:
+            config.set_item(raw, item)
+        cfg = config.parse_config(raw, str(name))
+        return HandMade(Path(name), cfg, module.SOURCE, module.predict)
+    solver = opened(name, sets, weights)
+    if not all(x.isfinite().all() for x in etrm.leaves(solver.params).values()):
+        raise UserError(f"{solver.path}: its weights are no numbers (NaN): the run diverged")
+    return solver
 
 
-ADAPTED = {
-    "none": "no adaptation",
-    "context": "context search",
-    "full": "full adaptation task by task",
-    "joint": "joint adaptation, TRANSDUCTIVE",
-}
-
-
-class Question(NamedTuple):
-    """What `answer` is to find out, and where it puts it."""
-
-    tasks: list[Task]  # their outputs hidden
-    views: range
-    file: Path  # predictions.jsonl
-    made: list[Prediction]  # what stands in it
-    deadline: float = math.inf  # time.monotonic
-
-
-def missing(solver: Solver, ask: Question) -> tuple[list[Task], set[Key]]:
-    """(tasks of which some view was not asked yet, the views that were)."""
-    own = [p for p in ask.made if p.source == solver.source]
+def answer(
+    solver: Solver | HandMade, tasks: Sequence[Task], views: Sequence[int],
+    lines: Sequence[Prediction] = (), deadline: float = math.inf,
+) -> Iterator[list[Prediction]]:  # fmt: skip
+    """Batch by batch, the solver's predictions that do not stand in the lines yet."""
     done = {
         (p.hash, p.query, v)
-        for p in own
-        for v in (ask.views if p.too_large else {x.view for x in p.votes})
+        for p in lines
+        if p.source == solver.source
+        for v in (views if p.too_large else [x.view for x in p.votes])
     }
-    wanting = lambda t, key: any(
-        (key, i, v) not in done for i in range(len(t.queries)) for v in ask.views
-    )  # noqa: E731
-    return [t for t in ask.tasks if wanting(t, score.task_hash(t))], done
+    todo = []
+    for t in tasks:
+        key, queries = score.task_hash(t), range(len(t.queries))
+        if any((key, i, v) not in done for i in queries for v in views):
+            todo.append(t)
+    if isinstance(solver, HandMade):
+        for part in solver.predict(todo, views):
+            yield part
+            if time.monotonic() > deadline:
+                return
+    elif solver.cfg.solve.adapt == "full":
+        yield from answer_adapted(solver, todo, views, done, deadline)
+    elif todo:
+        yield from predictions(
+            solver.params, solver.cfg, todo, views, solver.source, done, deadline
+        )
 
 
-def jointly(solver: Solver, ask: Question, everyone: Sequence[Task]) -> Solver:
-    """The solver after joint adaptation to everyone's demos, in at most 0.8 of the time; as it was where nothing is to be asked.
-
-    Who votes also depends on these tasks. Once there are votes the weights stay as they are."""
-    solver = solver._replace(source=short(solver.source + sources.set_hash(everyone)))
-    if not missing(solver, ask)[0]:
-        return solver
-    begun = any(p.source == solver.source for p in ask.made)
-    limit = 0.0 if begun else max(1e-3, 0.8 * (ask.deadline - time.monotonic()))
-    folder = ask.file.with_name(f"joint-{solver.source}")
-    params, seconds = tuned_jointly(solver.params, solver.cfg, everyone, folder, limit)
-    return solver._replace(params=params, spent=seconds / sum(len(t.queries) for t in everyone))
-
-
-def answer(solver: Solver, ask: Question, say: Callable[[float], None]) -> None:
-    """Ask for the views that are not in the file yet; each batch is on disk before the next begins."""
-    todo, done = missing(solver, ask)
-    alone = solver.cfg.solve.adapt == "full"
-    groups = [[t] for t in todo] if alone else [todo] if todo else []
-    cells = [
-        max(x.size for pair in (*g[0].demos, *g[0].queries) for x in pair if x is not None)
-        for g in groups
-    ]
-    met: set[tuple[str, int]] = set()
-    for n, group in enumerate(groups):
-        begun, params, spent, until = time.monotonic(), solver.params, solver.spent, ask.deadline
-        if alone and data.queries(data.pack(group), "test", solver.cfg.data).canvas[:, 0].any():
-            # each task has its share of the time, by the cells of its largest grid, and learns at most four fifths of that
-            share_of = (until - begun) * cells[n] / sum(cells[n:])
-            params = tuned(params, solver.cfg, group[0], begun + 0.8 * share_of)
-            spent = (time.monotonic() - begun) / len(group[0].queries)
-        for part, share in predictions(
-            params, solver.cfg, group, ask.views, solver.source, done, until
-        ):
-            # once a query: what all tasks had together, with its first view; what it had alone, whenever it is asked again
-            first = [(p.task, p.query) not in met if alone else p.canvas is not None for p in part]
-            met |= {(p.task, p.query) for p in part}
-            part = [
-                p._replace(seconds=p.seconds + spent * now)
-                for p, now in zip(part, first, strict=True)
-            ]
-            score.append(ask.file, part)
-            ask.made.extend(part)
-            say((n + share) / len(groups))
+def answer_adapted(
+    solver: Solver, tasks: Sequence[Task], views: Sequence[int], done: Collection[Key],
+    deadline: float,
+) -> Iterator[list[Prediction]]:  # fmt: skip
+    """Task by task, with weights adapted to it. Each has its share of the time, by the cells of its
+    largest grid, and learns in at most four fifths of that."""
+    cells = [max(x.size for x in grids_of(t)) for t in tasks]
+    for n, task in enumerate(tasks):
+        begun = time.monotonic()
+        if begun > deadline:
+            return
+        share = (deadline - begun) * cells[n] / sum(cells[n:])
+        params = adapt_weights(solver.params, solver.cfg, task, begun + 0.8 * share)
+        spent = dict.fromkeys(
+            range(len(task.queries)), (time.monotonic() - begun) / len(task.queries)
+        )
+        for part in predictions(params, solver.cfg, [task], views, solver.source, done, deadline):
+            yield [p._replace(seconds=p.seconds + spent.pop(p.query, 0.0)) for p in part]
 
 
-def wanted(chosen: Sequence[str], limit: int, hide: bool) -> dict[str, list[Task]]:
-    """The first `limit` tasks (0: all), source by source. A task of which an earlier source has a demo under the same id is left
-    out (ARC-2 repeats six of ARC-1's, changed); a wholly other one gets a name of its own, as in `sources.load`."""
-    found: dict[str, list[Task]] = {}
+def predict(
+    params: Params, cfg: Config, tasks: Task | Sequence[Task], views: int = 0
+) -> list[Prediction]:
+    """Votes for every query of the tasks, in order, under so many views each (0: as configured)."""
+    tasks = [tasks] if isinstance(tasks, Task) else list(tasks)
+    solver = Solver(Path(), cfg, "", params, {}, torch.zeros(0, 16, dtype=torch.uint8))
+    parts = answer(solver, tasks, range(views or cfg.solve.views))
+    return score.joined(tasks, [p for part in parts for p in part])
+
+
+def answers(
+    name: str | Path, task_file: str, sets: Sequence[str] = ()
+) -> list[tuple[Task, list[tuple[Prediction, list[score.Answer]]]]]:
+    """Each task of a file with, per query, the votes and the ranked answers."""
+    solver, tasks = solver_of(name, sets), sources.load([task_file], hide=True)
+    parts = answer(solver, tasks, range(solver.cfg.solve.views))
+    joint = score.joined(tasks, [p for part in parts for p in part])
+    return [(t, [(p, score.rank(p.votes)) for p in joint if p.task == t.name]) for t in tasks]
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def load_by_source(names: Sequence[str], limit: int, hide: bool) -> dict[str, list[Task]]:
+    """The first `limit` tasks (0: all), source by source.
+
+    A task of which an earlier source has a demo under the same id is left out (ARC-2 repeats six of
+    ARC-1's, changed); another task of that id gets a name of its own, as in `sources.load`."""
+    tasks: dict[str, list[Task]] = {}
     seen: dict[str, Task] = {}
-    for source in dict.fromkeys(chosen):
-        found[source] = []
+    for source in dict.fromkeys(names):
+        tasks[source] = []
         for task in sources.load([source], hide=hide):
             name, twin = sources.free_name(task, seen), seen.get(task.name)
-            if (
-                name not in seen
-                and not (twin and sources.akin(twin, task))
-                and len(seen) < (limit or math.inf)
-            ):
+            repeated = name in seen or (twin is not None and sources.akin(twin, task))
+            if not repeated and len(seen) < (limit or math.inf):
                 seen[name] = task._replace(name=name)
-                found[source].append(seen[name])
-    return found
+                tasks[source].append(seen[name])
+    return tasks
 
 
 def shard_of(tasks: Sequence[Task], shard: str) -> list[Task]:
@@ -653,273 +526,205 @@ def shard_of(tasks: Sequence[Task], shard: str) -> list[Task]:
     return list(tasks[int(i) - 1 :: int(n)])
 
 
-def place_of(path: Path) -> Path:
-    """The folder of a checkpoint, or this one where nothing can be written there."""
-    return path.parent if os.access(path.parent, os.W_OK) else Path()
+def predictions_path(solver: Solver | HandMade) -> Path:
+    """predictions.jsonl in the solver's run folder; runs/<name> here where it has none."""
+    folder = solver.path.parent
+    if not ((folder / "run.json").is_file() and os.access(folder, os.W_OK)):
+        folder = Path("runs") / solver.path.stem
+    return folder / "predictions.jsonl"
 
 
-def lines_file(option: str, path: str | Path) -> Path:
+def jsonl(option: str, path: str | Path) -> Path:
     """Where predictions can be kept: what has another ending is read as a submission."""
     if Path(path).suffix != ".jsonl":
         raise UserError(f"{option} {path}: must end in .jsonl")
     return Path(path)
 
 
-def evaluate(
-    paths: Sequence[str | Path], data_sources: Sequence[str] = (), sets: Sequence[str] = (), weights: str = "ema",
-    predictions_file: str = "", budget: float = math.inf, shard: str = "1/1", submit: str = "",
-    say: Callable[[float], None] = lambda done: None,
-) -> dict[str, Any]:  # fmt: skip
-    """Ask checkpoints (which vote together), then score: what was on disk before any output of a query was looked at.
-
-    The default data is the dev split of the first, whose rule of voting is that of all. budget: seconds, after which no
-    batch begins. Predictions that the file holds already are not made again. Without any known output there are
-    predictions but no scores. `submit` is written first of all, and again whenever there is more to say.
-    """
-    deadline, first = time.monotonic() + budget, opened(paths[0], sets, weights)
-    how = first.cfg.solve
-    solvers = [first, *(opened(p, [*sets, f"solve.vote={how.vote}"], weights) for p in paths[1:])]
-    chosen = tuple(data_sources) or first.cfg.data.dev
-    if not chosen:
-        raise UserError(
-            f"{first.path}: was trained without a dev split; name the tasks with --data"
-        )
-    load = functools.partial(wanted, chosen, 0 if data_sources else first.cfg.data.max_eval_tasks)
-    named = load(hide=True)
-    tasks = [t for ts in named.values() for t in shard_of(ts, shard)]
-    if not tasks:
-        raise UserError(f"--shard {shard}: no task is left")
-    file = lines_file(
-        "--predictions", predictions_file or place_of(first.path) / "predictions.jsonl"
-    )
-    ask = Question(
-        tasks, range(how.views), file, score.read(file) if file.exists() else [], deadline
-    )
-
-    def heard() -> list[Prediction]:
-        by = {s.source for s in solvers}
-        here = score.joined(tasks, ask.made, lambda v: v.source in by and v.view < how.views)
-        if submit:
-            checkpoint.write_text(Path(submit), json.dumps(score.submission(tasks, here, how.vote)))
-        return here
-
-    heard()  # what cannot be written is said before hours have gone by
-    everyone = [t for ts in named.values() for t in ts]
-    solvers = [jointly(s, ask, everyone) if s.cfg.solve.adapt == "joint" else s for s in solvers]
-    for views in (
-        [ask.views]
-        if budget == math.inf or any(s.cfg.solve.adapt == "full" for s in solvers)
-        else rounds_of(how.views)
-    ):
-        for k, solver in enumerate(solvers):
-            before, part = views.start + k * len(views) / len(solvers), len(views) / len(solvers)
-            if time.monotonic() < deadline:
-                answer(
-                    solver,
-                    ask._replace(views=views),
-                    lambda done, a=before, b=part: say((a + b * done) / how.views),
-                )  # type: ignore[misc]
-        here = heard()
-    if not any(p.votes or p.too_large for p in here):
-        raise UserError(f"--budget: {budget / 60:g} minutes are not enough for a single view")
-    adapted = " and ".join(sorted({ADAPTED[s.cfg.solve.adapt] for s in solvers}))
-    result: dict[str, Any] = {
-        "data": list(chosen),
-        "views": how.views,
-        "weights": weights,
-        "adaptation": adapted,
-    }
-    result |= {
-        "checkpoints": [str(s.path) for s in solvers],
-        "step": first.meta.get("step"),
-        "predictions": str(file),
-    }
-    result |= {
-        "votes": sum(len(p.votes) for p in here),
-        "seconds_per_task": sum(p.seconds for p in here) / len(tasks),
-    }
-    result["too_large"] = sum(p.too_large > 0 for p in here)
-    result["guard"] = "; ".join(
-        sorted({str(msgspec.convert(s.meta["finding"], sources.Finding)) for s in solvers})
-    )
-    result |= {"submission": submit} if submit else {}
-    return result | judged(
-        solvers, {k: shard_of(ts, shard) for k, ts in load(hide=False).items()}, here, how.vote
-    )
-
-
 def rounds_of(views: int) -> list[range]:
-    """1, 1, 2, 4 ... more views each, so that a budget that ends early was spent on all queries alike."""
+    """1, 1, 2, 4 ... more views each: a budget that ends early was spent on all queries alike."""
     edges = [0, *(1 << i for i in range(views.bit_length()) if 1 << i < views), views]
     return [range(a, b) for a, b in zip(edges, edges[1:], strict=False)]
 
 
+def votes_of(
+    lines: Sequence[Prediction], solvers: Sequence[Solver | HandMade], views: int
+) -> list[Prediction]:
+    """The lines of some solvers, with the votes of the first views."""
+    chosen = []
+    for p in lines:
+        votes = [v for v in p.votes if v.view < views]
+        if p.source in {s.source for s in solvers} and (votes or not p.votes):
+            seconds = p.seconds * len(votes) / max(1, len(p.votes))
+            chosen.append(p._replace(votes=votes, seconds=seconds))
+    return chosen
+
+
+ADAPTED = {"none": "no adaptation", "context": "context search", "full": "full adaptation"}
+
+
+def evaluate(
+    names: Sequence[str | Path], data_sources: Sequence[str] = (), sets: Sequence[str] = (),
+    weights: str = "ema", predictions_file: str = "", budget: float = math.inf, shard: str = "1/1",
+    submit: str = "", say: Callable[[float], None] = lambda share: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Ask solvers, which vote together, then score what is on disk: no output is seen before that.
+
+    The default data is the dev split of the first, whose number of views is that of all. budget:
+    seconds, after which no batch begins. Predictions that the file holds are not made again.
+    Without any known output there are predictions but no scores. `submit` is written first of all,
+    and again whenever there is more to say."""
+    deadline = time.monotonic() + budget
+    solvers = [solver_of(name, sets, weights) for name in names]
+    first, views = solvers[0], solvers[0].cfg.solve.views
+    chosen = tuple(data_sources) or first.cfg.data.dev
+    if not chosen:
+        raise UserError(f"{first.path}: trained without a dev split; name the tasks with --data")
+    limit = 0 if data_sources else first.cfg.data.max_eval_tasks
+    load_by_source(
+        chosen, limit, hide=False
+    )  # an output that is no grid is found now, not at the end
+    hidden = load_by_source(chosen, limit, hide=True)
+    tasks = [t for ts in hidden.values() for t in shard_of(ts, shard)]
+    if not tasks:
+        raise UserError(f"--shard {shard}: no task is left")
+    for task in tasks:
+        if not task.queries:
+            raise UserError(f"task {task.name}: has no query (no test pair) to answer")
+    file = jsonl("--predictions", predictions_file or predictions_path(first))
+    lines = score.read(file) if file.exists() else []
+
+    def joint() -> list[Prediction]:
+        """One prediction per query from what is on disk; the submission follows it."""
+        found = score.joined(tasks, votes_of(lines, solvers, views))
+        if submit:
+            checkpoint.write_text(Path(submit), json.dumps(score.submission(tasks, found)))
+        return found
+
+    wanted = len(solvers) * views * sum(len(t.queries) for t in tasks)
+    votes = sum(len(p.votes) for p in joint())  # a submission that cannot be written is found now
+    together = budget == math.inf or any(s.cfg.solve.adapt == "full" for s in solvers)
+    for part in [range(views)] if together else rounds_of(views):
+        for solver in solvers:
+            for made in answer(solver, tasks, part, lines, deadline):
+                score.append(file, made)
+                lines += made
+                votes += sum(len(p.votes) or len(part) for p in made)
+                say(min(1.0, votes / wanted))
+        predictions = joint()
+    if not any(p.votes or p.too_large for p in predictions):
+        raise UserError(f"--budget: {budget / 60:g} minutes are not enough for a single view")
+    known = {k: shard_of(ts, shard) for k, ts in load_by_source(chosen, limit, hide=False).items()}
+    scores = judged(solvers, known, predictions)
+    if "pass@2" in scores and len({type(s) for s in solvers}) > 1:
+        everything = [t for ts in known.values() for t in ts]
+        scores["by_solver"] = {
+            str(s.path): score.score(everything, score.joined(tasks, votes_of(lines, [s], views)))
+            for s in solvers
+        }
+    steps = [v.step for p in predictions for v in p.votes if v.step]
+    learned = [s for s in solvers if isinstance(s, Solver)]
+    ways = {ADAPTED[s.cfg.solve.adapt] if isinstance(s, Solver) else "hand-made" for s in solvers}
+    guards = {str(msgspec.convert(s.meta["finding"], sources.Finding)) for s in learned}
+    return {
+        "data": list(chosen), "views": views, "weights": weights, "predictions": str(file),
+        "checkpoints": [str(s.path) for s in solvers], "adaptation": " and ".join(sorted(ways)),
+        "step": learned[0].meta.get("step") if learned else None,
+        "guard": "; ".join(sorted(guards)),
+        "votes": sum(len(p.votes) for p in predictions),
+        "act_steps": sum(steps) / len(steps) if steps else None,
+        "seconds_per_task": sum(p.seconds for p in predictions) / len(tasks),
+        "too_large": sum(p.too_large > 0 for p in predictions),
+        **({"submission": submit} if submit else {}), **scores,
+    }  # fmt: skip
+
+
 def judged(
-    solvers: Sequence[Solver], known: dict[str, list[Task]], here: Sequence[Prediction], rule: str
+    solvers: Sequence[Solver | HandMade],
+    known: dict[str, list[Task]],
+    predictions: Sequence[Prediction],
 ) -> dict[str, Any]:
-    """Scores of predictions, of each source where there are several, and what they are worth; {} without known outputs."""
+    """Scores of predictions, of each source where there are several, whether the tasks were held
+    out, and the number of this held-out evaluation; nothing of it without known outputs."""
     tasks = [t for ts in known.values() for t in ts]
-    if not any(y is not None for t in tasks for _, y in t.queries):
-        return {"unanswered": sum(not p.votes for p in here)}
-    result = score.score(tasks, here, rule)
+    scored = [k for k, ts in known.items() if any(y is not None for t in ts for _, y in t.queries)]
+    if not scored:
+        return {"unanswered": sum(not p.votes for p in predictions)}
+    result = score.score(tasks, predictions)
     if len(known) > 1:
-        names = {k: {t.name for t in ts} for k, ts in known.items()}
-        own = {k: [p for p in here if p.task in names[k]] for k in known}
-        scored = [
-            k for k, ts in known.items() if any(y is not None for t in ts for _, y in t.queries)
-        ]
-        result["by_source"] = {k: score.score(known[k], own[k], rule) for k in scored}
-    clean = [held_out(s.cfg, s.meta, tasks) for s in solvers]
-    result["held_out"] = False if False in clean else None if None in clean else True
-    kept_out = [x for s in solvers for x in s.cfg.data.held_out]
-    return result | looked({place_of(s.path) for s in solvers}, kept_out, known, result["pass@2"])
+        names = {k: {t.name for t in known[k]} for k in scored}
+        parts = {k: [p for p in predictions if p.task in names[k]] for k in scored}
+        result["by_source"] = {k: score.score(known[k], parts[k]) for k in scored}
+    learned = [s for s in solvers if isinstance(s, Solver)]
+    if learned:
+        result["held_out"] = all(held_out(s.pairs, tasks) for s in learned)
+    kept_out = [x for s in learned for x in s.cfg.data.held_out]
+    return result | score.count_evaluation(known, kept_out, result["pass@2"])
 
 
-def held_out(cfg: Config, meta: dict[str, Any], tasks: Sequence[Task]) -> bool | None:
-    """Whether no evaluated task shares a pair with what was trained on, now or in what training started from; None where
-    the training data is not here."""
-    found = [unseen(cfg, meta, tasks)]
-    for a in meta.get("ancestors", ()):
-        found.append(
-            a["held_out"]
-            if "held_out" in a
-            else held_out(config.parse_config(a["config"], ""), a, tasks)
-        )
-    return False if False in found else None if None in found else True
+SHARED_CELLS = 20  # of an equal pair that is no chance
 
 
-def unseen(cfg: Config, meta: dict[str, Any], tasks: Sequence[Task]) -> bool | None:
-    """As `held_out`, of the training set alone."""
-    try:
-        trained, _, _ = sources.prepare(cfg.data)
-    except UserError:
-        return None
-    if sources.set_hash(trained) != meta["data"]:
-        return None
-    try:
-        sources.guard(trained, [], tasks, "refuse", sources.MIN_SHARED_CELLS)
-    except UserError:
-        return False
+def held_out(pairs: Tensor, tasks: Sequence[Task]) -> bool:
+    """Whether none of the tasks has a pair of 20 cells or more, or all its demos, among the pairs
+    (N, 16) that were trained on."""
+    trained = {bytes(row) for row in pairs.numpy()}
+    for task in tasks:
+        known = [(x, y) for x, y in (*task.demos, *task.queries) if y is not None]
+        shared = [sources.pair_digest(pair) in trained for pair in known]
+        cells = [x.size + y.size for (x, y), same in zip(known, shared, strict=True) if same]
+        if max(cells, default=0) >= SHARED_CELLS or all(shared[: len(task.demos)]):
+            return False
     return True
 
 
-@functools.cache
-def hashes_of(source: str) -> frozenset[str]:
-    return frozenset(score.task_hash(t) for t in sources.load([source], hide=True))
-
-
-def looked(
-    folders: Collection[Path], kept_out: Sequence[str], known: dict[str, list[Task]], value: float
-) -> dict[str, int | None]:
-    """Count a look at held-out tasks (ARC's two evaluation sets and a config's own) in looks.jsonl of each folder.
-
-    "look": how often the task seen most often was looked at by now; None where that could not be counted; {} where none
-    of the tasks is held out."""
-    every = ("arc1:evaluation", "arc2:evaluation", *kept_out)
-    there = [
-        x
-        for x in every
-        if x in sources.EMBEDDED or x.startswith(sources.GENERATED) or Path(x).exists()
-    ]
-    held = frozenset().union(*map(hashes_of, there))
-    seen = sorted(
-        {short(key) for ts in known.values() for t in ts if (key := score.task_hash(t)) in held}
-    )
-    row = {
-        "data": list(known),
-        "pass@2": value,
-        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-    counts = []
-    for folder in folders if seen else ():
-        try:
-            with open(folder / "looks.jsonl", "a+", encoding="utf-8") as f:
-                f.write(json.dumps(row | {"tasks": seen}) + "\n")
-                f.seek(0)
-                so_far = Counter(key for line in f for key in data.parsed(line)["tasks"])
-            counts.append(max(so_far[key] for key in seen))
-        except (OSError, ValueError, KeyError):
-            return {"look": None}
-    return {"look": max(counts)} if counts else {}
-
-
 def merge(
-    files: Sequence[Path], chosen: Sequence[str], rule: str, out: str = "", submit: str = ""
+    files: Sequence[Path], chosen: Sequence[str], out: str = "", submit: str = ""
 ) -> dict[str, Any]:
-    """Join predictions and submissions into one file; for tasks of the sources given, into a submission and scores."""
+    """Join predictions and submissions into one file; for tasks of the sources given, into a
+    submission and scores."""
     if submit and not chosen:
         raise UserError("--submission: name the tasks with --data")
-    target = lines_file("--output", out) if out else None
-    made = [p for f in files for p in score.read(f)]
-    hidden = [t for ts in wanted(chosen, 0, True).values() for t in ts]
-    here = score.joined(hidden, made) if chosen else list(score.union(made).values())
-    if not any(p.votes for p in here):
+    target = jsonl("--output", out) if out else None
+    known = load_by_source(chosen, 0, hide=False)
+    hidden = [t for ts in load_by_source(chosen, 0, hide=True).values() for t in ts]
+    lines = [p for file in files for p in score.read(file)]
+    joint = score.joined(hidden, lines)
+    if not chosen:
+        joint = [score.union(group[0], group) for group in score.by_query(lines).values()]
+    if not any(p.votes for p in joint):
         raise UserError(f"{', '.join(map(str, files))}: no vote for any of the tasks")
-    result: dict[str, Any] = {
-        "files": [str(f) for f in files],
-        "votes": sum(len(p.votes) for p in here),
-        "queries": len(here),
-    }
-    result["unanswered"] = sum(not p.votes for p in here)
     if target:
-        checkpoint.write_text(
-            target,
-            "".join(score.to_line(p) + "\n" for p in score.by_source(score.union(made).values())),
-        )
+        texts = dict.fromkeys(score.to_line(p) + "\n" for p in lines)
+        checkpoint.write_text(target, "".join(texts))
     if submit:
-        checkpoint.write_text(Path(submit), json.dumps(score.submission(hidden, here, rule)))
-    known = wanted(chosen, 0, False)
-    if not any(y is not None for ts in known.values() for t in ts for _, y in t.queries):
-        return result
-    result |= score.score([t for ts in known.values() for t in ts], here, rule)
-    return result | looked({place_of(files[0])}, (), known, result["pass@2"])
+        checkpoint.write_text(Path(submit), json.dumps(score.submission(hidden, joint)))
+    return {
+        "files": [str(f) for f in files],
+        "votes": sum(len(p.votes) for p in joint),
+        "queries": len(joint),
+        **judged((), known, joint),
+    }
 
 
-def answers(
-    path: str | Path, task_file: str, sets: Sequence[str] = ()
-) -> list[tuple[Task, list[tuple[Prediction, list[Answer]]]]]:
-    """Each task of a file with, per query, the ranked answers."""
-    solver = opened(path, sets)
-    tasks = sources.load([task_file], hide=True)
-    by_task: dict[str, list[tuple[Prediction, list[Answer]]]] = {}
-    for p in predict(solver.params, solver.cfg, tasks):
-        by_task.setdefault(p.task, []).append((p, rank(p.votes, solver.cfg.solve.vote)))
-    return [(t, by_task[t.name]) for t in tasks]
+# ---------------------------------------------------------------- the overfit gate
 
-
-PUBLISHED = "published, 32 tasks, augmented, from a pretrained decoder: 86 % of cells (61,440 sample-steps); no exact match given"
+PUBLISHED = "published, 32 tasks, augmented, from a pretrained decoder: 86 % of cells, not of grids"
 
 
 def overfit(cfg: Config, fit: Callable[[Config], dict[str, Any]]) -> dict[str, Any]:
-    """Train as the config says, then ask every pair of the training set with the raw weights, and name the wrong ones."""
+    """Train as the config says; the last evaluation of the training set itself, as text too."""
     folder, again = Path(cfg.run.dir), 1
-    while checkpoint.manifests(folder):  # a measurement starts anew and overwrites nothing
+    while (folder / "run.json").exists():  # a measurement starts anew and overwrites nothing
         again += 1
         folder = Path(f"{cfg.run.dir}-{again}")
     cfg = msgspec.structs.replace(cfg, run=msgspec.structs.replace(cfg.run, dir=str(folder)))
-    ran = fit(cfg)
-    c = checkpoint.load(Path(cfg.run.dir) / "last.safetensors")
-    tasks, _, _ = sources.prepare(cfg.data)
-    device, dtype = train.hardware(cfg)
-    packed = data.pack(tasks, device)
-    asked = data.queries(packed, cfg.data.query, cfg.data)
-    here = (tree_map(lambda x: x.to(device), p) for p in (c.params, c.ema))
-    raw, ema = (train.probe(p, cfg, packed, cfg.data.query, dtype) for p in here)
-    wrong = [
-        f"{tasks[t].name}[{p - int(packed.first[t])}]"
-        for p, t in ((p, int(packed.task_of[p])) for p in raw["wrong"])
-    ]
-    sizes, guard = data.histogram(asked.canvas.amax(1)), checkpoint.warned(c.meta)
-    text = (
-        f"{len(tasks)} tasks, {raw['n']} pairs asked, canvases {', '.join(f'{k}: {v}' for k, v in sizes.items())}\n"
-        f"raw weights: exact match {score.with_interval(raw['exact'], raw['n'])}, cells {100 * raw['cell_accuracy']:.2f} %; "
-        f"EMA: {score.with_interval(ema['exact'], ema['n'])}, {100 * ema['cell_accuracy']:.2f} %\n"
-        f"{ran['step']} steps, {ran['samples']:,} sample-steps, {ran['seconds']:.0f} s\n"
-        f"wrong: {', '.join(wrong) or 'none'}\n{PUBLISHED}"
-    ) + (f"\nguard: {guard}" if guard else "")
-    return {
-        "exact_match": raw["exact"], "cell_accuracy": raw["cell_accuracy"], "steps": ran["step"],
-        "interval95": {"exact_match": score.wilson(raw["exact"], raw["n"])},
-        "seconds": ran["seconds"], "samples": ran["samples"], "pairs": raw["n"], "wrong": wrong,
-        "ema": {"exact_match": ema["exact"], "cell_accuracy": ema["cell_accuracy"]}, "text": text,
-    }  # fmt: skip
+    row = fit(cfg)
+    lines = [f"{row['step']} steps, {row['samples']:,} sample-steps, {row['seconds']:.0f} s"]
+    result: dict[str, Any] = {k: row[k] for k in ("samples", "seconds")} | {"steps": row["step"]}
+    for weights in cfg.eval.weights:
+        exact, cells, n = (row[f"train/{weights}/own/{k}"] for k in ("exact", "cell_accuracy", "n"))
+        result |= {"pairs": int(n), weights: {"exact_match": exact, "cell_accuracy": cells}}
+        shares = f"exact match {score.with_interval(exact, int(n))}, cells {100 * cells:.2f} %"
+        lines.append(f"{weights} weights: {shares}")
+    return result | {"text": "\n".join([*lines, PUBLISHED])}

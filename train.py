@@ -450,6 +450,9 @@ def gaps(found: dict[str, float], cfg: Config, trained: dict[str, float]) -> dic
     return row
 
 
+EVAL_TOKENS = 16384  # of an evaluation batch
+
+
 def portions(
     asked: data.Queries, cfg: ModelConfig, tokens: int, times: Tensor | None = None
 ) -> list[Tensor]:
@@ -502,7 +505,7 @@ def probe(
         )
 
     side_by_side(
-        answer, portions(asked, cfg.model, cfg.eval.tokens)[rank::world], tasks.cells.device
+        answer, portions(asked, cfg.model, EVAL_TOKENS)[rank::world], tasks.cells.device
     )
     if world > 1:  # each row was answered by one process, all others hold its zero
         every = torch.stack((lm, cells, exact)).to(tasks.cells.device)

@@ -68,7 +68,7 @@ def batches(
     ]
     units = units[:: max(1, len(units) // limit)][:limit] if limit else units
     rows, made = torch.tensor([r for r, _ in units]), []
-    for part in train.portions(data.chosen(asked, rows), cfg.model, cfg.eval.tokens):
+    for part in train.portions(data.chosen(asked, rows), cfg.model, train.EVAL_TOKENS):
         seen = []
         for r, v in (units[i] for i in part.tolist()):
             t = int(asked.task[r])

@@ -37,6 +37,12 @@ def decode(value: str) -> Any:
         return value
 
 
+@pytest.fixture(scope="session", autouse=True)
+def state_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Counts of held-out evaluations are not the user's."""
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+
+
 @pytest.fixture(scope="session")
 def golden() -> Callable[[str], Golden]:
     """name -> (tensors, metadata) of tests/golden/<name>.safetensors, read anew at each call."""

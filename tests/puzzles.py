@@ -214,11 +214,12 @@ def with_solve(cfg, **fields):
 
 def told(predictions):
     return [
-        (p.task, p.query, [(v.view, v.step, v.q, v.logp, score.written(v.grid)) for v in p.votes])
+        (p.task, p.query, [(v.view, v.step, v.q, score.grid_text(v.grid)) for v in p.votes])
         for p in predictions
     ]
 
 
 def lines(file):
     """What stands in a file of predictions, the clock aside."""
-    return told(score.union(score.read(file)).values())
+    groups = score.by_query(score.read(file)).values()
+    return told(score.union(group[0], group) for group in groups)

@@ -1,184 +1,164 @@
-"""Predictions that depend on nothing they should not see, go on where they stopped, and say what they are worth."""
+"""Predictions that depend on nothing they should not see, go on where they stopped, and are scored.
+
+And adaptation to a task: from its demos alone, on a copy of the weights, within its time."""
 
 import json
-import re
+import os
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
 import pytest
 import torch
-import typer
-from typer.testing import CliRunner
 
-from etrm_arc import checkpoint, cli, config, data, etrm, score, solve, sources, train
+from etrm_arc import checkpoint, data, etrm, score, solve, sources, train
 from etrm_arc.config import UserError
-from etrm_arc.data import Symmetry, Task
+from etrm_arc.data import Task
 from etrm_arc.etrm import leaves
+from etrm_arc.score import Prediction, Vote
 from etrm_arc.tests.puzzles import SET, lines, tasks_of_all, told, with_solve
 
-ROOT = Path(__file__).parents[1]
+FOREVER = float("inf")
+ALL = [str(SET)]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """What is written into the working folder is a test's own."""
+    monkeypatch.chdir(tmp_path)
+
+
+def evaluate(name, file="p.jsonl", sources=ALL, sets=(), **options):
+    names = [name] if isinstance(name, (str, Path)) else name
+    return solve.evaluate(names, sources, sets, predictions_file=str(file), **options)
+
+
+def copy_of(run, file, change=lambda x: x, **fields):
+    """A checkpoint beside a run: its weights changed, fields of its config (table__name) too."""
+    c = checkpoint.load(run)
+    for key, value in fields.items():
+        table, _, name = key.partition("__")
+        c.meta["config"][table][name] = value
+    trees = {"params": c.params, "ema": c.ema}
+    weights = {
+        f"{k}.{path}": change(v) for k, tree in trees.items() for path, v in leaves(tree).items()
+    }
+    checkpoint.save(Path(file), weights, c.meta)
+    return Path(file)
+
+
+def written(folder, tasks, spoil=lambda output: output):
+    """A folder of the tasks, their outputs spoilt; None: left out."""
+    folder.mkdir(exist_ok=True)
+    for t in tasks:
+        raw = {"train": [{"input": x.tolist(), "output": y.tolist()} for x, y in t.demos]}
+        raw["test"] = [{"input": x.tolist(), "output": spoil(y.tolist())} for x, y in t.queries]
+        raw["test"] = [{k: v for k, v in pair.items() if v is not None} for pair in raw["test"]]
+        (folder / f"{t.name}.json").write_text(json.dumps(raw))
+    return str(folder)
+
+
+def close(file):
+    return sorted((p[0], p[1], [(v[0], v[3]) for v in p[2]]) for p in lines(Path(file)))
 
 
 # ---------------------------------------------------------------- what a prediction may depend on
 
 
 def test_predictions_do_not_depend_on_hidden_outputs_or_on_the_other_tasks(run):
-    s = solve.opened(run)
-    tasks = tasks_of_all()
-    hidden = [t._replace(queries=[(x, None) for x, _ in t.queries]) for t in tasks]
+    s, tasks = solve.opened(run), tasks_of_all()
     noise = [t._replace(queries=[(x, 9 - x[:1, :1]) for x, _ in t.queries]) for t in tasks]
     full = solve.predict(s.params, s.cfg, tasks)
-    assert (
-        told(full)
-        == told(solve.predict(s.params, s.cfg, noise))
-        == told(solve.predict(s.params, s.cfg, hidden))
-    )
+    assert told(full) == told(solve.predict(s.params, s.cfg, noise))
     assert all(len(p.votes) == 3 for p in full)
-    for task, p in zip(tasks[:2], full, strict=False):
-        alone = solve.predict(s.params, s.cfg, task)[0]
-        for a, b in zip(alone.votes, p.votes, strict=True):
-            assert (a.grid is None) == (b.grid is None) and a.q == pytest.approx(b.q, abs=1e-4)
+    [alone] = solve.predict(s.params, s.cfg, tasks[0])
+    for a, b in zip(alone.votes, full[0].votes, strict=True):
+        assert (a.grid is None) == (b.grid is None) and a.q == pytest.approx(b.q, abs=1e-4)
 
 
-@pytest.mark.parametrize("adapted", ["none", "context", "full", "joint"])
+@pytest.mark.parametrize("adapted", ["none", "context", "full"])
 def test_solutions_replaced_by_noise_change_no_prediction(run, tmp_path, adapted):
-    """Through the command's own path, files and all: what is on disk is the same, the score is not."""
-    found = []
+    """Through the command's own path, files and all: what is on disk is the same."""
+    sets = [f"solve.adapt={adapted}", "solve.adapt_steps=2", "solve.adapt_batch=6"]
     for name, spoil in (("true", lambda y: y), ("noise", lambda y: [[9 - y[0][0]]])):
-        (tmp_path / name).mkdir()
-        for file in SET.glob("*.json"):
-            raw = json.loads(file.read_text())
-            raw["test"] = [{"input": p["input"], "output": spoil(p["output"])} for p in raw["test"]]
-            (tmp_path / name / file.name).write_text(json.dumps(raw))
-        sets = [f'solve.adapt="{adapted}"', "solve.adapt_steps=2", "solve.adapt_batch=6"]
-        file = tmp_path / f"{name}.jsonl"
-        solve.evaluate([run], [str(tmp_path / name)], sets, predictions_file=str(file))
-        found.append(lines(file))
-    assert found[0] == found[1] and len(found[0]) == 6
+        folder = written(tmp_path / name, tasks_of_all(), spoil)
+        evaluate(run, f"{name}.jsonl", [folder], sets)
+    assert lines(Path("true.jsonl")) == lines(Path("noise.jsonl"))
+    assert len(lines(Path("true.jsonl"))) == 6
 
 
-def copying(monkeypatch, canvas_of=lambda batch: batch.inputs):
-    """A model that answers with its input."""
+@pytest.mark.parametrize(
+    ("dihedral", "colours"), [(True, "all"), (True, "keep_black"), (False, "fixed")]
+)
+def test_an_oracle_scores_one_under_every_set_of_symmetries(run, monkeypatch, dihedral, colours):
+    """Of tasks whose output is their input, the model that copies is the oracle."""
 
-    def think(params, cfg, encode, batch, dtype, steps, leave, look, before, stable):
+    def think(params, cfg, encode, batch, dtype, steps, *rest):
         q = torch.zeros(len(batch.cells))
-        out = etrm.Output(etrm.F.one_hot(canvas_of(batch), 12).float(), q, q)
-        for step in range(1, steps + 1):
-            look(step, range(len(q)), out)
-        return out, torch.full((len(q),), steps)
+        logits = etrm.F.one_hot(batch.inputs, 12).float()
+        return etrm.Output(logits, q, q), torch.full((len(q),), steps)
 
     monkeypatch.setattr(etrm, "think", think)
-
-
-@pytest.mark.parametrize("dihedral", [True, False])
-@pytest.mark.parametrize("colours", ["fixed", "keep_black", "all"])
-def test_an_oracle_scores_one_under_every_set_of_symmetries_and_a_constant_nothing(
-    run, tmp_path, monkeypatch, dihedral, colours
-):
-    """Of tasks whose output is their input, the model that copies is the oracle."""
     same = [t._replace(queries=[(x, x) for x, _ in t.queries]) for t in tasks_of_all()]
     s = solve.opened(run)
-    cfg = msgspec.structs.replace(
-        s.cfg, data=msgspec.structs.replace(s.cfg.data, dihedral=dihedral, colours=colours)
-    )
-    copying(monkeypatch)
-    made = solve.predict(s.params, cfg, same, 12)
-    scored = score.score(same, made)
-    assert [scored[k] for k in ("pass@1", "oracle", "exact_match", "shape_accuracy")] == [1.0] * 4
-    assert all(len(p.votes) == 12 and all(v.grid is not None for v in p.votes) for p in made)
-    copying(monkeypatch, lambda batch: torch.full_like(batch.inputs, 4))
-    assert score.score(same, solve.predict(s.params, cfg, same, 12))["oracle"] == 0
+    drawn = msgspec.structs.replace(s.cfg.data, dihedral=dihedral, colours=colours)
+    predictions = solve.predict(s.params, msgspec.structs.replace(s.cfg, data=drawn), same, 12)
+    scores = score.score(same, predictions)
+    names = ("pass@1", "oracle", "exact_match", "shape_accuracy")
+    assert [scores[k] for k in names] == [1.0] * 4
+    assert all(len(p.votes) == 12 and all(v.grid is not None for v in p.votes) for p in predictions)
 
 
 def test_evaluation_agrees_with_what_training_watches(run):
     """One view, no symmetry: exact match and cell accuracy are those of train.probe."""
     s, tasks = solve.opened(run), tasks_of_all()
-    scored = score.score(tasks, solve.predict(s.params, s.cfg, tasks, 1))
+    scores = score.score(tasks, solve.predict(s.params, s.cfg, tasks, 1))
     probed = train.probe(s.params, s.cfg, data.pack(tasks), "test", torch.float32)
-    assert (
-        scored["cell_accuracy"] == pytest.approx(probed["cell_accuracy"], abs=1e-6)
-        and probed["cell_accuracy"] > 0
-    )
-    assert scored["exact_match"] == probed["exact"]
-
-
-def test_the_logp_of_an_answer_is_that_of_its_cells_and_border(run):
-    s = solve.opened(run)
-    logits = torch.randn(4 * 5, 12, generator=torch.Generator().manual_seed(0))
-    label = torch.from_numpy(data.tokenise(np.full((2, 3), 7, np.uint8), (4, 5))).long().flatten()
-    logits[label > 0] += 9 * etrm.F.one_hot(label[label > 0], 12)
-    vote = solve.vote_of(s.cfg, logits, (4, 5), data.identity())
-    assert score.written(vote.grid) == "777/777"
-    want = (
-        -etrm.act_loss(
-            s.cfg.model,
-            etrm.Output(logits, *torch.zeros(2, 1)),
-            torch.where(label > 0, label, -1),
-            [20],
-        ).lm
-        * 11
-    )
-    assert vote.logp == pytest.approx(float(want), abs=1e-4)
-    logits[0, 9] = torch.inf  # as half precision may give: its probability is no number
-    assert solve.vote_of(s.cfg, logits, (4, 5), data.identity()).grid is None
+    assert scores["cell_accuracy"] == pytest.approx(probed["cell_accuracy"], abs=1e-6)
+    assert probed["cell_accuracy"] > 0 and scores["exact_match"] == probed["exact"]
 
 
 def test_symmetries_of_views_are_a_function_of_the_task_alone(run):
-    s, task = solve.opened(run), tasks_of_all()[1]
-    found = [score.view(task, 0, k, s.cfg.data) for k in range(20)]
-    assert len({(int(sym.dihedral), tuple(sym.colours.tolist())) for sym, _ in found}) > 10
-    assert isinstance(found[0][0], Symmetry) and int(found[0][0].dihedral) == 0
+    cfg, task = solve.opened(run).cfg.data, tasks_of_all()[1]
+    views = [score.view(task, 0, k, cfg) for k in range(20)]
+    assert len({(int(s.dihedral), tuple(s.colours.tolist())) for s, _ in views}) > 10
+    assert int(views[0][0].dihedral) == 0
     spoilt = task._replace(name="x", queries=[(x, 9 - y) for x, y in task.queries])
-    assert all(
-        torch.equal(score.view(spoilt, 0, k, s.cfg.data)[1], lots)
-        for k, (_, lots) in enumerate(found)
-    )
+    assert all(torch.equal(score.view(spoilt, 0, k, cfg)[1], u) for k, (_, u) in enumerate(views))
 
 
-# ---------------------------------------------------------------- steps, samples, noise
+@pytest.mark.parametrize("fixed", [False, True])
+def test_act_steps_of_an_answer_are_a_choice_of_their_own(run, fixed):
+    """In every regime; more than in training, too. Their mean is reported."""
+    s, tasks = solve.opened(run), tasks_of_all()[:2]
 
+    def votes(**fields):
+        model = msgspec.structs.replace(s.cfg.model, fixed_steps=fixed, **fields.pop("model", {}))
+        cfg = with_solve(msgspec.structs.replace(s.cfg, model=model), **fields)
+        return told(solve.predict(s.params, cfg, tasks, 2))
 
-def test_votes_of_several_steps_and_noise_with_selection_by_q(run):
-    s, tasks = solve.opened(run), tasks_of_all()
-    head = torch.randn(
-        2, 32, generator=torch.Generator().manual_seed(0)
-    )  # four steps of training left it at 0
-    s = s._replace(params=s.params._replace(core=s.params.core._replace(q_weight=head)))
-    plain = solve.predict(s.params, s.cfg, tasks)
-    both = solve.predict(s.params, with_solve(s.cfg, steps=(1, 2, 9)), tasks)
-    assert [[(v.view, v.step) for v in p.votes] for p in both] == [
-        [(v, t) for v in range(3) for t in (1, 2)]
-    ] * 6
-    assert told([p._replace(votes=[v for v in p.votes if v.step == 2]) for p in both]) == told(
-        plain
-    )
-    assert told(solve.predict(s.params, with_solve(s.cfg, samples=4), tasks)) == told(
-        plain
-    )  # no noise: nothing to choose from
-    noisy = solve.predict(s.params, with_solve(s.cfg, samples=4, noise=0.5), tasks)
-    assert told(noisy) == told(
-        solve.predict(s.params, with_solve(s.cfg, samples=4, noise=0.5), tasks)
-    )
-    better = [
-        b.q - a.q
-        for p, n in zip(plain, noisy, strict=True)
-        for a, b in zip(p.votes, n.votes, strict=True)
-    ]
-    assert min(better) > -1e-4 and max(better) > 1e-4  # the first sample is the plain one
+    assert votes(act_steps=5) == votes(model={"halt_max_steps": 5}) != votes()
+    assert {v[1] for _, _, vs in votes(act_steps=5) for v in vs} == {5}
+    core = s.params.core._replace(q_bias=torch.ones(2))  # sure at once
+    sure = with_solve(s.cfg, act_steps=5, leave="q")
+    early = solve.predict(s.params._replace(core=core), sure, tasks, 2)
+    assert {v.step for p in early for v in p.votes} == {1}
+    assert evaluate(run, sets=["solve.act_steps=3"])["act_steps"] == 3
 
 
 # ---------------------------------------------------------------- going on, sharding, merging
 
 
-def test_an_interrupted_evaluation_goes_on_and_ends_the_same(run, tmp_path, monkeypatch):
-    whole, broken, sets = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl", ["eval.tokens=300"]
-    solve.evaluate([run], [str(SET)], sets, predictions_file=str(whole))
+def test_an_interrupted_evaluation_goes_on_and_ends_the_same(run, monkeypatch):
+    monkeypatch.setattr(train, "EVAL_TOKENS", 300)
+    evaluate(run, "whole.jsonl")
     append, count = score.append, []
 
-    def dying(path, made):
-        append(path, made)
+    def dying(path, predictions):
+        append(path, predictions)
         count.append(1)
         if len(count) == 3:
             with open(path, "a") as f:
@@ -187,480 +167,432 @@ def test_an_interrupted_evaluation_goes_on_and_ends_the_same(run, tmp_path, monk
 
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         m.setattr(score, "append", dying)
-        solve.evaluate([run], [str(SET)], sets, predictions_file=str(broken))
-    assert 0 < sum(len(p[2]) for p in lines(broken)) < 18
-    solve.evaluate([run], [str(SET)], sets, predictions_file=str(broken))
-    close = [[(v[0], v[1], v[4]) for v in p[2]] for p in sorted(lines(whole))]
-    assert close == [[(v[0], v[1], v[4]) for v in p[2]] for p in sorted(lines(broken))]
-    with monkeypatch.context() as m:
-        m.setattr(etrm, "think", None)  # all is there: nothing is asked again
-        again = solve.evaluate([run], [str(SET)], sets, predictions_file=str(broken))
-    assert again["votes"] == 18
+        evaluate(run, "broken.jsonl")
+    assert 0 < sum(len(p[2]) for p in lines(Path("broken.jsonl"))) < 18
+    evaluate(run, "broken.jsonl")
+    assert close("whole.jsonl") == close("broken.jsonl")
+    monkeypatch.setattr(etrm, "think", None)  # all is there: nothing is asked again
+    assert evaluate(run, "broken.jsonl")["votes"] == 18
+    counts = [evaluate(run, "broken.jsonl", sets=[f"solve.views={n}"])["votes"] for n in (2, 1)]
+    assert counts == [12, 6]  # of the first views
 
 
-def test_more_views_are_added_to_those_that_are_there(run, tmp_path):
-    file = str(tmp_path / "p.jsonl")
-    assert (
-        solve.evaluate([run], [str(SET)], ["solve.views=2"], predictions_file=file)["votes"] == 12
-    )
-    assert (
-        solve.evaluate([run], [str(SET)], ["solve.views=5"], predictions_file=file)["votes"] == 30
-    )
-    assert (
-        solve.evaluate([run], [str(SET)], ["solve.views=2"], predictions_file=file)["votes"] == 12
-    )
-    assert len([v for p in score.read(Path(file)) for v in p.votes]) == 30
-
-
-def test_shards_and_checkpoints_join(run, tmp_path):
-    data_ = [str(SET)]
-    whole = solve.evaluate([run], data_, predictions_file=str(tmp_path / "whole.jsonl"))
+def test_shards_checkpoints_and_submissions_join(run, tmp_path):
+    whole = evaluate(run, "whole.jsonl")
     for i in (1, 2):
-        solve.evaluate([run], data_, predictions_file=str(tmp_path / f"{i}.jsonl"), shard=f"{i}/2")
+        evaluate(run, f"{i}.jsonl", shard=f"{i}/2")
     files = [tmp_path / "1.jsonl", tmp_path / "2.jsonl"]
-    joined = solve.merge(
-        files, data_, "count", str(tmp_path / "all.jsonl"), str(tmp_path / "sub.json")
-    )
-    assert joined["pass@2"] == whole["pass@2"] and joined["cell_accuracy"] == pytest.approx(
-        whole["cell_accuracy"]
-    )
-    assert joined["votes"] == 18 == sum(len(p.votes) for p in score.read(tmp_path / "all.jsonl"))
-    assert score.check_submission(tmp_path / "sub.json").keys() == {t.name for t in tasks_of_all()}
-    more = solve.merge([*files, tmp_path / "all.jsonl", tmp_path / "sub.json"], [], "count")
-    assert more["votes"] == 18 + 12 and "pass@2" not in more
-    c = checkpoint.load(run)
-    own = {
-        f"{k}.{path}": 1.1 * v
-        for k in ("params", "ema")
-        for path, v in leaves(getattr(c, k)).items()
-    }
-    checkpoint.save(tmp_path / "other.safetensors", own, c.meta)
-    both = solve.evaluate(
-        [run, tmp_path / "other.safetensors"], data_, predictions_file=str(tmp_path / "whole.jsonl")
-    )
+    joint = solve.merge(files, ALL, "all.jsonl", "sub.json")
+    assert joint["pass@2"] == whole["pass@2"] and joint["votes"] == 18
+    assert joint["cell_accuracy"] == pytest.approx(whole["cell_accuracy"])
+    assert {p.task for p in score.read(Path("sub.json"))} == {t.name for t in tasks_of_all()}
+    more = solve.merge([*files, tmp_path / "all.jsonl", tmp_path / "sub.json"], [])
+    assert more["votes"] >= 18 + 6 and "pass@2" not in more
+    alone = solve.merge([tmp_path / "sub.json"], ALL, submit="again.json")
+    assert Path("again.json").read_text() == Path("sub.json").read_text()
+    assert alone["pass@2"] == whole["pass@2"]
+    part = solve.merge([tmp_path / "all.jsonl"], [str(SET / "flip.json")], "part.jsonl")
+    assert part["queries"] == 1 and close("part.jsonl") == close("all.jsonl")  # the others are kept
+    other = copy_of(run, "other.safetensors", lambda x: 1.1 * x)
+    both = evaluate([run, other], "whole.jsonl")
     assert both["votes"] == 36 and len(both["checkpoints"]) == 2
     with pytest.raises(UserError, match="--shard 3/2"):
-        solve.evaluate([run], data_, shard="3/2")
+        evaluate(run, shard="3/2")
     with pytest.raises(UserError, match="name the tasks"):
-        solve.merge(files, [], "count", submit=str(tmp_path / "sub.json"))
+        solve.merge(files, [], submit="sub.json")
 
 
-def test_a_budget_ends_the_views_and_loses_nothing(run, tmp_path, monkeypatch):
-    file, sets = str(tmp_path / "p.jsonl"), ["solve.views=64", "eval.tokens=300"]
+def test_a_budget_ends_the_views_and_loses_nothing(run, monkeypatch):
+    monkeypatch.setattr(train, "EVAL_TOKENS", 300)
+    sets, think = ["solve.views=64"], etrm.think
     with pytest.raises(UserError, match="not enough for a single view"):
-        solve.evaluate(
-            [run],
-            [str(SET)],
-            sets,
-            predictions_file=file,
-            budget=0.0,
-            submit=str(tmp_path / "sub.json"),
-        )
-    assert score.check_submission(tmp_path / "sub.json").keys() == {
-        t.name for t in tasks_of_all()
-    }  # valid all the same
-    think = etrm.think
+        evaluate(run, sets=sets, budget=0.0, submit="sub.json")
+    names = {t.name for t in tasks_of_all()}
+    assert {p.task for p in score.read(Path("sub.json"))} == names  # valid all the same
+    clock = [0.0]
 
     def slow(*args):
-        time.sleep(0.05)
+        clock[0] += 1
         return think(*args)
 
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(etrm, "think", slow)
-    part = solve.evaluate(
-        [run],
-        [str(SET)],
-        sets,
-        predictions_file=file,
-        budget=1.0,
-        submit=str(tmp_path / "sub.json"),
-    )
+    part = evaluate(run, sets=sets, budget=30.0)
     assert 0 < part["votes"] < 64 * 6 and part["n_tasks"] == 6
-    counts = [len(p.votes) for p in score.joined(tasks_of_all(), score.read(Path(file)))]
+    counts = [len(p.votes) for p in score.joined(tasks_of_all(), score.read(Path("p.jsonl")))]
     assert max(counts) <= 2 * max(1, min(counts)) + 1  # spent on all queries alike
-    assert len(score.check_submission(tmp_path / "sub.json")) == 6
 
 
-def test_the_votes_of_each_way_of_answering_are_kept_apart(run, tmp_path):
-    file = str(tmp_path / "p.jsonl")
-    for sets in (
-        [],
-        ['solve.vote="demos"'],
-        ['solve.leave="stable"'],
-        ['solve.adapt="context"', "solve.adapt_steps=1"],
-    ):
-        assert solve.evaluate([run], [str(SET)], sets, predictions_file=file)["votes"] == 18
-    made = score.read(Path(file))
-    assert len({p.source for p in made}) == 4 and len([v for p in made for v in p.votes]) == 72
-    assert (
-        solve.evaluate([run], [str(SET)], ['solve.vote="probability"'], predictions_file=file)[
-            "votes"
-        ]
-        == 18
+def test_who_votes_depends_on_all_that_decides_the_answers(run):
+    def source(*sets, **fields):
+        return solve.opened(copy_of(run, "c.safetensors", **fields), sets).source
+
+    plain, full = source(), source("solve.adapt=full")
+    assert plain == source("solve.views=9") == source(optimizer__lr=0.5)
+    others = [source("solve.leave=q"), source("solve.act_steps=1"), source("solve.adapt=context")]
+    others += [source(model__halt_max_steps=3), source(data__colours="all")]
+    others += [full, source("solve.adapt=full", optimizer__kind="adamw")]
+    assert len({plain, *others}) == 8
+    assert evaluate(run)["votes"] == evaluate(run, sets=["solve.leave=q"])["votes"] == 18
+    assert len({p.source for p in score.read(Path("p.jsonl"))}) == 2  # kept apart in one file
+
+
+# ---------------------------------------------------------------- hand-made solvers
+
+
+def test_hand_made_solvers_vote_and_are_never_one_number_with_learned_ones(run, monkeypatch):
+    def predict(tasks, views):
+        for t in tasks:
+            for i in range(len(t.queries)):
+                votes = [Vote(t.demos[0][1], view=v, source="made-1") for v in views]
+                yield [Prediction(t.name, i, score.task_hash(t), votes, source="made-1")]
+
+    module = SimpleNamespace(SOURCE="made-1", predict=predict)
+    monkeypatch.setitem(solve.SOLVERS, "made", "made")
+    monkeypatch.setattr(solve.importlib, "import_module", lambda name: module)
+    alone = evaluate("made", sources=ALL, sets=["solve.views=2"])
+    assert alone["votes"] == 12 and "held_out" not in alone and "hand-made" in alone["adaptation"]
+    both, own = (
+        evaluate([run, "made"], sets=["solve.views=2"]),
+        evaluate(run, "q.jsonl", sets=["solve.views=2"]),
     )
-    assert len(score.read(Path(file))) == len(made)  # another rule, the same votes
+    assert both["votes"] == 24 and both["by_solver"].keys() == {str(checkpoint.find(run)), "made"}
+    assert both["by_solver"]["made"]["oracle"] == alone["oracle"]
+    assert both["by_solver"][str(checkpoint.find(run))]["cell_accuracy"] == own["cell_accuracy"]
+    assert both["held_out"] is own["held_out"]
+    [(task, [(p, ranked)])] = solve.answers("made", str(SET / "flip.json"))
+    assert len(p.votes) == 8 and np.array_equal(ranked[0].grid, task.demos[0][1])
 
 
 # ---------------------------------------------------------------- what it is worth
 
 
-def test_evaluate_says_what_was_held_out_and_counts_looks(run):
+def test_a_task_is_held_out_unless_its_pairs_were_trained_on(run):
     dev = solve.evaluate([run])
-    assert dev["held_out"] is True and dev["n_tasks"] == 1 and "look" not in dev
-    assert solve.evaluate([run], [str(SET / "double.json")])["held_out"] is False
-    looks = [solve.evaluate([run], [str(SET / "flip.json")])["look"] for _ in range(2)]
-    assert looks[1] == looks[0] + 1
-    assert "look" not in solve.evaluate(
-        [run], [str(SET)], shard="2/2"
-    )  # which is without that task
-    assert solve.evaluate([run], [str(SET)])["look"] == looks[0] + 2
+    assert dev["held_out"] is True and dev["n_tasks"] == 1 and "held_out_evaluation" not in dev
+    assert evaluate(run, sources=[str(SET / "double.json")])["held_out"] is False
+    numbers = [evaluate(run, sources=[str(SET / "flip.json")])["held_out_evaluation"] for _ in "ab"]
+    assert numbers[1] == numbers[0] + 1
+    assert "held_out_evaluation" not in evaluate(run, shard="2/2")  # which is without that task
 
 
-def test_looks_are_those_at_the_task_that_was_looked_at_most(tmp_path):
-    tasks, nowhere = sources.load(["arc2:evaluation"], 6), tmp_path / "nowhere"
-    look = lambda ts, *folders: solve.looked(
-        set(folders) or {tmp_path}, ["no/such/source"], {"x": ts}, 0.5
-    )  # noqa: E731
-    assert look(tasks[::2]) == look(tasks[1::2]) == {"look": 1}  # two shards are one look
-    assert (
-        look(tasks) == {"look": 2}
-        and look(tasks[:1]) == {"look": 3}
-        and look(tasks[1:2]) == {"look": 3}
-    )
-    assert look(tasks, tmp_path, nowhere) == {"look": None} and look(tasks_of_all()) == {}
-    made = sources.load("composed-held-out:3")
-    assert solve.looked({tmp_path}, ["composed-held-out:2"], {"x": made[:1]}, 0.5) == {"look": 1}
-    assert (
-        solve.looked(
-            {tmp_path}, ["composed-held-out:2", "composed-elsewhere"], {"x": made[2:]}, 0.5
-        )
-        == {}
-    )
-    assert {"data", "tasks", "pass@2", "time"} == json.loads(
-        (tmp_path / "looks.jsonl").read_text().splitlines()[0]
-    ).keys()
+@pytest.mark.parametrize("side", [2, 4])
+def test_a_tiny_pair_in_common_is_chance_and_all_demos_are_not(side):
+    g = np.random.default_rng(0)
+    pairs = [tuple(g.integers(0, 10, (2, side, side), dtype=np.uint8)) for _ in range(4)]
+    trained = [np.frombuffer(sources.pair_digest(pair), np.uint8) for pair in pairs]
+    digests = torch.from_numpy(np.stack(trained))
+    turned = [(np.rot90(x), np.rot90(y)) for x, y in pairs]
+    task = Task("t", [turned[0], pairs[1], pairs[2]], [turned[3]])
+    assert not solve.held_out(digests[:3], [task])
+    assert solve.held_out(digests[:2], [task]) is (side == 2)
+    assert solve.held_out(digests[3:], [task]) is (side == 2)
+    assert solve.held_out(digests[:0], [task])
 
 
-def test_the_second_evaluation_set_is_scored_beside_the_first_without_what_they_share():
-    found = solve.wanted(["arc1:evaluation", "arc2:evaluation"], 0, True)
-    assert [len(ts) for ts in found.values()] == [400, 114]
+def test_the_second_evaluation_set_is_without_what_it_shares_with_the_first():
+    tasks = solve.load_by_source(["arc1:evaluation", "arc2:evaluation"], 0, True)
+    assert [len(ts) for ts in tasks.values()] == [400, 114]
 
 
-def test_where_a_checkpoint_cannot_be_written_beside_votes_lie_here(run, tmp_path, monkeypatch):
-    before = sorted(run.iterdir())
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(solve.os, "access", lambda path, mode: Path(path) != run)
-    result = solve.evaluate([run], [str(SET)])
-    assert (
-        result["predictions"] == "predictions.jsonl"
-        and result["look"] == 1
-        and sorted(run.iterdir()) == before
-    )
-    assert {p.name for p in tmp_path.iterdir()} == {"predictions.jsonl", "looks.jsonl"}
-    with pytest.raises(
-        UserError, match="nowhere/s.json: cannot be written"
-    ):  # said before anything is asked
-        monkeypatch.setattr(etrm, "think", None)
-        solve.evaluate([run], [str(SET)], ["solve.leave=stable"], submit="nowhere/s.json")
+def test_predictions_lie_in_the_run_folder_and_nowhere_else_of_the_products(run, tmp_path):
+    for name, place in ((run, run), (copy_of(run, "loose.safetensors"), Path("runs/loose"))):
+        result = solve.evaluate([name], ALL)
+        assert Path(result["predictions"]) == place / "predictions.jsonl"
+        assert len(lines(place / "predictions.jsonl")) == 6
+    before = sorted(checkpoint.SHIPPED.iterdir())
+    shipped = solve.opened("cpu-plain")
+    assert solve.predictions_path(shipped) == Path("runs/cpu-plain/predictions.jsonl")
+    assert sorted(checkpoint.SHIPPED.iterdir()) == before
+    (run / "predictions.jsonl").unlink()
 
 
-def test_weights_that_are_no_numbers_give_no_answer_and_whole_lines(run, tmp_path):
-    c = checkpoint.load(run)
-    own = {
-        f"{k}.{path}": v * float("nan")
-        for k in ("params", "ema")
-        for path, v in leaves(getattr(c, k)).items()
-    }
-    checkpoint.save(tmp_path / "nan.safetensors", own, c.meta)
-    result = solve.evaluate([tmp_path / "nan.safetensors"], [str(SET)])
-    assert result["oracle"] == 0 and result["votes"] == 18
-    assert all(v.grid is None for p in score.read(tmp_path / "predictions.jsonl") for v in p.votes)
+@pytest.mark.parametrize("kind", ["link", "pipe", "nowhere"])
+def test_an_output_replaces_nothing_but_a_regular_file(run, tmp_path, monkeypatch, kind):
+    evaluate(run)
+    output, target = tmp_path / "out" / "sub.json", tmp_path / "target.json"
+    output.parent.mkdir()
+    if kind == "link":
+        target.write_text("old")
+        output.symlink_to(target)
+    elif kind == "pipe":
+        os.mkfifo(output)
+        read: list[str] = []
+        reader = threading.Thread(target=lambda: read.extend(output.read_text() for _ in "ab"))
+        reader.daemon = True
+        reader.start()
+    else:
+        output = tmp_path / "nowhere" / "sub.json"
+        monkeypatch.setattr(etrm, "think", None)  # found before anything is asked
+        with pytest.raises(UserError, match="nowhere/sub.json"):
+            evaluate(run, "new.jsonl", submit=str(output))
+        return
+    evaluate(run, submit=str(output))
+    assert output.is_symlink() if kind == "link" else output.is_fifo()
+    if kind == "link":
+        assert json.loads(target.read_text()).keys() == {t.name for t in tasks_of_all()}
 
 
-def test_who_votes_depends_on_all_that_decides_the_answers(run, tmp_path):
-    c = checkpoint.load(run)
-    own = {f"{k}.{path}": v for k in ("params", "ema") for path, v in leaves(getattr(c, k)).items()}
-
-    def source(*sets, **change):
-        for key, value in change.items():
-            table, _, name = key.partition("__")
-            c.meta["config"][table][name] = value
-        checkpoint.save(tmp_path / "c.safetensors", own, c.meta)
-        return solve.opened(tmp_path / "c.safetensors", sets).source
-
-    plain, joint = source(), source("solve.adapt=joint")
-    assert plain == source("solve.views=9", "eval.tokens=50", "solve.vote=probability")
-    assert (
-        len(
-            {
-                plain,
-                joint,
-                source("solve.stable=2"),
-                source("solve.vote=demos"),
-                source(model__halt_max_steps=3),
-            }
-        )
-        == 5
-    )
-    assert source() != source(data__colours="all")
-    assert source() == source(optimizer__lr=0.5) and source("solve.adapt=full") != joint
-    assert source("solve.adapt=full") != source("solve.adapt=full", optimizer__kind="adamw")
+@pytest.mark.parametrize("case", ["grid", "solutions", "query", "weights"])
+def test_what_cannot_be_scored_is_found_before_a_view_is_asked(run, tmp_path, monkeypatch, case):
+    monkeypatch.setattr(etrm, "think", None)
+    name, folder = run, tmp_path / "tasks"
+    written(folder, tasks_of_all(), lambda y: [[1], [2, 3]] if case == "grid" else y)
+    if case == "query":
+        raw = json.loads((folder / "flip.json").read_text())
+        (folder / "flip.json").write_text(json.dumps(raw | {"test": []}))
+    if case == "solutions":
+        raw = {t.name: json.loads((folder / f"{t.name}.json").read_text()) for t in tasks_of_all()}
+        folder = tmp_path / "x_challenges.json"
+        folder.write_text(json.dumps(raw))
+        (tmp_path / "x_solutions.json").write_text(json.dumps({"flip": [[[1]]]}))
+    if case == "weights":
+        name = copy_of(run, "nan.safetensors", lambda x: x * float("nan"))
+    phrase = {"grid": "ragged", "solutions": "no solution", "query": "no query", "weights": "NaN"}
+    with pytest.raises(UserError, match=phrase[case]):
+        evaluate(name, sources=[str(folder)])
+    assert not Path("p.jsonl").exists()
 
 
-def test_checkpoints_that_vote_together_vote_by_the_rule_of_the_first(run, tmp_path):
-    c = checkpoint.load(run)
-    own = {
-        f"{k}.{path}": 1.1 * v
-        for k in ("params", "ema")
-        for path, v in leaves(getattr(c, k)).items()
-    }
-    c.meta["config"]["solve"] |= {"vote": "demos", "adapt": "context", "adapt_steps": 1}
-    checkpoint.save(tmp_path / "other.safetensors", own, c.meta)
-    both = [tmp_path / "other.safetensors", run]
-    result = solve.evaluate(both, [str(SET)], predictions_file=str(tmp_path / "p.jsonl"))
-    assert (
-        result["votes"] == 36
-        and result["vote"] == "demos"
-        and result["adaptation"] == "context search and no adaptation"
-    )
-
-
-def test_a_task_of_an_earlier_source_is_left_out_of_later_ones_and_another_of_its_id_is_not(
-    run, tmp_path
-):
+def test_a_task_of_an_earlier_source_is_left_out_and_another_of_its_id_is_not(run, tmp_path):
     (tmp_path / "other").mkdir()
     for name in ("flip.json", "new.json", "mirror.json"):
         (tmp_path / "other" / name).write_text((SET / "mirror.json").read_text())
-    chosen = [str(SET), str(tmp_path / "other")]
-    result = solve.evaluate([run], chosen, predictions_file=str(tmp_path / "p.jsonl"))
-    assert {k: v["n_tasks"] for k, v in result["by_source"].items()} == {chosen[0]: 6, chosen[1]: 2}
+    chosen = [*ALL, str(tmp_path / "other"), *ALL]  # a source named twice is asked once
+    result = evaluate(run, sources=chosen)
+    assert [row["n_tasks"] for row in result["by_source"].values()] == [6, 2]
     assert result["n_tasks"] == 8
-    assert [t.name for t in solve.wanted(chosen, 0, True)[chosen[1]]] == ["flip#2", "new"]
-    assert [len(ts) for ts in solve.wanted(chosen, 7, True).values()] == [
-        6,
-        1,
-    ]  # a limit of all, as in training
+    tasks = solve.load_by_source(chosen, 0, True)
+    assert [t.name for t in tasks[chosen[1]]] == ["flip#2", "new"]
+    assert [len(ts) for ts in solve.load_by_source(chosen, 7, True).values()] == [6, 1]
 
 
-def test_tasks_without_solutions_are_predicted_and_not_scored(run, tmp_path):
-    file = tmp_path / "arc-agi_test_challenges.json"
-    hidden = {t.name: {"train": [{"input": x.tolist(), "output": y.tolist()} for x, y in t.demos], "test": [{"input": x.tolist()} for x, _ in t.queries]} for t in tasks_of_all()}  # fmt: skip # noqa: E501
-    file.write_text(json.dumps(hidden))
-    result = solve.evaluate(
-        [run],
-        [str(file)],
-        predictions_file=str(tmp_path / "p.jsonl"),
-        submit=str(tmp_path / "sub.json"),
-    )
+def test_tasks_without_solutions_are_predicted_and_take_no_score_from_others(run, tmp_path):
+    hidden = written(tmp_path / "hidden", tasks_of_all()[:2], lambda y: None)
+    result = evaluate(run, sources=[hidden], submit="sub.json")
     assert "pass@2" not in result and result["unanswered"] == 0
-    assert score.check_submission(tmp_path / "sub.json").keys() == hidden.keys()
+    assert len(score.read(Path("sub.json"))) == 2
+    unlike = [
+        Task("x", [(np.array([[1, 2]], np.uint8),) * 2] * 2, [(np.array([[3]], np.uint8),) * 2])
+    ]
+    more = written(tmp_path / "unlike", unlike, lambda y: None)
+    both, alone = evaluate(run, sources=[*ALL, more]), evaluate(run, "q.jsonl")
+    assert [*both["by_source"]] == ALL
+    assert both["by_source"][ALL[0]]["pass@2"] == alone["pass@2"]
 
 
-def test_a_query_larger_than_every_canvas_is_wrong_and_said(run, tmp_path):
-    s = solve.opened(run)
-    big = np.ones((12, 12), np.uint8)
+def test_a_query_larger_than_every_canvas_is_wrong_and_not_asked_again(run, tmp_path):
+    s, big, small = solve.opened(run), np.ones((12, 12), np.uint8), np.ones((3, 3), np.uint8)
     task = Task("big", [(big, big)], [(big, big)])
     [p] = solve.predict(s.params, s.cfg, task, 2)
-    assert p.too_large == 12 and p.votes == []
-    assert score.score([task], [p])["pass@2"] == 0
-    with pytest.raises(UserError, match="task none: has no query"):
-        solve.predict(s.params, s.cfg, Task("none", [(big, big)], []))
-    raw = {
-        "train": [{"input": big.tolist(), "output": big.tolist()}],
-        "test": [{"input": big.tolist(), "output": big.tolist()}],
-    }
-    (tmp_path / "big.json").write_text(json.dumps(raw))
+    assert p.too_large == 12 and p.votes == [] and score.score([task], [p])["pass@2"] == 0
+    folder = written(tmp_path / "big", [task])
     for _ in range(2):
-        result = solve.evaluate(
-            [run], [str(tmp_path / "big.json")], predictions_file=str(tmp_path / "p.jsonl")
-        )
+        result = evaluate(run, sources=[folder])
         assert result["unanswered"] == result["too_large"] == 1 and result["pass@1"] == 0
-    assert len(score.read(tmp_path / "p.jsonl")) == 1
-
-
-def test_scores_count_an_output_that_does_not_fit_its_canvas(run):
-    s = solve.opened(run)
-    small, tall = np.ones((3, 3), np.uint8), np.ones((9, 9), np.uint8)
-    task = Task("grow", [(small, small)], [(small, tall)])
-    scored = score.score([task], solve.predict(s.params, s.cfg, task))
-    assert (
-        scored["exact_match"] == 0 == scored["cell_accuracy"]
-        and checkpoint.find(run).name == "best.safetensors"
-    )
-
-
-# ---------------------------------------------------------------- what the documents show
-
-
-def challenges(folder):
-    """The tasks as Kaggle gives them: without outputs."""
-    both = lambda x, y: {"input": x.tolist(), "output": y.tolist()}  # noqa: E731
-    raw = {
-        t.name: {
-            "train": [both(*p) for p in t.demos],
-            "test": [{"input": x.tolist()} for x, _ in t.queries],
-        }
-        for t in tasks_of_all()
-    }
-    (folder / "arc-agi_test_challenges.json").write_text(json.dumps(raw))
-    return raw
-
-
-def test_the_notebook_runs_offline_beside_a_checkpoint_that_is_only_read(run, tmp_path, capsys):
-    made, before = challenges(tmp_path), {p.name: p.stat().st_mtime_ns for p in run.iterdir()}
-    cells = [
-        c
-        for c in json.loads((ROOT / "docs" / "kaggle.ipynb").read_text())["cells"]
-        if c["cell_type"] == "code"
-    ]
-    there: dict = {}
-    exec("".join(cells[0]["source"]), there)  # noqa: S102
-    there |= {
-        "CHECKPOINT": run / "best.safetensors",
-        "TASKS": tmp_path / "arc-agi_test_challenges.json",
-        "OUT": tmp_path,
-        "VIEWS": 2,
-    }
-    commands = []
-    for cell in cells[1:]:
-        text = "".join(cell["source"])
-        if text.startswith("!"):
-            words = text.lstrip("!").replace("\\\n", " ").format(**there).split()
-            commands.append(words[0])
-            if words[0] == "etrm":
-                result = CliRunner().invoke(cli.app, words[1:])
-                assert result.exit_code == 0, result.output
-            else:
-                assert words[:2] == ["pip", "install"] and "--no-index" in words
-        else:
-            exec(text, there)  # noqa: S102
-    assert commands == ["pip", "etrm", "etrm"] and "Answer(grid" in capsys.readouterr().out
-    assert score.check_submission(tmp_path / "submission.json").keys() == made.keys()
-    assert {len(votes) for _, _, votes in lines(tmp_path / "predictions.jsonl")} == {2}
-    assert {p.name: p.stat().st_mtime_ns for p in run.iterdir()} == before
-
-
-@pytest.mark.parametrize("page", ["README.md", "docs/solving.md"])
-def test_the_python_that_the_documents_show_runs(run, tmp_path, monkeypatch, capsys, page):
-    [text] = [
-        c
-        for c in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
-        if "solve.opened" in c
-    ]
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "cpu").symlink_to(run)
-    (tmp_path / "best.safetensors").symlink_to(run / "best.safetensors")
-    (tmp_path / "my_task.json").write_text((SET / "mirror.json").read_text())
-    monkeypatch.chdir(tmp_path)
-    exec(text.replace("solve.views=64", "solve.views=4"), {})  # noqa: S102
-    assert "my_task" in capsys.readouterr().out
-
-
-def test_every_option_that_the_page_on_solving_shows_is_one():
-    text = (ROOT / "docs" / "solving.md").read_text()
-    fields = set(config.SolveConfig.__struct_fields__)
-    assert {
-        x for x in re.findall(r"solve\.(\w+)", text) if x not in ("opened", "predict")
-    } <= fields
-    known = {
-        o
-        for c in typer.main.get_command(cli.app).commands.values()
-        for p in c.params
-        for o in (*p.opts, *p.secondary_opts)
-    }
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - known <= {
-        "--no-index",
-        "--find-links",
-        "--wheel-dir",
-    }
-
-
-# ---------------------------------------------------------------- files and sources beside each other
-
-
-def test_a_source_without_outputs_takes_no_score_from_the_others(run, tmp_path):
-    hidden = tmp_path / "x_challenges.json"
-    hidden.write_text(
-        json.dumps(
-            {
-                "x": {
-                    "train": [{"input": [[1, 2]], "output": [[2, 1]]}] * 2,
-                    "test": [{"input": [[3, 4]]}],
-                }
-            }
-        )
-    )
-    found = solve.evaluate(
-        [run], [str(SET), str(hidden)], predictions_file=str(tmp_path / "p.jsonl")
-    )
-    alone = solve.evaluate([run], [str(SET)], predictions_file=str(tmp_path / "q.jsonl"))
-    assert (
-        [*found["by_source"]] == [str(SET)]
-        and found["by_source"][str(SET)]["pass@2"] == alone["pass@2"]
-        and found["look"] >= 1
-    )
+    assert len(score.read(Path("p.jsonl"))) == 1
+    grow = Task("grow", [(small, small)], [(small, np.ones((9, 9), np.uint8))])
+    scores = score.score([grow], solve.predict(s.params, s.cfg, grow))
+    assert scores["exact_match"] == 0 == scores["cell_accuracy"]  # it does not fit its canvas
 
 
 @pytest.mark.parametrize("name", ["votes.json", "votes"])
 def test_predictions_are_kept_where_they_can_be_read_again(run, tmp_path, name):
-    (tmp_path / name).write_text("mine")
-    with pytest.raises(UserError, match=rf"^--predictions .*{name}: must end in .jsonl"):
-        solve.evaluate([run], [str(SET)], predictions_file=str(tmp_path / name))
-    solve.evaluate([run], [str(SET)], predictions_file=str(tmp_path / "p.jsonl"))
-    with pytest.raises(UserError, match=rf"^--output .*{name}: must end in .jsonl"):
-        solve.merge([tmp_path / "p.jsonl"], [], "count", str(tmp_path / name))
-    assert (tmp_path / name).read_text() == "mine"
+    Path(name).write_text("mine")
+    with pytest.raises(UserError, match=f"^--predictions {name}"):
+        evaluate(run, name)
+    evaluate(run)
+    with pytest.raises(UserError, match=f"^--output {name}"):
+        solve.merge([tmp_path / "p.jsonl"], [], name)
+    assert Path(name).read_text() == "mine"
 
 
-def test_a_merge_keeps_votes_for_tasks_that_are_not_scored(run, tmp_path):
-    file = tmp_path / "p.jsonl"
-    solve.evaluate([run], [str(SET)], predictions_file=str(file))
-    before = lines(file)
-    solve.merge([file], [str(SET / "flip.json")], "count", str(file))
-    assert lines(file) == before
+# ---------------------------------------------------------------- a search over the context
 
 
-def test_a_source_named_twice_is_asked_once(run, tmp_path):
-    found = solve.evaluate(
-        [run],
-        [str(SET), str(SET / "flip.json"), str(SET)],
-        predictions_file=str(tmp_path / "p.jsonl"),
-    )
-    assert found["votes"] == 18 and found["n_tasks"] == 6
+def questions(s, tasks):
+    view = data.identity(len(tasks)), torch.arange(9).expand(len(tasks), -1) / 9
+    return solve.ask_demos(tasks, view, s.cfg, torch.device("cpu"))
 
 
-def test_a_task_has_one_name_whether_its_output_is_known_or_not(run, tmp_path):
-    """Challenges without solutions beside a file of the same task with them: the vote is scored by the output that is known."""
-    task = sources.load([str(SET / "flip.json")])[0]
-    pairs = lambda ps: [
-        {"input": x.tolist()} | ({"output": y.tolist()} if y is not None else {}) for x, y in ps
-    ]  # noqa: E731
-    asked = [(x, None) for x, _ in task.queries]
-    folder = tmp_path / "tasks"
-    folder.mkdir()
-    (folder / "a_challenges.json").write_text(
-        json.dumps({"aa": {"train": pairs(task.demos), "test": pairs(asked)}})
-    )
-    (folder / "b.json").write_text(
-        json.dumps({"aa": {"train": pairs(task.demos), "test": pairs(task.queries)}})
-    )
-    for hide in (True, False):
-        [found] = sources.load([str(folder)], hide=hide)
-        assert found.name == "aa" and (found.queries[0][1] is None) == hide
-    assert (
-        solve.evaluate([run], [str(folder)], predictions_file=str(tmp_path / "p.jsonl"))[
-            "n_queries"
-        ]
-        == 1
-    )
+def test_demos_are_asked_from_the_others_only(run):
+    s, tasks = solve.opened(run), tasks_of_all()
+    asked = questions(s, [tasks[2], tasks[0], tasks[2]])
+    counts = [len(tasks[t].demos) for t in (2, 0, 2)]
+    assert torch.bincount(asked.row).tolist() == counts
+    d = asked.batch.demos
+    assert torch.bincount(d.owner).tolist() == [n - 1 for n in counts for _ in range(n)]
+    inputs, shown = asked.batch.inputs.split(asked.batch.cells), d.inputs.split(d.cells)
+    for i in range(len(inputs)):
+        seen = [x[x > 1] for x, o in zip(shown, d.owner.tolist(), strict=True) if o == i]
+        assert not any(torch.equal(x, inputs[i][inputs[i] > 1]) for x in seen)
 
 
-def test_an_answered_no_is_kept_through_a_merge(run, tmp_path):
-    """A query that no canvas holds has no votes; who said so stands in the file, so that it is not asked again."""
-    large = [{"input": [[1] * 12], "output": [[2] * 12]}] * 2
-    (tmp_path / "large.json").write_text(json.dumps({"train": large, "test": large[:1]}))
-    file = tmp_path / "p.jsonl"
-    solve.evaluate([run], [str(tmp_path / "large.json")], predictions_file=str(file))
-    [before] = score.read(file)
-    score.append(tmp_path / "again.jsonl", score.by_source(score.union([before]).values()))
-    [after] = score.read(tmp_path / "again.jsonl")
-    assert before.source == after.source != "" and after.too_large == before.too_large == 12
+def test_a_search_makes_no_demo_less_likely_and_rows_do_not_meet(run):
+    s, tasks = solve.opened(run), tasks_of_all()
+    cfg = with_solve(s.cfg, adapt_steps=8, adapt_lr=0.05)
+    encode, asked = solve.encoder_of(cfg.model), questions(s, tasks)
+    context = torch.randn(6, 4, 32, generator=torch.Generator().manual_seed(0))
+    base = encode.read(s.params.encoder, asked.batch).tokens.detach()
+
+    def search(cfg, asked=asked, tokens=context):
+        start = etrm.Context(tokens)
+        return solve.search_context(s.params, cfg, encode, asked, start, FOREVER).tokens
+
+    def value(added):
+        moved = etrm.Context(base + added[asked.row])
+        return solve.likelihood(s.params, cfg, asked, moved, 6)[1]
+
+    searched = search(cfg)
+    before, after = value(torch.zeros(6, 4, 32)), value(searched - context)
+    assert (after >= before - 1e-6).all() and (after - before).mean() > 0.01
+    alone = search(cfg, questions(s, tasks[3:4]), context[3:4])
+    torch.testing.assert_close(alone[0], searched[3], rtol=1e-3, atol=1e-4)
+    wild = [with_solve(cfg, adapt_lr=3.0, adapt_steps=n) for n in (1, 3, 6)]
+    values = [value(search(c) - context) for c in wild]  # of one that leaps about the best is kept
+    assert (values[1] >= values[0] - 1e-4).all() and (values[2] >= values[1] - 1e-4).all()
+
+
+def test_gradients_of_a_search_are_those_of_all_steps_together(run):
+    s, g = solve.opened(run), torch.Generator().manual_seed(0)
+    asked, model = questions(s, tasks_of_all()), msgspec.structs.replace(s.cfg.model, q_weight=0.0)
+    tokens = torch.randn(len(asked.row), 4, 32, generator=g).requires_grad_()
+    context = etrm.Context(tokens)
+    grad, _ = solve.likelihood(s.params, s.cfg, asked, context, 6)
+    carry, total = etrm.fresh_carry(model, asked.batch.cells, torch.float32), torch.zeros(())
+    for _ in range(model.halt_max_steps):
+        carry, out = etrm.act_step(
+            s.params, model, solve.constant(context), carry, asked.batch, None
+        )
+        loss = etrm.act_loss(model, out, asked.batch.labels, asked.batch.cells)
+        total = total + loss.total.sum()
+    want = torch.autograd.grad(total, tokens)[0]
+    torch.testing.assert_close(grad, want, rtol=1e-4, atol=1e-6)
+    assert grad.abs().max() > 1e-4
+
+
+# ---------------------------------------------------------------- a copy of the weights trained on
+
+
+def test_a_single_demo_is_joined_by_its_symmetric_copies(run):
+    s, task = solve.opened(run), tasks_of_all()[0]
+    one = task._replace(demos=task.demos[:1])
+    copies = solve.demo_task(one).demos
+    assert len({x.tobytes() + y.tobytes() for x, y in copies}) > 1
+    assert len(copies) == 1 + solve.COPIES
+    assert {sources.pair_digest(pair) for pair in copies} == {sources.pair_digest(one.demos[0])}
+    assert solve.demo_task(task).demos == task.demos and solve.demo_task(task).queries == []
+    for how in ("context", "full"):
+        cfg = with_solve(s.cfg, adapt=how, adapt_steps=2, adapt_batch=2)
+        assert len(solve.predict(s.params, cfg, one, 2)[0].votes) == 2
+
+
+def test_full_adaptation_learns_the_demos_and_touches_only_its_copy(run):
+    s, task = solve.opened(run), tasks_of_all()[1]
+    before = {k: v.clone() for k, v in leaves(s.params).items()}
+    cfg = with_solve(s.cfg, adapt_steps=12, adapt_lr=1e-2, adapt_batch=8)
+    adapted = solve.adapt_weights(s.params, cfg, task, FOREVER)
+    packed = data.pack([solve.demo_task(task)])
+    loss = [
+        train.probe(p, s.cfg, packed, "leave_one_out", torch.float32)["loss"]
+        for p in (s.params, adapted)
+    ]
+    assert loss[1] < 0.9 * loss[0]
+    assert all(torch.equal(v, before[k]) for k, v in leaves(s.params).items())
+    assert solve.adapt_weights(s.params, cfg, task, 0.0) is s.params  # no time
+    late = time.monotonic() + 1e-3
+    once = solve.adapt_weights(s.params, with_solve(cfg, adapt_steps=1), task, late)
+    assert not torch.equal(once.core.embed, adapted.core.embed)
+
+
+def test_a_task_whose_demos_cannot_be_asked_is_answered_without_adaptation(run, tmp_path):
+    """Each output is beyond the canvas of the other; or beyond every canvas."""
+    small, tall, big = (np.ones(s, np.uint8) for s in ((3, 3), (9, 3), (12, 12)))
+    cross = Task("cross", [(small, tall), (small, tall.T)], [(small, small)])
+    huge = Task("huge", [(big, big), (big, big)], [(big, big)])
+    folder = written(tmp_path / "tasks", [cross, huge], lambda y: None)
+    result = evaluate(run, sources=[folder], sets=["solve.adapt=full", "solve.adapt_steps=2"])
+    assert result["votes"] == 3 and result["too_large"] == 1 and result["unanswered"] == 1
+    s = solve.opened(run)
+    assert lines(Path("p.jsonl"))[0][2] == told(solve.predict(s.params, s.cfg, cross))[0][2]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that passes in steps of training alone: [seconds, seconds of a step, steps]."""
+    state, one_step = [0.0, 40.0, 0], train.one_step
+
+    def slow(*args):
+        state[0] += state[1]
+        state[2] += 1
+        return one_step(*args)
+
+    monkeypatch.setattr(train, "one_step", slow)
+    monkeypatch.setattr(time, "monotonic", lambda: state[0])
+    return state
+
+
+def test_time_spent_on_adaptation_is_time_spent_on_its_task(run, clock):
+    sets = ["solve.adapt=full", "solve.adapt_steps=2"]
+    assert evaluate(run, "a.jsonl", sets=sets)["seconds_per_task"] == pytest.approx(80, rel=0.01)
+    for views, times in ((1, 1), (3, 2)):  # adapted anew for each call
+        seconds = evaluate(run, "b.jsonl", sets=[*sets, f"solve.views={views}"])["seconds_per_task"]
+        assert seconds == pytest.approx(times * 80, rel=0.01)
+    begun = clock[0]
+    late = evaluate(run, "c.jsonl", sets=[sets[0], "solve.adapt_steps=100"], budget=1200.0)
+    assert late["unanswered"] == 0 and clock[0] - begun <= 1200  # each had its share of the time
+
+
+def test_shares_of_a_budget_go_by_cells_and_one_overdrawn_is_answered(run, tmp_path, clock):
+    tasks = []
+    for name, side in (("a", 2), ("b", 4)):
+        x = np.arange(side * side, dtype=np.uint8).reshape(side, side) % 9
+        tasks.append(Task(name, [(x, x), (x, x + 1)], [(x, x)]))  # which cannot both be right
+    chosen = [written(tmp_path / t.name, [t], lambda y: None) for t in tasks]
+    sets, steps = ["solve.adapt=full", "solve.adapt_steps=1000"], []
+    for part in score.read(Path("none.jsonl")) if Path("none.jsonl").exists() else ():
+        del part
+    begun = clock[2]
+    result = evaluate(run, "a.jsonl", chosen, sets, budget=2000.0)
+    steps = [round(p.seconds / 40) for p in score.joined(tasks, score.read(Path("a.jsonl")))]
+    assert result["unanswered"] == 0 and sum(steps) == clock[2] - begun
+    assert steps[0] == 9 and 30 < steps[1] < 40  # 4 of 20 cells: 400 s, of which 320 to learn
+    clock[1] = 1500.0  # one step is more than the first has
+    assert evaluate(run, "b.jsonl", chosen, sets, budget=3200.0)["unanswered"] == 0
+
+
+def test_adaptation_in_half_precision_moves_and_stays_finite(run, monkeypatch):
+    s, task, norms, update = solve.opened(run), tasks_of_all()[1], [], solve.update
+    half = solve.opened(run, ["train.dtype=fp16"]).cfg
+    monkeypatch.setattr(solve, "update", lambda *args: norms.append(update(*args)) or norms[-1])
+    for cfg in (s.cfg, half):
+        cfg = with_solve(cfg, adapt_steps=1, adapt_lr=1e-2, adapt_batch=4)
+        adapted = solve.adapt_weights(s.params, cfg, task, FOREVER)
+    assert float(norms[1]) == pytest.approx(float(norms[0]), rel=0.05)  # scaled back
+    assert all(x.isfinite().all() for x in leaves(adapted).values())
+    assert not torch.equal(adapted.core.embed, s.params.core.embed)
+    encode, zeros, added = solve.encoder_of(s.cfg.model), torch.zeros(1, 4, 32), []
+    for params, start in (
+        (s.params, zeros),
+        (etrm.tree_map(torch.Tensor.half, s.params), zeros.half()),
+    ):
+        cfg = with_solve(s.cfg, adapt_steps=3, adapt_lr=1e-2)
+        asked, context = questions(s, [task]), etrm.Context(start)
+        added.append(solve.search_context(params, cfg, encode, asked, context, FOREVER).tokens)
+    torch.testing.assert_close(added[1].float(), added[0], rtol=0.1, atol=5e-3)
+    assert added[0].abs().max() > 0.01
+
+
+def test_full_adaptation_ends_when_its_demos_are_solved(run, monkeypatch):
+    s, task, count, one_step = solve.opened(run), tasks_of_all()[1], [], train.one_step
+
+    def solved(*args):
+        carries, grads, sums, *more = one_step(*args)
+        count.append(1)
+        sums[0, train.SUMS.index("exact")] = sums[0, -1]
+        return carries, grads, sums, *more
+
+    monkeypatch.setattr(train, "one_step", solved)
+    cfg = with_solve(s.cfg, adapt_steps=9, adapt_batch=2)
+    solve.adapt_weights(s.params, cfg, task, FOREVER)
+    assert len(count) == 3
