@@ -724,7 +724,7 @@ def overfit(cfg: Config, fit: Callable[[Config], dict[str, Any]]) -> dict[str, A
     result: dict[str, Any] = {k: row[k] for k in ("samples", "seconds")} | {"steps": row["step"]}
     for weights in cfg.eval.weights:
         exact, cells, n = (row[f"train/{weights}/own/{k}"] for k in ("exact", "cell_accuracy", "n"))
-        result |= {"pairs": int(n), weights: {"exact_match": exact, "cell_accuracy": cells}}
+        result[weights] = {"exact_match": exact, "cell_accuracy": cells, "pairs": int(n)}
         shares = f"exact match {score.with_interval(exact, int(n))}, cells {100 * cells:.2f} %"
         lines.append(f"{weights} weights: {shares}")
-    return result | {"text": "\n".join([*lines, PUBLISHED])}
+    return {**result, **result[cfg.eval.weights[0]], "text": "\n".join([*lines, PUBLISHED])}
