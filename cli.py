@@ -57,7 +57,7 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
             ):
                 raise
             typer.echo(
-                "etrm: out of memory: raise train.shards, or lower train.batch, eval.tokens or model.hidden",
+                "etrm: out of memory: raise train.shards, or lower train.batch or model.hidden",
                 err=True,
             )
             raise typer.Exit(2) from None

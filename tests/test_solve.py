@@ -153,7 +153,7 @@ def test_act_steps_of_an_answer_are_a_choice_of_their_own(run, fixed):
 
 
 def test_an_interrupted_evaluation_goes_on_and_ends_the_same(run, monkeypatch):
-    monkeypatch.setattr(train, "EVAL_TOKENS", 300)
+    monkeypatch.setattr(train, "EVAL_TOKENS", 60)
     evaluate(run, "whole.jsonl")
     append, count = score.append, []
 
@@ -203,7 +203,7 @@ def test_shards_checkpoints_and_submissions_join(run, tmp_path):
 
 
 def test_a_budget_ends_the_views_and_loses_nothing(run, monkeypatch):
-    monkeypatch.setattr(train, "EVAL_TOKENS", 300)
+    monkeypatch.setattr(train, "EVAL_TOKENS", 60)
     sets, think = ["solve.views=64"], etrm.think
     with pytest.raises(UserError, match="not enough for a single view"):
         evaluate(run, sets=sets, budget=0.0, submit="sub.json")
