@@ -58,7 +58,7 @@ HYBRID = {"layers": 4, "norm": "pre", "set_layers": 2}
 def fct(steps):  # a fixed number of ACT steps in training, up to 16 by q at evaluation
     return ETRM | {
         "model.fixed_steps": True, "model.exploration": 0.0, "model.halt_max_steps": steps,
-        "eval.act_steps": steps, "solve.leave": "q",
+        "eval.act_steps": steps, "solve.act_steps": 16, "solve.leave": "q",
     }
 
 
