@@ -625,7 +625,7 @@ def evaluate(
     steps = [v.step for p in predictions for v in p.votes if v.step]
     learned = [s for s in solvers if isinstance(s, Solver)]
     ways = {ADAPTED[s.cfg.solve.adapt] if isinstance(s, Solver) else "hand-made" for s in solvers}
-    guards = {str(msgspec.convert(s.meta["finding"], sources.Finding)) for s in learned}
+    guards = {guard_of(s) for s in learned}
     return {
         "data": list(chosen), "views": views, "weights": weights, "predictions": str(file),
         "checkpoints": [str(s.path) for s in solvers], "adaptation": " and ".join(sorted(ways)),
@@ -637,6 +637,12 @@ def evaluate(
         "too_large": sum(p.too_large > 0 for p in predictions),
         **({"submission": submit} if submit else {}), **scores,
     }  # fmt: skip
+
+
+def guard_of(solver: Solver) -> str:
+    """What the guard found in training, and whether there was a dev split to choose by."""
+    finding = str(msgspec.convert(solver.meta["finding"], sources.Finding))
+    return finding if solver.cfg.data.dev else f"{finding}; NO DEV SPLIT was held out"
 
 
 def judged(

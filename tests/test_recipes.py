@@ -219,6 +219,13 @@ def test_every_system_takes_three_steps(name, tmp_path, decoder):
     assert checkpoint.load(tmp_path).meta["step"] == 3
 
 
+def test_scores_of_the_published_split_say_that_no_dev_split_was_held_out(tmp_path, decoder):
+    cfg = small("published-split", tmp_path / "run", f"init_from.path={decoder}")
+    train.fit(cfg)
+    scores = solve.evaluate([tmp_path / "run"], [str(SET / "flip.json")], ["solve.views=1"])
+    assert "NO DEV SPLIT" in scores["guard"]
+
+
 def test_two_refinements_of_etrm2_are_one_refinement_twice():
     world = World(torch.Generator().manual_seed(0), puzzles.config("recurrent"))
     carry = world.running(torch.Generator().manual_seed(1))
