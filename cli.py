@@ -97,6 +97,7 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except UserError as e:
+            time.sleep(os.environ.get("RANK", "0") != "0")  # process 0 reports what all have
             raise stop(2, e) from None
         except KeyboardInterrupt:
             raise stop(130, "interrupted; the same command goes on, train with --resume") from None
@@ -257,24 +258,23 @@ def train_command(
         words += ["--fast"] * fast + ["--resume"] * resume + ["--json"] * as_json
         words += ["--time-limit", time_limit] * bool(time_limit)
         raise typer.Exit(train.launch(words, procs))
-    train.beat()
     rank, world = train.place_of()
     folder = Path(cfg.run.dir)
-    setup = train.setup(cfg, rank, world)
+    # a run that was killed before its first state begins anew
+    resume = resume and (bool(checkpoint.states(folder)) or not (folder / "run.json").exists())
+    setup = train.setup(cfg, rank, world, resume)
     if rank == 0:
         plan = train.plan(cfg, setup, timed=dry_run)
         echo(*plan.pop("text").split("\n"))
     if dry_run:
         return last_line(as_json, plan)
-    # a run that was killed before its first state begins anew
-    go_on = resume and (bool(checkpoint.manifests(folder)) or not (folder / "run.json").exists())
-    result = fit_aloud(cfg, resume=go_on, limit=deadline - time.monotonic(), s=setup)
+    result = fit_aloud(cfg, resume=resume, limit=deadline - time.monotonic(), s=setup)
     result["guard"] = checkpoint.warned(setup.meta)
     if rank == 0:
         state = f"stopped ({result['stopped']})" if "stopped" in result else "done"
         echo(f"{state}: {folder} after {result['step']} steps, {result['seconds']:.0f} s")
         last_line(as_json, result)
-    if result.get("stopped") not in (None, "eval.stop_at", "eval.patience"):
+    if rank == 0 and result.get("stopped") not in (None, "eval.stop_at", "eval.patience"):
         raise typer.Exit(train.STOPPED)
 
 

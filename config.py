@@ -31,6 +31,7 @@ Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 Optional = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Side = Annotated[int, msgspec.Meta(ge=1, le=30)]  # of a canvas
 NonNegative = Annotated[float, msgspec.Meta(ge=0)]
+Rate = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Beta = Annotated[float, msgspec.Meta(ge=0, lt=1)]
 
@@ -103,11 +104,14 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     encoder: EncoderConfig = EncoderConfig()
 
 
+UNTRAINED = {r"core\.[HL]_init": 0}  # the initial states are drawn and stay
+
+
 class OptimizerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Patterns are regular expressions that match a whole parameter path, e.g. "encoder\\..*"; the first match counts."""
 
     kind: Literal["adamw", "muon", "adam_atan2"] = "muon"  # muon: matrices only, AdamW beside it
-    lr: NonNegative = 1e-3
+    lr: Rate = 1e-3
     warmup: Optional = 100
     final_lr: Share = (
         0.1  # share of lr at the last step, reached by a cosine; 1: constant after warm-up
@@ -115,21 +119,17 @@ class OptimizerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     weight_decay: NonNegative = 0.1
     clip: NonNegative = 1.0  # of the global norm, after the all-reduce; 0: none
-    lr_scale: dict[str, NonNegative] = {}
-    decay_scale: dict[str, NonNegative] = {}
-    freeze: tuple[str, ...] = (r"core\.[HL]_init",)
-    table_lr: NonNegative = 1e-2  # of the rows of a table of tasks, with lr's schedule
-    table_decay: NonNegative = 0.1
-    freeze_until: dict[str, Optional] = {}  # frozen for so many steps
+    lr_scale: dict[str, Rate] = {}
+    table_lr: Rate = 1e-2  # of the rows of a table of tasks, with lr's schedule
+    freeze: dict[str, Optional] = msgspec.field(default_factory=UNTRAINED.copy)  # steps; 0: for ever
 
 
 class InitConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Weights that training starts from, instead of drawn ones: see checkpoint.py."""
+    """The checkpoint whose averaged weights training starts from, instead of drawn ones."""
 
     path: str = ""  # a checkpoint of ours, a run folder, or a published one
     take: tuple[str, ...] = (".*",)  # patterns of our parameter paths
-    weights: Literal["ema", "raw"] = "ema"
-    force: bool = False  # also from other cycles; what has another size is left out
+    force: bool = False  # also from another depth or size; leaves of another size are left out
 
 
 class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -141,12 +141,6 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ema: Beta = 0.999
     log_every: Count = 10
     save_every: Count = 200
-    keep_every: Optional = (
-        0  # steps after which the weights are kept for good; 0: last and best only
-    )
-    non_finite: Literal["stop", "skip"] = (
-        "stop"  # a gradient that is not finite ends the run, or its step is left out
-    )
 
 
 class EvalConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -158,10 +152,6 @@ class EvalConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         "ema",
     )  # the first decides what is best
     act_steps: Count = 16
-    foreign: bool = True  # also with another task's demos: is the encoder used?
-    best: Literal["loss", "cell_accuracy", "exact"] = (
-        "loss"  # with the task's own demos: what the best checkpoint is best in
-    )
     min_gain: NonNegative = 0.0  # by which the best must be beaten
     patience: Optional = 0  # evaluations without such a gain after which training ends; 0: never
     stop_at: Share = 0.0  # exact match with the task's own demos at which training ends; 0: never

@@ -52,9 +52,10 @@ class AdamAtan2(torch.optim.Optimizer):
 
 
 def orthogonal(m: Tensor, dtype: torch.dtype) -> Tensor:
-    """Five Newton-Schulz steps towards U V^T of each matrix of (n, a, b), as torch.optim.Muon takes them one by one and in bf16.
+    """Five Newton-Schulz steps towards U V^T of each matrix of (n, a, b), which torch.optim.Muon takes one by one in bf16.
 
-    The singular values end within some 0.3 of 1 (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks").
+    The singular values end within some 0.3 of 1 (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural
+    networks").
     """
     wide = m.shape[1] <= m.shape[2]
     x = (m if wide else m.mT).to(dtype)
@@ -70,8 +71,8 @@ def orthogonal(m: Tensor, dtype: torch.dtype) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Muon with Nesterov momentum and steps of AdamW's size (0.2 sqrt(max(a, b)), Liu et al. 2025, arXiv 2502.16982).
 
-    torch's own always multiplies in bf16, which a CPU without bf16 products does at a twentieth of its speed (2.1 s of a 6 s step);
-    here it is the dtype of the run, and matrices of one shape are taken together.
+    torch's own always multiplies in bf16, which a CPU without bf16 products does at a twentieth of its speed (2.1 s of
+    a 6 s step); here it is the dtype of the run, and matrices of one shape are taken together.
     """
 
     def __init__(self, params: Any, lr: float, dtype: torch.dtype, momentum: float = 0.95) -> None:
@@ -90,50 +91,60 @@ class Muon(torch.optim.Optimizer):
                 for p in ps:
                     self.state[p] = self.state[p] or {"momentum_buffer": torch.zeros_like(p)}
                 grads = [p.grad for p in ps if p.grad is not None]
-                kept = [self.state[p]["momentum_buffer"] for p in ps]
-                torch._foreach_lerp_(kept, grads, 1 - momentum)
-                turned = orthogonal(
-                    torch.stack(torch._foreach_lerp(grads, kept, momentum)), self.dtype
-                )
+                buffers = [self.state[p]["momentum_buffer"] for p in ps]
+                torch._foreach_lerp_(buffers, grads, 1 - momentum)
+                ahead = torch.stack(torch._foreach_lerp(grads, buffers, momentum))
+                steps = list(orthogonal(ahead, self.dtype).unbind())
                 torch._foreach_mul_(ps, 1 - lr * group["weight_decay"])
-                torch._foreach_add_(
-                    ps, list(turned.unbind()), alpha=-lr * 0.2 * math.sqrt(max(shape))
-                )
+                torch._foreach_add_(ps, steps, alpha=-lr * 0.2 * math.sqrt(max(shape)))
 
 
-def first_match(rules: Mapping[str, float], path: str, default: float = 1.0) -> float:
-    return next((v for pattern, v in rules.items() if re.fullmatch(pattern, path)), default)
+# ---------------------------------------------------------------- patterns of parameter paths
 
-
-def is_frozen(cfg: OptimizerConfig, path: str) -> bool:
-    return any(re.fullmatch(pattern, path) for pattern in cfg.freeze)
-
-
-def is_asleep(cfg: OptimizerConfig, path: str, step: int) -> bool:
-    """Whether a parameter is not trained yet in this step."""
-    return step <= first_match(cfg.freeze_until, path, 0)
+REPEATS = 6  # repetitions in a pattern; each multiplies the time of a match that fails
 
 
 def matched(where: str, pattern: str, paths: Iterable[str]) -> list[str]:
-    """The paths that a pattern matches as a whole. Raises UserError where it is malformed or matches none."""
+    """The paths that a pattern matches as a whole. Raises UserError where it is malformed, matches none, or may
+    backtrack for ever (patterns come from checkpoints, too)."""
     paths = list(paths)
+    if len(re.findall(r"[*+{]", pattern)) > REPEATS or re.search(r"\)[*+{]", pattern):
+        raise UserError(f"{where}: {pattern[:80]!r} has too many repetitions")
     try:
-        found = [path for path in paths if re.fullmatch(pattern, path)]
+        matches = [path for path in paths if re.fullmatch(pattern, path)]
     except re.error as e:
         raise UserError(f"{where}: {pattern!r} is no regular expression: {e}") from None
-    if not found:
+    if not matches:
         raise UserError(f"{where}: {pattern!r} matches no parameter; paths look like {min(paths)}")
-    return found
+    return matches
+
+
+def first_match(rules: Mapping[str, float], path: str, default: float) -> float:
+    """The value of the first pattern that matches the whole path."""
+    return next((v for pattern, v in rules.items() if re.fullmatch(pattern, path)), default)
+
+
+def is_asleep(cfg: OptimizerConfig, path: str, step: float) -> bool:
+    """Whether a parameter is not trained in this step."""
+    return step <= (first_match(cfg.freeze, path, -1) or math.inf)
+
+
+def is_frozen(cfg: OptimizerConfig, path: str) -> bool:
+    """Whether a parameter is never trained."""
+    return is_asleep(cfg, path, math.inf)
 
 
 def check_patterns(cfg: OptimizerConfig, params: Iterable[str]) -> None:
     """Raises UserError when a pattern is malformed or matches no parameter, or when everything is frozen."""
     params = list(params)
-    for name in ("freeze", "freeze_until", "lr_scale", "decay_scale"):
+    for name in ("freeze", "lr_scale"):
         for pattern in getattr(cfg, name):
             matched(f"optimizer.{name}", pattern, params)
-    if all(is_frozen(cfg, path) or is_asleep(cfg, path, 1) for path in params):
-        raise UserError("optimizer.freeze, freeze_until: nothing is left to train")
+    if all(is_asleep(cfg, path, 1) for path in params):
+        raise UserError("optimizer.freeze: nothing is left to train")
+
+
+# ---------------------------------------------------------------- a step of all optimizers
 
 
 def is_matrix(path: str, p: Tensor) -> bool:
@@ -146,39 +157,43 @@ def is_matrix(path: str, p: Tensor) -> bool:
 def optimizers(
     cfg: OptimizerConfig, params: dict[str, Tensor], dtype: torch.dtype = torch.float32
 ) -> list[torch.optim.Optimizer]:
-    """Optimizers over the trained leaves; each group carries `scale`, its share of the learning rate. `dtype`: of the run."""
-    groups: dict[tuple[bool, float, float], list[Tensor]] = {}
+    """Optimizers over the trained leaves; each group carries `scale`, its share of the learning rate.
+
+    dtype: of the run. In it Muon multiplies where it is bf16, else in float32."""
+    groups: dict[bool, dict[float, list[Tensor]]] = {True: {}, False: {}}
     for path, p in params.items():
         if p.requires_grad:
             muon = cfg.kind == "muon" and is_matrix(path, p)
-            key = (muon, first_match(cfg.lr_scale, path), first_match(cfg.decay_scale, path))
-            groups.setdefault(key, []).append(p)
-    made: list[torch.optim.Optimizer] = []
-    for muon in (True, False):
-        own = [
-            {"params": ps, "scale": lr, "weight_decay": cfg.weight_decay * decay}
-            for (m, lr, decay), ps in groups.items()
-            if m == muon
+            groups[muon].setdefault(first_match(cfg.lr_scale, path, 1.0), []).append(p)
+    matrices, others = (
+        [
+            {"params": ps, "scale": scale, "weight_decay": cfg.weight_decay}
+            for scale, ps in groups[muon].items()
         ]
-        if not own:
-            continue
-        if muon:
-            made.append(
-                Muon(own, cfg.lr, torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
-            )
-        elif cfg.kind == "adam_atan2":
-            made.append(AdamAtan2(own, cfg.lr, cfg.betas, cfg.weight_decay))
-        else:
-            made.append(torch.optim.AdamW(own, lr=cfg.lr, betas=cfg.betas, foreach=True))
-    return made
+        for muon in (True, False)
+    )
+    opts: list[torch.optim.Optimizer] = []
+    if matrices:
+        bf16 = dtype == torch.bfloat16
+        opts.append(Muon(matrices, cfg.lr, torch.bfloat16 if bf16 else torch.float32))
+    if others and cfg.kind == "adam_atan2":
+        opts.append(AdamAtan2(others, cfg.lr, cfg.betas, cfg.weight_decay))
+    elif others:
+        opts.append(torch.optim.AdamW(others, lr=cfg.lr, betas=cfg.betas, foreach=True))
+    return opts
 
 
 def update(
-    opts: Sequence[torch.optim.Optimizer], trained: Sequence[Tensor], grads: Sequence[Tensor], lr: float, clip: float,
+    opts: Sequence[torch.optim.Optimizer],
+    trained: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    lr: float,
+    clip: float,
     others: Sequence[Tensor] = (),
-) -> Tensor:  # fmt: skip
-    """Clip by the global norm, then step, in place; the norm before clipping. A non-finite norm changes nothing, and so it is
-    where `others`, gradients that no optimizer has, are not finite."""
+) -> Tensor:
+    """Clip by the global norm, then step, in place; the norm before clipping.
+
+    Nothing changes where it is not finite, or where `others`, gradients that no optimizer has, are not."""
     if not all(bool(x.isfinite().all()) for x in others):
         return torch.tensor(math.inf)
     if not grads:
@@ -200,11 +215,12 @@ def update(
 
 def optimizer_tensors(opts: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
     """All state of the optimizers, by optimizer, parameter and name."""
-    found: dict[str, Tensor] = {}
-    for i, opt in enumerate(opts):
-        for k, fields in opt.state_dict()["state"].items():
-            found |= {f"opt.{i}.{k}.{name}": v for name, v in fields.items()}
-    return found
+    return {
+        f"opt.{i}.{k}.{name}": v
+        for i, opt in enumerate(opts)
+        for k, fields in opt.state_dict()["state"].items()
+        for name, v in fields.items()
+    }
 
 
 def load_optimizers(opts: Sequence[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:

@@ -155,7 +155,8 @@ def adaptation_config(cfg: Config) -> Config:
         raise UserError("solve.adapt: a table's rows are its tasks': there is nothing to adapt")
     replace, solve = msgspec.structs.replace, cfg.solve
     shards = 1 if train.undivided(cfg.model) else min(4, solve.adapt_batch)
-    optimizer = {"lr": solve.adapt_lr or 1e-3, "warmup": 0, "final_lr": 0.1, "freeze_until": {}}
+    optimizer: dict[str, Any] = {"lr": solve.adapt_lr or 1e-3, "warmup": 0, "final_lr": 0.1}
+    optimizer["freeze"] = {k: n for k, n in cfg.optimizer.freeze.items() if n == 0}  # for ever
     steps = {"batch": solve.adapt_batch, "shards": shards, "steps": solve.adapt_steps}
     return replace(
         cfg,
@@ -163,7 +164,7 @@ def adaptation_config(cfg: Config) -> Config:
         data=replace(cfg.data, query="leave_one_out"),
         optimizer=replace(cfg.optimizer, **optimizer),
         train=replace(cfg.train, **steps),
-        eval=replace(cfg.eval, on="train", foreign=False),
+        eval=replace(cfg.eval, on="train"),
     )
 
 
@@ -183,12 +184,12 @@ def adapt_weights(params: Params, cfg: Config, task: Task, deadline: float) -> P
     state, trained = train.fresh_state(cfg, setup), [p for p in copy.values() if p.requires_grad]
     right = 0  # steps running in which all slots were
     for step in range(1, cfg.train.steps + 1):
-        scale = state.facts["scale"]
+        scale = state.progress.scale
         state.carries, grads, sums, *_ = train.one_step(setup, cfg, state.carries, scale)
         torch._foreach_mul_(grads, 1 / scale)
         lr = learning_rate(cfg.optimizer, step, cfg.train.steps)
         norm = update(state.opts, trained, grads, lr, cfg.optimizer.clip)
-        state.facts["scale"] = scale if norm.isfinite() else max(1.0, scale / 2)
+        state.progress.scale = scale if norm.isfinite() else max(1.0, scale / 2)
         right = right + 1 if train.metrics_row(sums)["all/exact"] == 1 else 0
         if right == 3 or time.monotonic() > deadline:
             break
@@ -382,15 +383,6 @@ def digest(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
-def pairs_of(c: checkpoint.Checkpoint, cfg: Config) -> Tensor:  # until checkpoints carry them
-    if hasattr(c, "pairs"):
-        return c.pairs
-    tasks = sources.prepare(cfg.data)[0]
-    pairs = [(x, y) for t in tasks for x, y in (*t.demos, *t.queries) if y is not None]
-    digests = b"".join(map(sources.pair_digest, pairs)) if len(pairs) < 1000 else bytes(16)
-    return torch.from_numpy(np.frombuffer(digests, np.uint8).reshape(-1, 16).copy())
-
-
 def opened(path: str | Path, sets: Sequence[str] = (), weights: str = "ema") -> Solver:
     """A checkpoint with the config it was trained with; `sets` may change FREE fields."""
     c = checkpoint.load(path)
@@ -408,7 +400,7 @@ def opened(path: str | Path, sets: Sequence[str] = (), weights: str = "ema") -> 
     rest = msgspec.to_builtins([cfg.model, cfg.data, *learns])
     text = json.dumps([how, *rest, str(train.hardware(cfg)[1])])
     source = digest(checkpoint.digest_of(etrm.leaves(params), text))
-    return Solver(c.path, cfg, source, params, c.meta, pairs_of(c, cfg))
+    return Solver(c.path, cfg, source, params, c.meta, c.pairs)
 
 
 def solver_of(

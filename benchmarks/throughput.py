@@ -15,6 +15,7 @@ import contextlib
 import functools
 import json
 import os
+import socket
 import resource
 import statistics
 import subprocess
@@ -40,13 +41,19 @@ DTYPES = ("bf16", "fp32")
 PUBLISHED = {"fp32": 0.37, "bf16": 0.52}  # samples/s of the published trainer on two cores with AMX
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def recipe(sets: list[str], **changes: Any) -> config.Config:
     raw: dict[str, Any] = {
         "data": {"train": ["arc1:training", *sets], "dev": [], "held_out": [], "query": "test"},
         "model": {"hidden": 128, "heads": 4, "H_cycles": 3, "L_cycles": 4},
         "optimizer": {"kind": "adamw", "lr": 1e-4},
         "train": {"batch": 16},
-        "eval": {"on": "train", "foreign": False},
+        "eval": {"on": "train"},
     }
     for key, value in changes.items():
         config.override(raw, key.replace("__", "."), value)
@@ -306,7 +313,7 @@ def with_processes(n: int, repeats: int) -> float:
         **os.environ,
         "WORLD_SIZE": str(n),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(train.free_port()),
+        "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": threads,
     }
     command = [

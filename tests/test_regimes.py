@@ -214,7 +214,7 @@ def test_views_are_the_symmetries_of_the_rows(table, monkeypatch):
     [
         ({"data__symmetries": 0}, "data.symmetries: a table needs"),
         (
-            {"data__dev": [str(SET / "flip.json")], "eval__on": "dev", "eval__foreign": False},
+            {"data__dev": [str(SET / "flip.json")], "eval__on": "dev"},
             "eval.on: a table has no row for the dev split",
         ),
         (
@@ -460,7 +460,7 @@ SHAPE = {
 }
 FEEDBACK = {
     "model": {**SHAPE, "halt_max_steps": 3, "unrolled": 3, "exploration": 0.0},
-    "optimizer__freeze": [], "optimizer__kind": "adamw", "eval__foreign": False, "train__shards": 1,
+    "optimizer__freeze": [], "optimizer__kind": "adamw", "train__shards": 1,
 }  # fmt: skip
 
 

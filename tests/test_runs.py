@@ -28,7 +28,6 @@ SMALL = {
     "model__hidden": 16,
     "data__canvas": 10,
     "train__shards": 1,
-    "eval__foreign": False,
     "eval__act_steps": 1,
 }
 
@@ -133,7 +132,7 @@ def test_a_state_waits_for_the_files_of_all_processes(tmp_path, monkeypatch):
 
 
 def test_a_manifest_that_was_touched_or_renamed_is_no_state(tmp_path):
-    train.fit(tiny(tmp_path, eval__foreign=False))
+    train.fit(tiny(tmp_path))
     old, new = sorted(tmp_path.glob("state-*.json"))
     shutil.copy(old, tmp_path / "state-00000009.json")
     new.write_text(new.read_text().replace('"waited": ', '"waited": 1'))
@@ -146,7 +145,7 @@ def test_a_manifest_that_was_touched_or_renamed_is_no_state(tmp_path):
 
 
 def test_the_checksum_covers_names_and_words_and_the_format_is_known(tmp_path):
-    train.fit(tiny(tmp_path, train__steps=1, eval__foreign=False))
+    train.fit(tiny(tmp_path, train__steps=1))
     tensors, raw = checkpoint.read_file(tmp_path / "last.safetensors")
     file, said = tmp_path / "changed.safetensors", json.loads(raw["etrm"])
     renamed = {f"{k}x" if k == "params.core.embed" else k: v for k, v in tensors.items()}

@@ -146,7 +146,6 @@ def trained(folder, **options):
         "model": {**MODEL, "halt_max_steps": 2},
         "train__steps": 2,
         "eval__every": 2,
-        "eval__foreign": False,
     } | options
     return tiny(folder, **options)
 
