@@ -1,11 +1,11 @@
-"""Kill a training run with SIGKILL at random instants, resume it, and compare what it leaves with the unbroken run.
+"""Kill a training run with SIGKILL at random instants, resume it, and compare it with the unbroken run.
 
     python -m tests.kill --kills 20 [--seed 0] [--json]
 
-fp32 and bf16, one and two processes in turn; Muon and EMA; canvases from 1 x 1 to a side of 30; a state after every step.
-A tenth of the kills falls at start-up, half in the middle of a write, the others at any instant of training. A kill is
-identical when the newest whole state that it left, and the metrics up to it, were to the bit the unbroken run's at that
-step, and its run in the end left the same weights, average, state and metrics (the clock aside). OMP_NUM_THREADS is inherited.
+fp32 and bf16, one and two processes in turn; Muon and EMA; canvases from 1 x 1 to a side of 30; a state after every
+step. A tenth of the kills falls at start-up, half in the middle of a write, the others at any instant of training. A
+kill is identical when the newest whole state that it left, and the metrics up to it, were to the bit the unbroken
+run's at that step, and its run in the end left the same weights, average, state and metrics (the clock aside).
 """
 
 import argparse
@@ -15,7 +15,6 @@ import json
 import math
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -29,6 +28,7 @@ import torch
 
 from etrm_arc import checkpoint
 from etrm_arc.checkpoint import is_held
+from etrm_arc.config import UserError
 
 STEPS = 32
 RECIPE = f"""
@@ -50,7 +50,7 @@ class Outcome(NamedTuple):
 class Whole(NamedTuple):
     """The unbroken run."""
 
-    states: dict[int, dict[str, str]]
+    states: dict[int, str]  # digests by step
     outcome: Outcome
     begins: float  # seconds until its first state
     trains: float  # seconds from there to its end
@@ -63,25 +63,36 @@ def prepare(work: Path) -> None:
     for h, w in SIZES:
         grids = [[[draw.randrange(10) for _ in range(w)] for _ in range(h)] for _ in range(3)]
         demo, other, query = ({"input": x, "output": x[::-1]} for x in grids)
-        (work / "tasks" / f"{h}x{w}.json").write_text(
-            json.dumps({"train": [demo, other], "test": [query]})
-        )
+        task = {"train": [demo, other], "test": [query]}
+        (work / "tasks" / f"{h}x{w}.json").write_text(json.dumps(task))
 
 
 def start(work: Path, folder: Path, dtype: str, procs: int) -> subprocess.Popen[bytes]:
-    resume = ["--resume"] if checkpoint.manifests(folder) else []
+    resume = ["--resume"] if checkpoint.states(folder) else []
     sets = ["--set", f"run.dir={folder}", "--set", f"train.dtype={dtype}", "--procs", str(procs)]
     command = [sys.executable, "-m", "etrm_arc.cli", "train", "kill.toml", *sets, *resume]
-    with open(work / "stderr", "w") as said:
-        return subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=said, start_new_session=True, cwd=work
-        )
+    with open(work / "stderr", "w") as errors:
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, cwd=work)
+
+
+def family(pid: int) -> list[int]:
+    """A process and all that it has started."""
+    children = collections.defaultdict(list)
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parent = file.read_text().rpartition(")")[2].split()[1]
+            children[int(parent)].append(int(file.parent.name))
+    pids = [pid]
+    for parent in pids:
+        pids += children[parent]
+    return pids
 
 
 def kill(run: subprocess.Popen[bytes], folder: Path) -> None:
     """All processes of the run at once, without a word; until they are gone."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(run.pid, signal.SIGKILL)
+    for pid in family(run.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     run.wait()
     while is_held(folder):
         time.sleep(0.001)
@@ -89,19 +100,14 @@ def kill(run: subprocess.Popen[bytes], folder: Path) -> None:
 
 def outcome(folder: Path, step: float = math.inf) -> Outcome:
     """Metrics up to a step (a line that a kill has cut off is after it), and every tensor that the run leaves."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().split("\n")[:-1]]
-    files = [p for n in ("last", "best") if (p := folder / f"{n}.safetensors").exists()]
-    found = {f"{p.stem}.{k}": v for p in files for k, v in checkpoint.read_file(p)[0].items()}
-    for part in checkpoint.load_state(folder)[1]:
-        found |= part
-    return Outcome(
-        [
-            {k: v for k, v in row.items() if k not in WALL_CLOCK}
-            for row in rows
-            if row["step"] <= step
-        ],
-        found,
-    )
+    lines = (folder / "metrics.jsonl").read_text().split("\n")[:-1]
+    rows = [row for row in map(json.loads, lines) if row["step"] <= step]
+    rows = [{k: v for k, v in row.items() if k not in WALL_CLOCK} for row in rows]
+    tensors = dict(checkpoint.load_state(folder).tensors)
+    for file in (folder / "last.safetensors", folder / "best.safetensors"):
+        if file.exists():
+            tensors |= {f"{file.stem}.{k}": v for k, v in checkpoint.read(file)[0].items()}
+    return Outcome(rows, tensors)
 
 
 def equal(one: Outcome, other: Outcome) -> bool:
@@ -109,26 +115,27 @@ def equal(one: Outcome, other: Outcome) -> bool:
     return same and all(torch.equal(v, other.tensors[k]) for k, v in one.tensors.items())
 
 
-def states(folder: Path) -> dict[int, dict[str, str]]:
-    """Checksums of each process's file, of the states that are there."""
+def digest(tensors: dict[str, torch.Tensor]) -> str:
+    return checkpoint.digest_of(tensors, "")
+
+
+def states(folder: Path) -> dict[int, str]:
+    """Digests of the states that are there and whole."""
     found = {}
-    for manifest in checkpoint.manifests(folder):
-        with contextlib.suppress(OSError):
-            said = json.loads(manifest.read_text())
-            found[said["step"]] = said["files"]
+    for file in checkpoint.states(folder):
+        with contextlib.suppress(UserError):
+            found[checkpoint.step_of(file)] = digest(checkpoint.read(file)[0])
     return found
 
 
 def left_whole(folder: Path, whole: Whole) -> bool:
     """Whether the newest whole state, and the metrics up to it, are those of the unbroken run at that step."""
-    manifest = checkpoint.load_state(folder)[0]
-    if manifest is None:
-        return not checkpoint.manifests(folder)
-    rows = [row for row in whole.outcome.rows if row["step"] <= manifest["step"]]
-    return (
-        manifest["files"] == whole.states[manifest["step"]]
-        and outcome(folder, manifest["step"]).rows == rows
-    )
+    if not checkpoint.states(folder):
+        return True
+    saved = checkpoint.load_state(folder)
+    step = saved.facts["step"]
+    rows = [row for row in whole.outcome.rows if row["step"] <= step]
+    return digest(saved.tensors) == whole.states[step] and outcome(folder, step).rows == rows
 
 
 def unbroken(work: Path, dtype: str, procs: int) -> Whole:
@@ -144,55 +151,35 @@ def unbroken(work: Path, dtype: str, procs: int) -> Whole:
     return Whole(seen, outcome(folder), first - began, time.monotonic() - first)
 
 
-def writing(folder: Path, since: float) -> set[tuple[str, int]]:
-    """Names and inodes of the files whose writing began after an instant and was not finished."""
+def writing(folder: Path) -> set[tuple[str, int]]:
+    """Names and inodes of the files that are being written."""
     found = set()
     for path in folder.glob(".*.writing"):
         with contextlib.suppress(OSError):
-            if (about := path.stat()).st_mtime >= since:
-                found.add((path.name, about.st_ino))
+            found.add((path.name, path.stat().st_ino))
     return found
 
 
 def strike(run: subprocess.Popen[bytes], folder: Path, draw: random.Random, whole: Whole) -> str:
     """Kill the run at a drawn instant, and say where that fell; nothing where it ended before."""
-    since, before, seen, deadline = (
-        time.time(),
-        states(folder).keys(),
-        set[tuple[str, int]](),
-        math.inf,
-    )
-    kind, nth, share = (
-        draw.choices(("start-up", "write", "training"), (1, 5, 4))[0],
-        draw.randint(1, 20),
-        draw.random(),
-    )
+    old, before, seen = writing(folder), checkpoint.states(folder), set[tuple[str, int]]()
+    kind = draw.choices(("start-up", "write", "training"), (1, 5, 4))[0]
+    nth, share, deadline = draw.randint(1, 20), draw.random(), math.inf
     if kind == "start-up":
         deadline = time.monotonic() + share * whole.begins
     while run.poll() is None:
+        begun = bool({*checkpoint.states(folder)} - {*before})
         if kind == "write":
-            seen |= writing(folder, since)
-        elif deadline == math.inf and states(folder).keys() - before:
+            seen |= writing(folder) - old
+        elif begun and deadline == math.inf:
             deadline = time.monotonic() + share * whole.trains / 5
         if time.monotonic() >= deadline or len(seen) >= nth:
             kill(run, folder)
-            return where(folder, since)
+            unfinished = writing(folder) - old
+            name = min(unfinished)[0].split("-")[0].split(".")[1] if unfinished else ""
+            return f"mid-write of {name}" if name else "between writes" if begun else "start-up"
         time.sleep(0.001)
     return ""
-
-
-def where(folder: Path, since: float) -> str:
-    """Where a kill fell, of a process started at `since`."""
-    about, log = folder / "run.json", folder / "metrics.jsonl"
-    if not about.exists() or about.stat().st_mtime < since:
-        return "start-up"
-    if at := writing(folder, since):
-        return f"mid-write of {re.split('[-.]', min(at)[0])[1]}"
-    if {p.name for p in folder.glob("state-*-*.safetensors")} - {
-        name for files in states(folder).values() for name in files
-    }:
-        return "before the manifest"
-    return "mid-line" if log.read_text()[-1:] not in ("", "\n") else "between writes"
 
 
 def main() -> None:
@@ -206,41 +193,27 @@ def main() -> None:
     draw, work = random.Random(args.seed), Path(tempfile.mkdtemp())
     prepare(work)
     kinds, whole = [(dtype, procs) for procs in (1, 2) for dtype in ("fp32", "bf16")], {}
-    kills, runs, identical, fell = 0, 0, 0, collections.Counter[str]()
-    with contextlib.suppress(KeyboardInterrupt):  # what was found until then is said
-        while kills < args.kills:
-            kind, folder, at, good = kinds[runs % len(kinds)], work / f"run-{runs}", [], []
-            whole[kind] = whole.get(kind) or unbroken(work, *kind)
-            while True:
-                run = start(work, folder, *kind)
-                fallen = (
-                    strike(run, folder, draw, whole[kind]) if kills + len(good) < args.kills else ""
-                )
-                if not fallen:
-                    break
-                at.append(fallen)
-                good.append(left_whole(folder, whole[kind]))
-            assert run.wait() == 0, (work / "stderr").read_text()
-            fell.update(at)
-            kills, runs = kills + len(good), runs + 1
-            identical += sum(good) * equal(outcome(folder), whole[kind].outcome)
-            print(
-                f"{kills} kills in {runs} runs, {identical} identical; they fell: {dict(fell)}",
-                file=sys.stderr,
-                flush=True,
-            )
-            if identical == kills:
-                shutil.rmtree(folder)
-    if run.poll() is None:
-        kill(run, folder)
+    kills, runs, identical, places = 0, 0, 0, collections.Counter[str]()
+    while kills < args.kills:
+        kind, folder, good = kinds[runs % len(kinds)], work / f"run-{runs}", []
+        whole[kind] = whole.get(kind) or unbroken(work, *kind)
+        while True:
+            run = start(work, folder, *kind)
+            enough = kills + len(good) >= args.kills
+            place = "" if enough else strike(run, folder, draw, whole[kind])
+            if not place:
+                break
+            places[place] += 1
+            good.append(left_whole(folder, whole[kind]))
+        assert run.wait() == 0, (work / "stderr").read_text()
+        kills, runs = kills + len(good), runs + 1
+        identical += sum(good) * equal(outcome(folder), whole[kind].outcome)
+        text = f"{identical} of {kills} kills identical, in {runs} runs; they fell: {dict(places)}"
+        print(text, file=sys.stderr, flush=True)
     if identical == kills:
         shutil.rmtree(work)
-    found = {"kills": kills, "identical": identical, "runs": runs, "fell": dict(fell)}
-    print(
-        json.dumps(found)
-        if args.json
-        else f"{identical} of {kills} kills identical, in {runs} runs; they fell: {dict(fell)}"
-    )
+    result = {"kills": kills, "identical": identical, "runs": runs, "fell": dict(places)}
+    print(json.dumps(result) if args.json else text)
     sys.exit(0 if identical == kills else 1)
 
 

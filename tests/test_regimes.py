@@ -167,23 +167,12 @@ def test_a_page_of_a_table_shows_its_answers_without_steps(table, tmp_path):
     assert [row["task"] for row in page["gallery"]] == ["border"]
 
 
-def test_the_lean_copy_of_a_table_still_knows_its_tasks(table, tmp_path):
-    lean, file = tmp_path / "lean.safetensors", str(tmp_path / "p.jsonl")
-    checkpoint.convert(table, lean)
-    assert (
-        solve.evaluate(
-            [lean], [str(SET / "border.json")], ["solve.views=2"], predictions_file=file
-        )["votes"]
-        == 2
-    )
-
-
-@pytest.mark.parametrize("how", [{"freeze": (r"core\..*",)}, {"freeze_until": {r"core\..*": 9}}])
+@pytest.mark.parametrize("how", [{r"core\..*": 0}, {r"core\..*": 9}])
 def test_rows_can_be_trained_alone(tmp_path, how):
     options = TABLE | {
         "eval__on": "train",
         "data__dev": (),
-        **{f"optimizer__{k}": v for k, v in how.items()},
+        "optimizer__freeze": how,
     }
     cfg = tiny(tmp_path, **options)
     before = train.setup(cfg).params
@@ -460,7 +449,7 @@ SHAPE = {
 }
 FEEDBACK = {
     "model": {**SHAPE, "halt_max_steps": 3, "unrolled": 3, "exploration": 0.0},
-    "optimizer__freeze": [], "optimizer__kind": "adamw", "train__shards": 1,
+    "optimizer__freeze": {}, "optimizer__kind": "adamw", "train__shards": 1,
 }  # fmt: skip
 
 
