@@ -19,7 +19,6 @@ from etrm_arc.tests.puzzles import generators
 from etrm_arc.tests.test_parity import batch_of, close
 from etrm_arc.tests.test_runs import same
 from etrm_arc.tests.test_train import tiny
-from etrm_arc.tests.test_transfer import there_and_back
 
 SET = Path(__file__).parent / "data" / "set"
 TABLE = {
@@ -218,16 +217,6 @@ def test_regimes_refuse_what_they_cannot_be(tmp_path, options, said):
     with pytest.raises(UserError) as e:
         train.setup(tiny(tmp_path, **TABLE | options))
     assert said in str(e.value)
-
-
-def test_a_published_table_comes_over_and_back(golden, tmp_path):
-    model = published.config(encoder=config.EncoderConfig(kind="table", latent=1024))
-    sd = {f"_orig_mod.model.{k}": v for k, v in published.sub(golden("trm_core")[0], "sd.").items()}
-    c, back = there_and_back(tmp_path, sd, model)
-    assert back.keys() == sd.keys() and all(torch.equal(back[k], v) for k, v in sd.items())
-    assert len(c.params.encoder.table) == 64
-    with pytest.raises(UserError, match="table was converted"):
-        baselines.numbers(c.params, config.Config(model=model), sources.load([str(SET)]), 0)
 
 
 # ---------------------------------------------------------------- the mixer

@@ -46,7 +46,7 @@ def copy_of(run, file, change=lambda x: x, **fields):
     weights = {
         f"{k}.{path}": change(v) for k, tree in trees.items() for path, v in leaves(tree).items()
     }
-    checkpoint.save(Path(file), weights, c.meta)
+    checkpoint.save(Path(file), {**weights, "pairs": c.pairs}, c.meta)
     return Path(file)
 
 
@@ -589,7 +589,7 @@ def test_full_adaptation_ends_when_its_demos_are_solved(run, monkeypatch):
     def solved(*args):
         carries, grads, sums, *more = one_step(*args)
         count.append(1)
-        sums[0, train.SUMS.index("exact")] = sums[0, -1]
+        sums[0, train.METRICS.index("exact")] = sums[0, -1]
         return carries, grads, sums, *more
 
     monkeypatch.setattr(train, "one_step", solved)
