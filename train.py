@@ -15,7 +15,7 @@ import json
 import logging
 import math
 import os
-
+import re
 import sys
 import tempfile
 import time

@@ -13,7 +13,7 @@ from etrm_arc import baselines, checkpoint, config, data, etrm, score, show, sol
 from etrm_arc.config import ModelConfig, UserError
 from etrm_arc.encoders import encoder_of, init_params
 from etrm_arc.etrm import Encode, Params, act_loss, fresh_carry, leaves, rebuild
-from etrm_arc.tests import published, puzzles
+from etrm_arc.tests import puzzles
 from etrm_arc.tests.kill import outcome
 from etrm_arc.tests.puzzles import generators
 from etrm_arc.tests.test_parity import batch_of, close
