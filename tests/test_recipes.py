@@ -99,7 +99,8 @@ PUBLISHED = {
     "experiments/H16": ETRM,
     "experiments/H32": ETRM | {"model.halt_max_steps": 32, "eval.act_steps": 32},
     "experiments/scratch": ETRM | {"init_from.path": ""},
-    "experiments/frozen": ETRM,
+    "experiments/frozen": ETRM
+    | {"optimizer.freeze": {r"core\.[HL]_init": 0, r"core\..*": 1000}},
     **{f"encoders/{kind}": ETRM | encoder(kind) for kind in ENCODERS if kind != "table"},
     "encoders/lpn_standard": ETRM | encoder("lpn_standard", layers=4),
     "encoders/lpn_variational": ETRM | encoder("lpn_variational", layers=4),
