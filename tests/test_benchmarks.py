@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from etrm_arc.benchmarks import evaluation, foreign
+from etrm_arc.benchmarks import evaluation, foreign, throughput
 from etrm_arc.tests.puzzles import SET
 
 
@@ -38,3 +38,20 @@ def test_evaluation_measures_every_rung(call, run, tmp_path, trained):
     assert ("leaving" in result) == trained
     if trained:
         assert result["leaving"]["views"] == 3 and 1 <= result["leaving"]["act_steps"] <= 2
+
+
+def test_throughput_measures_steps_stand_in_and_growth(call, tmp_path, monkeypatch):
+    growth = {"tasks": (3, 9), "data.canvas": (8,), "data.max_demos": (1,), "model.layers": (1,)}
+    monkeypatch.setattr(throughput, "GROWTH", growth)
+    fields = {"data.train": [str(SET)], "model.hidden": 16, "model.heads": 1, "train.batch": 1}
+    fields |= {"model.H_cycles": 1, "model.L_cycles": 1, "train.shards": 1}
+    fields |= {"model.encoder.layers": 1, "model.context_tokens": 1}
+    sets = [word for k, v in fields.items() for word in ("--set", f"{k}={json.dumps(v)}")]
+    outputs = ["--json", tmp_path / "t.json", "--plot", tmp_path / "t.png"]
+    call(throughput, "--dtype", "fp32", "--repeats", 1, *sets, *outputs)
+    result = json.loads((tmp_path / "t.json").read_text())
+    row = result["fp32"]
+    assert row["samples_per_s"] > row["stand_in"] > 0 and min(row["parts"].values()) > 0
+    for kind, sizes in growth.items():
+        assert [int(size) for size in result["growth"][kind]] == list(sizes)
+    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
