@@ -68,20 +68,15 @@ class Trainer:
         begun = time.perf_counter()
         self.cfg, self.s = cfg, train.setup(cfg)
         self.state = train.fresh_state(cfg, self.s)
-        self.trained = [p for p in self.s.params.values() if p.requires_grad]
         self.start = time.perf_counter() - begun
-
-    def update(self, grads: list[torch.Tensor]) -> None:
-        optim.update(self.state.opts, self.trained, grads, 1e-4, 1.0)
-        ema = list(self.state.ema.values())
-        torch._foreach_lerp_(ema, list(self.s.params.values()), 1e-3)
 
     def step(self) -> float:
         """Seconds of one optimizer step."""
         begun = time.perf_counter()
-        step = train.one_step(self.s, self.cfg, self.state.carries)
-        self.state.carries = step.carries
-        self.update(step.grads)
+        out = train.one_step(self.s, self.cfg, self.state.carries)
+        self.state.progress.step += 1
+        train.apply(self.cfg, self.s, self.state, out)
+        self.state.carries = out.carries
         return time.perf_counter() - begun
 
     def rate(self, repeats: int, warm: int = 3, life: int = 1) -> float:
@@ -191,6 +186,7 @@ def parts(t: Trainer, repeats: int) -> dict[str, float]:
     start = t.state.carries[0]
     carry, batch, least = train.next_batch(s, cfg, slots, start)
     cast = etrm.rebuild(s.like, {k: v.to(s.dtype) for k, v in s.params.items()})
+    trained = [p for p in s.params.values() if p.requires_grad]
     context = s.encode.read(cast.encoder, batch).tokens.detach()
     given = etrm.Encode(lambda *_: etrm.Context(context))
     toward = torch.randn_like(context)
@@ -200,15 +196,15 @@ def parts(t: Trainer, repeats: int) -> dict[str, float]:
 
     def encode() -> None:
         tokens = s.encode.read(cast.encoder, batch).tokens
-        torch.autograd.grad(tokens, t.trained, toward, allow_unused=True, retain_graph=True)
+        torch.autograd.grad(tokens, trained, toward, allow_unused=True, retain_graph=True)
 
     def core() -> None:
         _, out = etrm.act_step(cast, cfg.model, given, carry, batch, least)
         loss = etrm.act_loss(cfg.model, out, batch.labels, batch.cells).total.sum()
-        torch.autograd.grad(loss, t.trained, allow_unused=True, retain_graph=True)
+        torch.autograd.grad(loss, trained, allow_unused=True, retain_graph=True)
 
     def update() -> None:
-        t.update([torch.zeros_like(p) for p in t.trained])
+        optim.update(t.state.opts, trained, [torch.zeros_like(p) for p in trained], 0.0, 1.0)
 
     named = {"drawing and painting": draw, "encoder": encode, "core": core, "optimizer": update}
     return {name: seconds_of(f, repeats) for name, f in named.items()}

@@ -87,7 +87,7 @@ def test_a_run_that_diverged_is_reported_and_shown(copy):
     weights = {f"{name}.{k}": torch.full_like(v, math.nan)
                for name, tree in (("params", found.params), ("ema", found.ema))
                for k, v in show.etrm.leaves(tree).items()}  # fmt: skip
-    checkpoint.save(found.path, weights, found.meta)
+    checkpoint.save(found.path, {**weights, "pairs": found.pairs}, found.meta)
     with open(copy / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "all/lm_loss": NaN, "grad_norm": null}\n')
     vote(copy, sources.load([str(SET / "mirror.json")])[0], np.eye(2, dtype=np.uint8))
