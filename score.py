@@ -18,6 +18,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,12 +75,14 @@ def canvas_text(tokens: np.ndarray) -> str:
 
 def to_line(p: Prediction) -> str:
     """One prediction as a line of JSON; its votes have one source."""
-    votes = [{"view": v.view, "step": v.step, "q": v.q, "grid": grid_text(v.grid)} for v in p.votes]
-    line: dict[str, Any] = {"task": p.task, "query": p.query, "hash": p.hash, "source": p.source}
+    line: dict[str, Any] = {k: getattr(p, k) for k in ("task", "query", "hash", "source")}
     line["seconds"] = round(p.seconds, 3)
     if p.canvas is not None:
         line["canvas"] = canvas_text(p.canvas)
-    return json.dumps(line | {"votes": votes} | ({"too_large": p.too_large} if p.too_large else {}))
+    line["votes"] = [
+        {"view": v.view, "step": v.step, "q": v.q, "grid": grid_text(v.grid)} for v in p.votes
+    ]
+    return json.dumps(line | ({"too_large": p.too_large} if p.too_large else {}))
 
 
 def from_line(text: str, where: str) -> Prediction:
@@ -273,14 +276,9 @@ def judge(task: Task, p: Prediction, output: np.ndarray) -> Judged:
     return Judged(place, bool(right.all()), float(right.mean()), shape, side)
 
 
-def mean(values: Iterable[float]) -> float:
-    listed = list(values)
-    return math.fsum(listed) / len(listed)
-
-
 def passed(rows: Sequence[Sequence[Judged]], k: int) -> float:
     """Mean over tasks of the share of their queries whose right answer is among the first k."""
-    return mean(mean(0 < j.place <= k for j in task) for task in rows)
+    return fmean(fmean(0 < j.place <= k for j in task) for task in rows)
 
 
 def score(tasks: Sequence[Task], predictions: Sequence[Prediction]) -> dict[str, Any]:
@@ -305,12 +303,12 @@ def score(tasks: Sequence[Task], predictions: Sequence[Prediction]) -> dict[str,
     shares: dict[str, tuple[float, int]] = {}
     for k in PASS:
         shares[f"pass@{k}"] = passed(rows, k), n
-        shares[f"all_queries/pass@{k}"] = mean(all(0 < j.place <= k for j in t) for t in rows), n
-        shares[f"per_output/pass@{k}"] = mean(0 < j.place <= k for j in flat), len(flat)
-    shares["oracle"] = mean(j.place > 0 for j in flat), len(flat)
-    shares["exact_match"] = mean(j.exact for j in flat), len(flat)
-    shares["cell_accuracy"] = mean(j.cells for j in flat), len(flat)
-    shares["shape_accuracy"] = mean(j.shape for j in flat), len(flat)
+        shares[f"all_queries/pass@{k}"] = fmean(all(0 < j.place <= k for j in t) for t in rows), n
+        shares[f"per_output/pass@{k}"] = fmean(0 < j.place <= k for j in flat), len(flat)
+    shares["oracle"] = fmean(j.place > 0 for j in flat), len(flat)
+    shares["exact_match"] = fmean(j.exact for j in flat), len(flat)
+    shares["cell_accuracy"] = fmean(j.cells for j in flat), len(flat)
+    shares["shape_accuracy"] = fmean(j.shape for j in flat), len(flat)
     by_side, low = {}, 0
     for high in SIDES:
         band = [task for task in rows if low < max(j.side for j in task) <= high]

@@ -8,6 +8,7 @@ Abstract Reasoning" (arXiv 2411.07279: train a copy of the weights).
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import json
@@ -35,51 +36,31 @@ from .score import Prediction, Vote
 
 # ---------------------------------------------------------------- demos as questions
 
-COPIES = 3  # of a single demo, under symmetries
-
-
-def demo_task(task: Task) -> Task:
-    """The demos alone, at least two: copies under symmetries fixed by its content join a single."""
-    first, *others = task.demos
-    copies = []
-    if not others:
-        key = int.from_bytes(data.task_digest(Task("", [first], []))[:7], "little")
-        u = data.uniform(11, key, data.VIEW, torch.arange(COPIES))
-        for s in map(Symmetry, *data.draw_symmetry(u, True, "keep_black")):
-            copies.append((data.apply(s, first[0]), data.apply(s, first[1])))
-    return Task(task.name, [*task.demos, *copies], [])
-
-
-class DemoQuestions(NamedTuple):
-    """Demos as queries, under the view of the row that they belong to."""
-
-    batch: data.Batch
-    row: Tensor  # (R,)
+Asked = tuple[data.Batch, Tensor]  # demos as queries; (R,) the row that each belongs to
 
 
 def ask_demos(
     tasks: Sequence[Task], view: tuple[Symmetry, Tensor], cfg: Config, device: torch.device
-) -> DemoQuestions:
-    """Every demo of each row's task, asked from the others, on a canvas that holds all of them."""
+) -> Asked | None:
+    """Every demo of each row's task, asked from the others under the row's view, and its row (R,).
+
+    It lies on a canvas that holds all demos. None where each task has a single one."""
     unique = list({id(t): t for t in tasks}.values())
-    packed = data.pack([demo_task(t) for t in unique], device)
+    packed = data.pack([t._replace(queries=[]) for t in unique], device)
     first = packed.first.tolist()
     size = [packed.grids[a:b, :, 1:].amax((0, 1)) for a, b in zip(first, first[1:], strict=False)]
     canvas = data.snug(torch.stack(size), cfg.data)
-    rows, pairs = [], []
-    index = {id(t): k for k, t in enumerate(unique)}
-    for row, task in enumerate(tasks):
-        k = index[id(task)]
-        if canvas[k, 0]:
-            pairs += range(first[k], first[k + 1])
-            rows += [row] * (first[k + 1] - first[k])
-    row, pair = torch.tensor(rows, dtype=torch.int64), torch.tensor(pairs, dtype=torch.int64)
-    true, task_of = torch.ones_like(pair, dtype=torch.bool), packed.task_of[pair]
+    spans = {id(t): range(*first[k : k + 2]) for k, t in enumerate(unique) if len(t.demos) > 1}
+    asked = [(row, pair) for row, t in enumerate(tasks) for pair in spans.get(id(t), ())]
+    if not asked:
+        return None
+    row, pair = torch.tensor(asked).T
+    task_of, true = packed.task_of[pair], torch.ones_like(pair, dtype=torch.bool)
     queries = data.Queries(pair, task_of, true, canvas[task_of], true)
     lots = pad(view[1], (0, 99))[row, : 1 + int(packed.first.diff().max())]
     turned = Symmetry(view[0].dihedral[row], view[0].colours[row])
     episodes = data.posed(packed, cfg.data, "leave_one_out", queries, view=(turned, lots))
-    return DemoQuestions(data.batch(packed, episodes, cfg.model.raster), row.to(device))
+    return data.batch(packed, episodes, cfg.model.raster), row.to(device)
 
 
 # ---------------------------------------------------------------- a search over the context
@@ -93,12 +74,12 @@ def constant(context: Context) -> Encode:
 
 
 def likelihood(
-    params: Params, cfg: Config, questions: DemoQuestions, context: Context, rows: int
+    params: Params, cfg: Config, demos: Asked, context: Context, rows: int
 ) -> tuple[Tensor, Tensor]:
     """(gradient (R, T, D) of the summed loss of all ACT steps by the context tokens, zeros where
     that is not wanted; (rows,) mean log-probability of a demo's cell after the last step, 0 without
     demos). One step's graph is alive at a time."""
-    tokens, batch = context.tokens, questions.batch
+    tokens, (batch, row) = context.tokens, demos
     model = msgspec.structs.replace(cfg.model, q_weight=0.0)
     grad = torch.zeros(tokens.shape, device=tokens.device)
     carry = etrm.fresh_carry(model, batch.cells, tokens.dtype, tokens.device)
@@ -109,39 +90,37 @@ def likelihood(
         if tokens.requires_grad:
             grad += torch.autograd.grad(loss.total.sum() * scale, [tokens])[0].float() / scale
     sums = torch.zeros(2, rows, device=tokens.device)
-    sums.index_add_(1, questions.row, torch.stack((loss.lm, torch.ones_like(loss.lm))))
+    sums.index_add_(1, row, torch.stack((loss.lm, torch.ones_like(loss.lm))))
     return grad, -sums[0] / sums[1].clamp(min=1)
 
 
 def search_context(
-    params: Params, cfg: Config, encode: Encode, questions: DemoQuestions, context: Context,
+    params: Params, cfg: Config, encode: Encode, demos: Asked, context: Context,
     deadline: float,
 ) -> Context:  # fmt: skip
     """The context plus the (B, T, D) that, added to the contexts of the *other* demos, makes each
     demo likeliest: gradient steps from zero, the best kept row by row, so that no row's demos get
     less likely. Rows do not depend on each other."""
-    if not len(questions.row):  # their canvas is too large
-        return context
+    tokens, (batch, row) = context.tokens, demos
     with torch.no_grad():
-        base = encode.read(params.encoder, questions.batch)
-    tokens = context.tokens
+        base = encode.read(params.encoder, batch)
     added = torch.zeros(tokens.shape, device=tokens.device)
     best_added = torch.zeros_like(added)
     best = torch.full((len(tokens),), -torch.inf, device=tokens.device)
     opt = torch.optim.Adam([added], lr=cfg.solve.adapt_lr or 0.1)
     for step in range(cfg.solve.adapt_steps + 1):
         last = step == cfg.solve.adapt_steps or time.monotonic() > deadline
-        moved = (base.tokens + added.to(tokens.dtype)[questions.row]).requires_grad_(not last)
+        moved = (base.tokens + added.to(tokens.dtype)[row]).requires_grad_(not last)
         with torch.enable_grad():
-            moved_context = base._replace(tokens=moved)
-            grad, value = likelihood(params, cfg, questions, moved_context, len(tokens))
+            changed = base._replace(tokens=moved)
+            grad, value = likelihood(params, cfg, demos, changed, len(tokens))
         better = value > best
         best = torch.where(better, value, best)
         best_added = torch.where(better[:, None, None], added, best_added)
         if last:
             break
         finite = grad.nan_to_num(0.0, 0.0, 0.0)
-        added.grad = torch.zeros_like(added).index_add_(0, questions.row, finite)
+        added.grad = torch.zeros_like(added).index_add_(0, row, finite)
         opt.step()
     return context._replace(tokens=tokens + best_added.to(tokens.dtype))
 
@@ -171,7 +150,7 @@ def adaptation_config(cfg: Config) -> Config:
 def adapt_weights(params: Params, cfg: Config, task: Task, deadline: float) -> Params:
     """Weights trained on the task's demos until all slots were right in three steps running, or the
     steps or the time are over. The same weights where no demo fits the canvas of the others."""
-    cfg, task = adaptation_config(cfg), demo_task(task)
+    cfg, task = adaptation_config(cfg), task._replace(queries=[])
     queries = data.queries(data.pack([task]), cfg.data.query, cfg.data)
     if not queries.fits.any() or time.monotonic() > deadline:
         return params
@@ -215,12 +194,6 @@ class Questions(NamedTuple):
     def task(self, row: int) -> Task:
         return self.tasks[int(self.queries.task[row])]
 
-    def side(self, row: int) -> int:
-        """Of a canvas for the demos and the query's input."""
-        task = self.task(row)
-        grids = grids_of(task._replace(queries=[task.queries[self.number[row]]]))
-        return max(max(x.shape) for x in grids)
-
 
 def questions_of(params: Params, cfg: Config, tasks: Sequence[Task], views: int) -> Questions:
     """All queries of tasks, on the device. Raises UserError when a task has no query."""
@@ -262,15 +235,6 @@ def pose(questions: Questions, cfg: Config, units: Sequence[tuple[int, int]]) ->
     return Posed(batch, symmetry, lots, [(h, w) for h, w in episodes.canvas.tolist()])
 
 
-def grid_of(logits: Tensor, canvas: tuple[int, int], back: Symmetry) -> np.ndarray | None:
-    """The answer on a canvas, in the task's own frame; None where no whole grid was given, or
-    something else than numbers (but -inf, for a token that a model cannot say)."""
-    if not logits.amax(-1).isfinite().all():  # the maximum of a row with a NaN is NaN
-        return None
-    grid = data.untokenise(logits.argmax(-1).view(*canvas).cpu().numpy())
-    return None if grid is None else data.apply(back, grid)
-
-
 def answer_batch(
     params: Params, cfg: Config, questions: Questions, units: Sequence[tuple[int, int]],
     deadline: float,
@@ -285,16 +249,20 @@ def answer_batch(
             context = encode.read(params.encoder, posed.batch)
         tasks, view = [questions.task(r) for r, _ in units], (posed.symmetry, posed.lots)
         demos = ask_demos(tasks, view, cfg, device)
-        encode = constant(search_context(params, cfg, encode, demos, context, deadline))
+        if demos:
+            context = search_context(params, cfg, encode, demos, context, deadline)
+        encode = constant(context)
     steps = cfg.solve.act_steps or cfg.model.halt_max_steps
     out, spent = etrm.think(params, cfg.model, encode, posed.batch, dtype, steps, cfg.solve.leave)
     back, answers = data.inverse(posed.symmetry), []
     q = out.q_halt.float().nan_to_num(-1e9).tolist()
     for b, logits in enumerate(out.logits.float().split(posed.batch.cells)):
-        canvas = posed.canvas[b]
-        grid = grid_of(logits, canvas, Symmetry(back.dihedral[b], back.colours[b]))
-        vote = Vote(grid, q[b], units[b][1], int(spent[b]))
-        answers.append((vote, logits.argmax(-1).view(*canvas).cpu().numpy()))
+        canvas = logits.argmax(-1).view(posed.canvas[b]).cpu().numpy()
+        numbers = logits.amax(-1).isfinite().all()  # the maximum of a row with a NaN is NaN
+        grid = data.untokenise(canvas) if numbers else None  # None: no whole grid
+        if grid is not None:
+            grid = data.apply(Symmetry(back.dihedral[b], back.colours[b]), grid)
+        answers.append((Vote(grid, q[b], units[b][1], int(spent[b])), canvas))
     return answers
 
 
@@ -317,9 +285,10 @@ def predictions(
     ]
     todo = [(r, v) for r, p in enumerate(blank) for v in views if (p.hash, p.query, v) not in done]
     units = [(r, v) for r, v in todo if questions.queries.canvas[r, 0]]
-    lost = sorted({r for r, _ in todo} - {r for r, _ in units})
+    lost = {r: max(max(x.shape) for x in grids_of(questions.task(r))) for r, _ in todo}
+    lost = {r: side for r, side in lost.items() if not questions.queries.canvas[r, 0]}
     if lost:
-        yield [blank[r]._replace(too_large=questions.side(r)) for r in lost]
+        yield [blank[r]._replace(too_large=side) for r, side in lost.items()]
     searched = cfg.solve.adapt == "context"  # then each demo is asked, too
     copies = torch.tensor([1 + searched * len(questions.task(r).demos) for r, _ in units])
     each_row = data.chosen(questions.queries, torch.tensor([r for r, _ in units]).long())
@@ -379,12 +348,8 @@ SOLVERS = {"experts": "etrm_arc.extras.experts"}  # name: a module with `predict
 FREE = ("train.device", "train.dtype", "solve.")  # of a checkpoint's config
 
 
-def digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
-
-
-def opened(path: str | Path, sets: Sequence[str] = (), weights: str = "ema") -> Solver:
-    """A checkpoint with the config it was trained with; `sets` may change FREE fields."""
+def opened(path: str | Path, sets: Sequence[str] = ()) -> Solver:
+    """A checkpoint's EMA with the config it was trained with; `sets` may change FREE fields."""
     c = checkpoint.load(path)
     raw = c.meta["config"]
     for item in sets:
@@ -394,18 +359,16 @@ def opened(path: str | Path, sets: Sequence[str] = (), weights: str = "ema") -> 
             )
         config.set_item(raw, item)
     cfg = config.parse_config(raw, str(c.path))
-    params = c.ema if weights == "ema" else c.params
     how = {k: v for k, v in msgspec.to_builtins(cfg.solve).items() if k != "views"}
     learns = [cfg.optimizer, cfg.run.seed] if cfg.solve.adapt == "full" else []
     rest = msgspec.to_builtins([cfg.model, cfg.data, *learns])
     text = json.dumps([how, *rest, str(train.hardware(cfg)[1])])
-    source = digest(checkpoint.digest_of(etrm.leaves(params), text))
-    return Solver(c.path, cfg, source, params, c.meta, c.pairs)
+    content = checkpoint.digest_of(etrm.leaves(c.ema), text)
+    source = hashlib.blake2b(content.encode(), digest_size=6).hexdigest()
+    return Solver(c.path, cfg, source, c.ema, c.meta, c.pairs)
 
 
-def solver_of(
-    name: str | Path, sets: Sequence[str] = (), weights: str = "ema"
-) -> Solver | HandMade:
+def solver_of(name: str | Path, sets: Sequence[str] = ()) -> Solver | HandMade:
     """A checkpoint that can be asked, or a hand-made solver by its name."""
     if str(name) in SOLVERS and not Path(name).exists():
         module = importlib.import_module(SOLVERS[str(name)])
@@ -414,7 +377,7 @@ def solver_of(
             config.set_item(raw, item)
         cfg = config.parse_config(raw, str(name))
         return HandMade(Path(name), cfg, module.SOURCE, module.predict)
-    solver = opened(name, sets, weights)
+    solver = opened(name, sets)
     if not all(x.isfinite().all() for x in etrm.leaves(solver.params).values()):
         raise UserError(f"{solver.path}: its weights are no numbers (NaN): the run diverged")
     return solver
@@ -492,30 +455,28 @@ def answers(
 # ---------------------------------------------------------------- evaluation
 
 
-def load_by_source(names: Sequence[str], limit: int, hide: bool) -> dict[str, list[Task]]:
-    """The first `limit` tasks (0: all), source by source.
+def load_by_source(
+    names: Sequence[str], limit: int = 0, shard: str = "1/1", hide: bool = False
+) -> dict[str, list[Task]]:
+    """The first `limit` tasks (0: all), source by source; every n-th of each for the shard "i/n".
 
     A task of which an earlier source has a demo under the same id is left out (ARC-2 repeats six of
     ARC-1's, changed); another task of that id gets a name of its own, as in `sources.load`."""
+    part, _, parts = shard.partition("/")
+    if not (part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
+        raise UserError(f"--shard {shard}: must look like 1/4")
     tasks: dict[str, list[Task]] = {}
     seen: dict[str, Task] = {}
     for source in dict.fromkeys(names):
-        tasks[source] = []
+        fresh = []
         for task in sources.load([source], hide=hide):
             name, twin = sources.free_name(task, seen), seen.get(task.name)
             repeated = name in seen or (twin is not None and sources.akin(twin, task))
             if not repeated and len(seen) < (limit or math.inf):
                 seen[name] = task._replace(name=name)
-                tasks[source].append(seen[name])
+                fresh.append(seen[name])
+        tasks[source] = fresh[int(part) - 1 :: int(parts)]
     return tasks
-
-
-def shard_of(tasks: Sequence[Task], shard: str) -> list[Task]:
-    """Every n-th task, for "i/n" with i from 1."""
-    i, _, n = shard.partition("/")
-    if not (i.isdigit() and n.isdigit() and 1 <= int(i) <= int(n)):
-        raise UserError(f"--shard {shard}: must look like 1/4")
-    return list(tasks[int(i) - 1 :: int(n)])
 
 
 def predictions_path(solver: Solver | HandMade) -> Path:
@@ -557,8 +518,8 @@ ADAPTED = {"none": "no adaptation", "context": "context search", "full": "full a
 
 def evaluate(
     names: Sequence[str | Path], data_sources: Sequence[str] = (), sets: Sequence[str] = (),
-    weights: str = "ema", predictions_file: str = "", budget: float = math.inf, shard: str = "1/1",
-    submit: str = "", say: Callable[[float], None] = lambda share: None,
+    predictions_file: str = "", budget: float = math.inf, shard: str = "1/1", submit: str = "",
+    say: Callable[[float], None] = lambda share: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Ask solvers, which vote together, then score what is on disk: no output is seen before that.
 
@@ -567,17 +528,15 @@ def evaluate(
     Without any known output there are predictions but no scores. `submit` is written first of all,
     and again whenever there is more to say."""
     deadline = time.monotonic() + budget
-    solvers = [solver_of(name, sets, weights) for name in names]
+    solvers = [solver_of(name, sets) for name in names]
     first, views = solvers[0], solvers[0].cfg.solve.views
     chosen = tuple(data_sources) or first.cfg.data.dev
     if not chosen:
         raise UserError(f"{first.path}: trained without a dev split; name the tasks with --data")
     limit = 0 if data_sources else first.cfg.data.max_eval_tasks
-    load_by_source(
-        chosen, limit, hide=False
-    )  # an output that is no grid is found now, not at the end
-    hidden = load_by_source(chosen, limit, hide=True)
-    tasks = [t for ts in hidden.values() for t in shard_of(ts, shard)]
+    load = functools.partial(load_by_source, chosen, limit, shard)
+    load(hide=False)  # an output that is no grid is found now, not at the end
+    tasks = [t for ts in load(hide=True).values() for t in ts]
     if not tasks:
         raise UserError(f"--shard {shard}: no task is left")
     for task in tasks:
@@ -606,7 +565,7 @@ def evaluate(
         predictions = joint()
     if not any(p.votes or p.too_large for p in predictions):
         raise UserError(f"--budget: {budget / 60:g} minutes are not enough for a single view")
-    known = {k: shard_of(ts, shard) for k, ts in load_by_source(chosen, limit, hide=False).items()}
+    known = load(hide=False)
     scores = judged(solvers, known, predictions)
     if "pass@2" in scores and len({type(s) for s in solvers}) > 1:
         everything = [t for ts in known.values() for t in ts]
@@ -619,7 +578,7 @@ def evaluate(
     ways = {ADAPTED[s.cfg.solve.adapt] if isinstance(s, Solver) else "hand-made" for s in solvers}
     guards = {guard_of(s) for s in learned}
     return {
-        "data": list(chosen), "views": views, "weights": weights, "predictions": str(file),
+        "data": list(chosen), "views": views, "predictions": str(file),
         "checkpoints": [str(s.path) for s in solvers], "adaptation": " and ".join(sorted(ways)),
         "step": learned[0].meta.get("step") if learned else None,
         "guard": "; ".join(sorted(guards)),
@@ -638,10 +597,9 @@ def guard_of(solver: Solver) -> str:
 
 
 def judged(
-    solvers: Sequence[Solver | HandMade],
-    known: dict[str, list[Task]],
+    solvers: Sequence[Solver | HandMade], known: dict[str, list[Task]],
     predictions: Sequence[Prediction],
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Scores of predictions, of each source where there are several, whether the tasks were held
     out, and the number of this held-out evaluation; nothing of it without known outputs."""
     tasks = [t for ts in known.values() for t in ts]
@@ -684,8 +642,8 @@ def merge(
     if submit and not chosen:
         raise UserError("--submission: name the tasks with --data")
     target = jsonl("--output", out) if out else None
-    known = load_by_source(chosen, 0, hide=False)
-    hidden = [t for ts in load_by_source(chosen, 0, hide=True).values() for t in ts]
+    known = load_by_source(chosen)
+    hidden = [t for ts in load_by_source(chosen, hide=True).values() for t in ts]
     lines = [p for file in files for p in score.read(file)]
     joint = score.joined(hidden, lines)
     if not chosen:

@@ -291,7 +291,7 @@ def test_a_tiny_pair_in_common_is_chance_and_all_demos_are_not(side):
 
 
 def test_the_second_evaluation_set_is_without_what_it_shares_with_the_first():
-    tasks = solve.load_by_source(["arc1:evaluation", "arc2:evaluation"], 0, True)
+    tasks = solve.load_by_source(["arc1:evaluation", "arc2:evaluation"])
     assert [len(ts) for ts in tasks.values()] == [400, 114]
 
 
@@ -362,9 +362,9 @@ def test_a_task_of_an_earlier_source_is_left_out_and_another_of_its_id_is_not(ru
     result = evaluate(run, sources=chosen)
     assert [row["n_tasks"] for row in result["by_source"].values()] == [6, 2]
     assert result["n_tasks"] == 8
-    tasks = solve.load_by_source(chosen, 0, True)
+    tasks = solve.load_by_source(chosen, hide=True)
     assert [t.name for t in tasks[chosen[1]]] == ["flip#2", "new"]
-    assert [len(ts) for ts in solve.load_by_source(chosen, 7, True).values()] == [6, 1]
+    assert [len(ts) for ts in solve.load_by_source(chosen, 7).values()] == [6, 1]
 
 
 def test_tasks_without_solutions_are_predicted_and_take_no_score_from_others(run, tmp_path):
@@ -419,10 +419,11 @@ def test_demos_are_asked_from_the_others_only(run):
     s, tasks = solve.opened(run), tasks_of_all()
     asked = questions(s, [tasks[2], tasks[0], tasks[2]])
     counts = [len(tasks[t].demos) for t in (2, 0, 2)]
-    assert torch.bincount(asked.row).tolist() == counts
-    d = asked.batch.demos
+    batch, row = asked
+    assert torch.bincount(row).tolist() == counts
+    d = batch.demos
     assert torch.bincount(d.owner).tolist() == [n - 1 for n in counts for _ in range(n)]
-    inputs, shown = asked.batch.inputs.split(asked.batch.cells), d.inputs.split(d.cells)
+    inputs, shown = batch.inputs.split(batch.cells), d.inputs.split(d.cells)
     for i in range(len(inputs)):
         seen = [x[x > 1] for x, o in zip(shown, d.owner.tolist(), strict=True) if o == i]
         assert not any(torch.equal(x, inputs[i][inputs[i] > 1]) for x in seen)
@@ -433,14 +434,14 @@ def test_a_search_makes_no_demo_less_likely_and_rows_do_not_meet(run):
     cfg = with_solve(s.cfg, adapt_steps=8, adapt_lr=0.05)
     encode, asked = solve.encoder_of(cfg.model), questions(s, tasks)
     context = torch.randn(6, 4, 32, generator=torch.Generator().manual_seed(0))
-    base = encode.read(s.params.encoder, asked.batch).tokens.detach()
+    base = encode.read(s.params.encoder, asked[0]).tokens.detach()
 
     def search(cfg, asked=asked, tokens=context):
         start = etrm.Context(tokens)
         return solve.search_context(s.params, cfg, encode, asked, start, FOREVER).tokens
 
     def value(added):
-        moved = etrm.Context(base + added[asked.row])
+        moved = etrm.Context(base + added[asked[1]])
         return solve.likelihood(s.params, cfg, asked, moved, 6)[1]
 
     searched = search(cfg)
@@ -456,15 +457,13 @@ def test_a_search_makes_no_demo_less_likely_and_rows_do_not_meet(run):
 def test_gradients_of_a_search_are_those_of_all_steps_together(run):
     s, g = solve.opened(run), torch.Generator().manual_seed(0)
     asked, model = questions(s, tasks_of_all()), msgspec.structs.replace(s.cfg.model, q_weight=0.0)
-    tokens = torch.randn(len(asked.row), 4, 32, generator=g).requires_grad_()
+    tokens = torch.randn(len(asked[1]), 4, 32, generator=g).requires_grad_()
     context = etrm.Context(tokens)
     grad, _ = solve.likelihood(s.params, s.cfg, asked, context, 6)
-    carry, total = etrm.fresh_carry(model, asked.batch.cells, torch.float32), torch.zeros(())
+    carry, total = etrm.fresh_carry(model, asked[0].cells, torch.float32), torch.zeros(())
     for _ in range(model.halt_max_steps):
-        carry, out = etrm.act_step(
-            s.params, model, solve.constant(context), carry, asked.batch, None
-        )
-        loss = etrm.act_loss(model, out, asked.batch.labels, asked.batch.cells)
+        carry, out = etrm.act_step(s.params, model, solve.constant(context), carry, asked[0], None)
+        loss = etrm.act_loss(model, out, asked[0].labels, asked[0].cells)
         total = total + loss.total.sum()
     want = torch.autograd.grad(total, tokens)[0]
     torch.testing.assert_close(grad, want, rtol=1e-4, atol=1e-6)
@@ -474,17 +473,16 @@ def test_gradients_of_a_search_are_those_of_all_steps_together(run):
 # ---------------------------------------------------------------- a copy of the weights trained on
 
 
-def test_a_single_demo_is_joined_by_its_symmetric_copies(run):
+def test_a_single_demo_is_no_question_and_answered_as_without_adaptation(run):
     s, task = solve.opened(run), tasks_of_all()[0]
     one = task._replace(demos=task.demos[:1])
-    copies = solve.demo_task(one).demos
-    assert len({x.tobytes() + y.tobytes() for x, y in copies}) > 1
-    assert len(copies) == 1 + solve.COPIES
-    assert {sources.pair_digest(pair) for pair in copies} == {sources.pair_digest(one.demos[0])}
-    assert solve.demo_task(task).demos == task.demos and solve.demo_task(task).queries == []
-    for how in ("context", "full"):
-        cfg = with_solve(s.cfg, adapt=how, adapt_steps=2, adapt_batch=2)
-        assert len(solve.predict(s.params, cfg, one, 2)[0].votes) == 2
+    plain = told(solve.predict(s.params, s.cfg, one, 2))
+    for adapt in ("context", "full"):
+        cfg = with_solve(s.cfg, adapt=adapt, adapt_steps=2, adapt_batch=2)
+        assert told(solve.predict(s.params, cfg, one, 2)) == plain
+    both = [s._replace(cfg=with_solve(s.cfg, adapt="context", adapt_steps=2))]
+    [_, p] = solve.predict(s.params, both[0].cfg, [tasks_of_all()[1], one], 2)
+    assert len(p.votes) == 2  # in one batch with others, too
 
 
 def test_full_adaptation_learns_the_demos_and_touches_only_its_copy(run):
@@ -492,7 +490,7 @@ def test_full_adaptation_learns_the_demos_and_touches_only_its_copy(run):
     before = {k: v.clone() for k, v in leaves(s.params).items()}
     cfg = with_solve(s.cfg, adapt_steps=12, adapt_lr=1e-2, adapt_batch=8)
     adapted = solve.adapt_weights(s.params, cfg, task, FOREVER)
-    packed = data.pack([solve.demo_task(task)])
+    packed = data.pack([task._replace(queries=[])])
     loss = [
         train.probe(p, s.cfg, packed, "leave_one_out", torch.float32)["loss"]
         for p in (s.params, adapted)
@@ -549,9 +547,7 @@ def test_shares_of_a_budget_go_by_cells_and_one_overdrawn_is_answered(run, tmp_p
         x = np.arange(side * side, dtype=np.uint8).reshape(side, side) % 9
         tasks.append(Task(name, [(x, x), (x, x + 1)], [(x, x)]))  # which cannot both be right
     chosen = [written(tmp_path / t.name, [t], lambda y: None) for t in tasks]
-    sets, steps = ["solve.adapt=full", "solve.adapt_steps=1000"], []
-    for part in score.read(Path("none.jsonl")) if Path("none.jsonl").exists() else ():
-        del part
+    sets = ["solve.adapt=full", "solve.adapt_steps=1000"]
     begun = clock[2]
     result = evaluate(run, "a.jsonl", chosen, sets, budget=2000.0)
     steps = [round(p.seconds / 40) for p in score.joined(tasks, score.read(Path("a.jsonl")))]
