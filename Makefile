@@ -1,9 +1,9 @@
-# make demo, make test: the set-up happens by itself; only python3 (>= 3.10) with venv is needed.
+# make demo, make test, make size: the set-up happens by itself; only python3 (>= 3.10) with venv is needed.
 PYTHON ?= python3
 VENV ?= .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check
+.PHONY: demo test check size
 
 demo: $(INSTALLED)
 	rm -rf runs/demo
@@ -20,6 +20,9 @@ check: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .
 	ln -sfn '$(CURDIR)' $(VENV)/etrm_arc
 	cd $(VENV) && bin/mypy --config-file etrm_arc/pyproject.toml etrm_arc/*.py
+
+size: $(INSTALLED)
+	$(VENV)/bin/python -m benchmarks.size
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

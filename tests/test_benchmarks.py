@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from etrm_arc.benchmarks import evaluation, foreign, throughput
+from etrm_arc.benchmarks import evaluation, foreign, size, throughput
 from etrm_arc.tests.puzzles import SET
 
 
@@ -55,3 +55,11 @@ def test_throughput_measures_steps_stand_in_and_growth(call, tmp_path, monkeypat
     for kind, sizes in growth.items():
         assert [int(size) for size in result["growth"][kind]] == list(sizes)
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_size_is_one_line_of_json(call, capsys):
+    call(size)
+    (line,) = capsys.readouterr().out.splitlines()
+    counts = json.loads(line)
+    assert counts["files"] <= 13 and counts["commands"] == 9
+    assert counts["bytes"] > counts["lines"] > counts["fields"] > counts["commands"]
