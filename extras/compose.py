@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -43,6 +44,7 @@ from .scenes import (
     where,
 )
 
+MOST = 1_000_000  # tasks of a source
 TRIES = 400  # compositions drawn for one task before giving up
 
 # ---------------------------------------------------------------- rules
@@ -746,5 +748,11 @@ def task(seed: int, index: int, held_out: bool = False) -> Task:
     return make(seed, index, held_out).task
 
 
-def tasks(n: int, seed: int = 0, held_out: bool = False) -> list[Task]:
-    return [task(seed, i, held_out) for i in range(n)]
+def tasks(n: int, kind: str = "composed", seed: int = 0) -> list[Task]:
+    """The first n tasks of a seed; kind "composed-held-out": of the held-out combinations."""
+    return [task(seed, i, kind == "composed-held-out") for i in range(n)]
+
+
+def code() -> list[Path]:
+    """The files that decide what the tasks are."""
+    return [Path(__file__).with_name(name) for name in ("compose.py", "scenes.py")]

@@ -1,607 +1,396 @@
-"""What a cell sees of the rest of its grid, and the answer that this alone proposes: priors, none of them learned.
+"""Hand-made experts: a solver without weights that answers each cell from itself and one feature.
 
-A sight gives each cell a colour or a small number: its mirror image, its neighbour, the first thing that a look to the left meets,
-the size of its object (Chollet 2019, arXiv 1911.01547, "core knowledge"), the cell a period away.
-Axes: M cells of all grids, packed, G grids, K sights, V = 12 tokens.
+A feature gives each cell of a canvas a token or a small number: its mirror image, its neighbour, the
+size of its object (Chollet 2019, arXiv 1911.01547, "core knowledge"). An expert is a feature and a
+rule. Each demo is predicted from the other demos, and the experts that do this best are mixed. There
+are two rounds: the second also has the features of the first round's answer.
+Axes: H x W a canvas, h x w the grid on it, M cells of all demos, N demos, K features, C classes,
+V = 12 tokens (0 nothing, 1 end of the grid, 2 black, 3 to 11 the other colours).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from ..data import EOS, FIRST_COLOUR, PAD, Batch
+from .. import data, score
+from ..config import DataConfig
+from ..data import Task
+from .scenes import Grid, box, crop, enclosed, enlarged, mirror_tiled, parts
 
-TOKENS = 12
+SOURCE = "experts-" + hashlib.blake2b(Path(__file__).read_bytes(), digest_size=4).hexdigest()
+TOKENS, EOS, BLACK = 12, data.EOS, data.FIRST_COLOUR
+ROUNDS, MIXED = 2, 4  # MIXED experts answer in each round
+SHARPNESS = 60.0  # an expert weighs exp(SHARPNESS * its mean log-likelihood of a demo's cell)
+PRIOR = 0.2  # weight of the prior in every count, in cells
+FITTED, FIT_COST, ROUND_COST = 12, 0.01, 0.02  # off the log-likelihood: fitted features, round 2
+REACH = 9  # largest period, and largest distance of a mirror from the middle, in half cells
 
-# ---------------------------------------------------------------- sights that are grids
-
-
-class Frame(NamedTuple):
-    """Cells (M,): where they lie in their grid's own frame, its size, and the box around all that is not black."""
-
-    i: Tensor
-    j: Tensor
-    h: Tensor
-    w: Tensor
-    top: Tensor
-    left: Tensor
-    high: Tensor
-    wide: Tensor
+# ---------------------------------------------------------------- features
 
 
-def folded(i: Tensor, n: Tensor) -> Tensor:
-    """There and back again: 0 .. n - 1, n - 1 .. 0 and so on."""
-    return torch.minimum(i % (2 * n), 2 * n - 1 - i % (2 * n))
+def take(x: Grid, rows: np.ndarray, columns: np.ndarray) -> Grid:
+    """x[rows][:, columns], 0 where an index lies beyond the grid."""
+    (h, w), padded = x.shape, np.pad(x, ((0, 1), (0, 1)))
+    rows = np.where((rows >= 0) & (rows < h), rows, h)
+    return padded[rows[:, None], np.where((columns >= 0) & (columns < w), columns, w)]
 
 
-def third(n: Tensor) -> Tensor:
-    """The side of a panel of three, which may have lines between them."""
-    return (n - 2 * (n % 3 == 2)) // 3
+def laid(y: Grid, canvas: tuple[int, int], end: int = EOS) -> Grid:
+    """A grid of tokens on a canvas, cut where it is too large, with the marks of its end."""
+    (h, w), out = y.shape, np.zeros(canvas, np.uint8)
+    out[:h, :w] = y[: canvas[0], : canvas[1]]
+    out[h : h + 1, :w] = out[:h, w : w + 1] = end
+    return out
 
 
-# The row and column that is seen; and, where the whole sight is a grid with an end, its height and width.
-Seen = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Tensor]
-
-GRIDS: tuple[Callable[[Frame], Seen], ...] = (
-    lambda f: (f.i, f.j, f.h, f.w),  # itself, and the seven other elements of D8
-    lambda f: (f.h - 1 - f.i, f.j, f.h, f.w),
-    lambda f: (f.i, f.w - 1 - f.j, f.h, f.w),
-    lambda f: (f.h - 1 - f.i, f.w - 1 - f.j, f.h, f.w),
-    lambda f: (f.j, f.i, f.w, f.h),
-    lambda f: (f.h - 1 - f.j, f.w - 1 - f.i, f.w, f.h),
-    lambda f: (f.h - 1 - f.j, f.i, f.w, f.h),
-    lambda f: (f.j, f.w - 1 - f.i, f.w, f.h),
-    lambda f: (2 * f.top + f.high - 1 - f.i, f.j, f.h, f.w),  # mirrored within the box
-    lambda f: (f.i, 2 * f.left + f.wide - 1 - f.j, f.h, f.w),
-    lambda f: (2 * f.top + f.high - 1 - f.i, 2 * f.left + f.wide - 1 - f.j, f.h, f.w),
-    lambda f: (f.i % f.h, f.j % f.w),  # tiled, straight and in mirrors
-    lambda f: (f.i % f.h, f.j % f.w, 2 * f.h, 2 * f.w),
-    lambda f: (f.i % f.h, f.j % f.w, 3 * f.h, 3 * f.w),
-    lambda f: (f.i % f.h, f.j % f.w, f.h * f.h, f.w * f.w),
-    lambda f: (f.i % f.h, f.j, 2 * f.h, f.w),
-    lambda f: (f.i, f.j % f.w, f.h, 2 * f.w),
-    lambda f: (folded(f.i, f.h), folded(f.j, f.w)),
-    lambda f: (folded(f.i, f.h), folded(f.j, f.w), 2 * f.h, 2 * f.w),
-    lambda f: (folded(f.i, f.h), f.j, 2 * f.h, f.w),
-    lambda f: (folded(f.i + f.h, f.h), f.j, 2 * f.h, f.w),
-    lambda f: (f.i, folded(f.j, f.w), f.h, 2 * f.w),
-    lambda f: (f.i, folded(f.j + f.w, f.w), f.h, 2 * f.w),
-    lambda f: (f.i // 2, f.j // 2, 2 * f.h, 2 * f.w),  # larger and smaller
-    lambda f: (f.i // 3, f.j // 3, 3 * f.h, 3 * f.w),
-    lambda f: (f.i // f.h, f.j // f.w, f.h * f.h, f.w * f.w),
-    lambda f: (f.i // 2, f.j, 2 * f.h, f.w),
-    lambda f: (f.i, f.j // 2, f.h, 2 * f.w),
-    lambda f: (2 * f.i, 2 * f.j, f.h // 2, f.w // 2),
-    lambda f: (3 * f.i, 3 * f.j, f.h // 3, f.w // 3),
-    lambda f: (f.i + f.top, f.j + f.left, f.high, f.wide),  # the box, halves, quarters, thirds
-    lambda f: (f.i, f.j, f.h // 2, f.w),
-    lambda f: (f.i + (f.h + 1) // 2, f.j, f.h // 2, f.w),
-    lambda f: (f.i, f.j, f.h, f.w // 2),
-    lambda f: (f.i, f.j + (f.w + 1) // 2, f.h, f.w // 2),
-    lambda f: (f.i, f.j, f.h // 2, f.w // 2),
-    lambda f: (f.i, f.j + (f.w + 1) // 2, f.h // 2, f.w // 2),
-    lambda f: (f.i + (f.h + 1) // 2, f.j, f.h // 2, f.w // 2),
-    lambda f: (f.i + (f.h + 1) // 2, f.j + (f.w + 1) // 2, f.h // 2, f.w // 2),
-    lambda f: (f.i, f.j, f.h, third(f.w)),
-    lambda f: (f.i, f.j + (f.w + 1) // 3, f.h, third(f.w)),
-    lambda f: (f.i, f.j + 2 * ((f.w + 1) // 3), f.h, third(f.w)),
-    lambda f: (f.i, f.j, third(f.h), f.w),
-    lambda f: (f.i + (f.h + 1) // 3, f.j, third(f.h), f.w),
-    lambda f: (f.i + 2 * ((f.h + 1) // 3), f.j, third(f.h), f.w),
-    lambda f: (f.i, f.j * 0, f.h, f.w),  # the ends of its row and column
-    lambda f: (f.i, f.w - 1, f.h, f.w),
-    lambda f: (f.i * 0, f.j, f.h, f.w),
-    lambda f: (f.h - 1, f.j, f.h, f.w),
-)
-AROUND = ((-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (-1, 1), (1, -1), (1, 1))
-REACH = 9  # a mirror's distance from the middle, in half cells, and a period, at most
-FITTED = 12  # sights that a grid fits to itself: they come last
-SIGHTS = (
-    len(GRIDS) + 4 + 4 + 2 * len(AROUND) + 4 + 18 + FITTED
-)  # boxes, falls, neighbours and looks, what lies between, numbers
+def piece(x: Grid, axis: int, number: int, of: int) -> Grid:
+    """The number-th of 2 or 3 equal parts along an axis, which may have lines between them."""
+    n = x.shape[axis]
+    start, size = number * ((n + 1) // of), (n - (of - 1) * (n % of == of - 1)) // of
+    return x.take(range(start, start + size), axis)
 
 
-class Where(NamedTuple):
-    """Packed grids: facts about cells (M,), and who lies next to whom (M, 8), M standing for nobody."""
-
-    tokens: Tensor
-    known: Tensor  # (M + 1,) and what nobody has
-    owner: Tensor  # the grid
-    grids: int
-    inside: Tensor  # bool, whether the cell belongs to its grid at all
-    frame: Frame
-    place: Callable[
-        [Tensor, Tensor], Tensor
-    ]  # row and column in the own grid -> (M,) the cell there
-    row: Tensor  # the first cell of its row, of its column: their names
-    column: Tensor
-    next_to: Tensor
+def shrunk(x: Grid, k: int) -> Grid:
+    return x[::k, ::k][: len(x) // k, : x.shape[1] // k]
 
 
-def extremes(x: Tensor, chosen: Tensor, owner: Tensor, grids: int) -> tuple[Tensor, Tensor]:
-    """Least and greatest x (M,) of the chosen cells of each grid (G,): 0 and -1 where there is none."""
-    low = x.new_full((grids,), 1 << 20).scatter_reduce(
-        0, owner, torch.where(chosen, x, 1 << 20), "amin"
-    )
-    high = x.new_full((grids,), -1).scatter_reduce(0, owner, torch.where(chosen, x, -1), "amax")
-    return torch.where(high < 0, 0, low), high
+def quarter(x: Grid, row: int, column: int) -> Grid:
+    return piece(piece(x, 0, row, 2), 1, column, 2)
 
 
-def box(i: Tensor, j: Tensor, chosen: Tensor, owner: Tensor, grids: int) -> tuple[Tensor, ...]:
-    """Top, left, height and width, (M,) each, of the box around the chosen cells of each cell's grid; 0 high where there is none."""
-    (t0, t1), (l0, l1) = (extremes(x, chosen, owner, grids) for x in (i, j))
-    return torch.stack((t0, l0, t1 - t0 + (t1 >= 0), l1 - l0 + (l1 >= 0)))[:, owner].unbind()
+def mirrored_in_box(x: Grid, down: bool, across: bool) -> Grid:
+    """Mirrored within the bounding box of all that is not black."""
+    cells, (i, j) = np.flatnonzero(x > BLACK).tolist(), map(np.arange, x.shape)
+    rows, columns = box(cells, x.shape[1]) if cells else (slice(0, 0), slice(0, 0))
+    i = rows.start + rows.stop - 1 - i if down else i
+    return take(x, i, columns.start + columns.stop - 1 - j if across else j)
 
 
-def whereabouts(tokens: Tensor, at: Tensor, cells: Sequence[int]) -> Where:
-    device, grids, total = tokens.device, len(cells), len(tokens)
-    area = torch.tensor(cells, device=device)
-    owner = torch.arange(grids, device=device).repeat_interleave(area, output_size=total)
-    last = area.cumsum(0) - 1
-    first = last + 1 - area
-    width = (at[last, 1] - at[first, 1] + 1)[owner]
-    row, column = (at - at[first][owner]).unbind(1)  # on the canvas
-    inside, start = tokens >= FIRST_COLOUR, first[owner]
-    (r0, r1), (c0, c1) = (extremes(x, inside, owner, grids) for x in (row, column))
-    r0, c0, h, w = torch.stack((r0, c0, (r1 - r0 + 1).clamp(min=1), (c1 - c0 + 1).clamp(min=1)))[
-        :, owner
-    ]
-    i, j = row - r0, column - c0
-    nowhere = torch.full_like(row, total)
-
-    def place(r: Tensor, c: Tensor) -> Tensor:
-        """(M,) which cell lies there in the same grid."""
-        return torch.where(
-            (r >= 0) & (r < h) & (c >= 0) & (c < w), start + (r0 + r) * width + c0 + c, nowhere
-        )
-
-    frame = Frame(i, j, h, w, *box(i, j, tokens > FIRST_COLOUR, owner, grids))
-    next_to = torch.stack(
-        [torch.where(inside, place(i + di, j + dj), nowhere) for di, dj in AROUND], 1
-    )
-    by_row, by_column = (
-        torch.where(inside, x, nowhere) for x in (start + row * width, start + column)
-    )
-    known = torch.cat((tokens, tokens.new_tensor([PAD])))
-    return Where(tokens, known, owner, grids, inside, frame, place, by_row, by_column, next_to)
+def fallen(x: Grid) -> Grid:
+    """All that is not black falls to the bottom of its column."""
+    order = np.argsort(x > BLACK, 0, kind="stable")
+    y = np.take_along_axis(np.where(x > BLACK, x, BLACK), order, 0)
+    return np.where(x > 0, y, 0)
 
 
-def through(f: Where, seen: Seen) -> Tensor:
-    """(M,) what each cell sees, with the marks of the sight's end as `data.paint` makes those of a grid."""
-    (i, j, *_), (r, c, *size) = f.frame, seen
-    here = (i >= 0) & (j >= 0)
-    found = f.known[torch.where(here, f.place(r, c), len(f.tokens))]
-    if not size:
-        return found
-    in_rows, in_columns = here & (i < size[0]), here & (j < size[1])
-    mark = ((i == size[0]) & in_columns) | ((j == size[1]) & in_rows)
-    return torch.where(in_rows & in_columns, found, torch.where(mark, EOS, PAD))
+FRAMES: dict[str, Callable[[Grid], Grid]] = {
+    **{f"turned by D8's {k}": partial(data.turn, k) for k in range(8)},
+    "box upside down": partial(mirrored_in_box, down=True, across=False),
+    "box left to right": partial(mirrored_in_box, down=False, across=True),
+    "box half turn": partial(mirrored_in_box, down=True, across=True),
+    "2 x 2 tiles": lambda x: np.tile(x, (2, 2)),
+    "3 x 3 tiles": lambda x: np.tile(x, (3, 3)),
+    "h x w tiles": lambda x: np.tile(x, x.shape),
+    "2 x 1 tiles": lambda x: np.tile(x, (2, 1)),
+    "1 x 2 tiles": lambda x: np.tile(x, (1, 2)),
+    "2 x 2 mirror tiles": mirror_tiled,
+    "mirror below": lambda x: np.vstack((x, x[::-1])),
+    "mirror above": lambda x: np.vstack((x[::-1], x)),
+    "mirror right": lambda x: np.hstack((x, x[:, ::-1])),
+    "mirror left": lambda x: np.hstack((x[:, ::-1], x)),
+    "enlarged 2": lambda x: enlarged(x, 2),
+    "enlarged 3": lambda x: enlarged(x, 3),
+    "enlarged h x w": lambda x: x.repeat(x.shape[0], 0).repeat(x.shape[1], 1),
+    "stretched down": lambda x: x.repeat(2, 0),
+    "stretched across": lambda x: x.repeat(2, 1),
+    "shrunk 2": partial(shrunk, k=2),
+    "shrunk 3": partial(shrunk, k=3),
+    "box": lambda x: crop(x, x > BLACK),
+    **{f"half {n} down": partial(piece, axis=0, number=n, of=2) for n in range(2)},
+    **{f"half {n} across": partial(piece, axis=1, number=n, of=2) for n in range(2)},
+    **{f"quarter {r}, {c}": partial(quarter, row=r, column=c) for r in (0, 1) for c in (0, 1)},
+    **{f"third {n} across": partial(piece, axis=1, number=n, of=3) for n in range(3)},
+    **{f"third {n} down": partial(piece, axis=0, number=n, of=3) for n in range(3)},
+    "start of the row": lambda x: x[:, :1].repeat(x.shape[1], 1),
+    "end of the row": lambda x: x[:, -1:].repeat(x.shape[1], 1),
+    "start of the column": lambda x: x[:1].repeat(len(x), 0),
+    "end of the column": lambda x: x[-1:].repeat(len(x), 0),
+    "fallen down": fallen,
+    "fallen up": lambda x: fallen(x[::-1])[::-1],
+    "fallen right": lambda x: fallen(x.T).T,
+    "fallen left": lambda x: fallen(x.T[::-1])[::-1].T,
+}
+DIRECTIONS = {
+    "up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1),
+    "up left": (-1, -1), "up right": (-1, 1), "down left": (1, -1), "down right": (1, 1),
+}  # fmt: skip
+OPPOSITE = [("up", "down"), ("left", "right"), ("up left", "down right"), ("up right", "down left")]
 
 
-def crop(f: Where, chosen: Tensor) -> Tensor:
-    """(M,) the sight that is cut to the box around chosen cells."""
-    top, left, high, wide = box(f.frame.i, f.frame.j, chosen, f.owner, f.grids)
-    return through(f, (f.frame.i + top, f.frame.j + left, high, wide))
+def first_met(x: Grid, step: tuple[int, int]) -> Grid:
+    """(h, w) the first colour but black that a look in a direction meets, 0 if there is none."""
+    (i, j), met = map(np.arange, x.shape), np.zeros_like(x)
+    for n in range(max(x.shape), 0, -1):
+        y = take(x, i + n * step[0], j + n * step[1])
+        met = np.where(y > BLACK, y, met)
+    return met
 
 
-def fallen(
-    f: Where, drawn: Tensor, line: Tensor, order: Tensor, length: Tensor, back: bool
-) -> Tensor:
-    """(M,) what each cell gets when all that is drawn falls to the end of its line (its start: back), `order` the place in it."""
-    total = len(f.tokens)
-    at = torch.argsort(torch.where(drawn, line * 64 + order, 1 << 40), stable=True)
-    on = torch.zeros(total + 1, dtype=torch.int64, device=at.device).index_add_(
-        0, line, drawn.long()
-    )
-    first, on, turn = (on.cumsum(0) - on)[line], on[line], order if back else length - 1 - order
-    nth = (first + (turn if back else on - 1 - turn)).clamp(0, total - 1)
-    return torch.where(f.inside, torch.where(turn < on, f.tokens[at[nth]], FIRST_COLOUR), PAD)
+def facts(x: Grid, near: dict[str, Grid], met: dict[str, Grid]) -> dict[str, np.ndarray]:
+    """Small numbers, or colours, that say what each cell (h, w) is in its grid."""
+    (h, w), drawn = x.shape, x > BLACK
+    i, j = np.arange(h)[:, None], np.arange(w)[None]
+    edge = (i == 0) | (j == 0) | (i == h - 1) | (j == w - 1)
+    size, at_edge = np.zeros(x.size, np.int64), np.zeros(x.size, bool)
+    for part in parts(np.where(drawn, x, 0)):
+        size[part], at_edge[part] = len(part), edge.reshape(-1)[part].any()
+    size = size.reshape(h, w)
+    count = np.bincount(x.reshape(-1), minlength=TOKENS)
+    count[: BLACK + 1] = 0
+    rank = (count[None] > count[:, None]).sum(1)
+    colours, looks = (np.array([*y.values()]) > BLACK for y in (near, met))
+    smallest = size[drawn].min(initial=x.size)
+    return {
+        "parity": 1 + i % 2 * 2 + j % 2,
+        "place in three": 1 + i % 3 * 3 + j % 3,
+        "edges": 1 + ((i == 0) | (i == h - 1)) + ((j == 0) | (j == w - 1)),
+        "diagonals": 1 + (i == j) + 2 * (i + j == w - 1),
+        "neighbours": 1 + colours.sum(0),
+        "straight neighbours": 1 + colours[:4].sum(0),
+        "like neighbours": 1 + np.sum([y == x for y in near.values()], 0),
+        "straight looks": 1 + looks[:4].sum(0),
+        "looks": 1 + looks.sum(0),
+        "enclosed": 1 + enclosed(np.where(x == BLACK, 0, 1)),
+        "size": 1 + size.clip(max=10),
+        "largest or smallest": 1 + drawn * ((size == size.max()) + 2 * (size == smallest)),
+        "object at the edge": 1 + at_edge.reshape(h, w),
+        "rank of the colour": 1 + rank[x] * drawn,
+        "commonest colour": np.full((h, w), count.argmax()),
+        "rarest colour": np.full((h, w), np.where(count > 0, count, x.size + 1).argmin()),
+        "drawn in the row": np.broadcast_to(1 + drawn.sum(1, keepdims=True).clip(max=10), (h, w)),
+        "drawn in the column": np.broadcast_to(1 + drawn.sum(0).clip(max=10), (h, w)),
+    }
 
 
-# ---------------------------------------------------------------- sights along lines, of objects
+def agreement(x: Grid, rows: np.ndarray, columns: np.ndarray) -> float:
+    """Share of cells that equal the other cell at (rows, columns); 0 if less than half have one."""
+    (h, w), (i, j) = x.shape, map(np.arange, x.shape)
+    inside = ((rows >= 0) & (rows < h))[:, None] & (columns >= 0) & (columns < w)
+    compared = (x > 0) & inside & ((rows != i)[:, None] | (columns != j))
+    equal = compared & (take(x, rows, columns) == x)
+    return equal.sum() / compared.sum() if 2 * compared.sum() >= (x > 0).sum() > 0 else 0.0
 
 
-def objects(f: Where, least: int = FIRST_COLOUR + 1) -> Tensor:
-    """(M,) the name of each cell's object: the 8-connected cells of its colour; of colours below `least` each is its own."""
-    total = len(f.tokens)
-    name, beside = (
-        torch.arange(total + 1, device=f.tokens.device),
-        torch.cat((f.next_to, f.next_to.new_full((1, 8), total))),
-    )
-    same = (f.known[beside] == f.known[:, None]) & (f.known >= least)[:, None]
-    while True:
-        new = torch.minimum(name, torch.where(same, name[beside], total + 1).amin(1))
-        new = new[new]
-        if bool((new == name).all()):
-            return name[:-1]
-        name = new
+def fitted(x: Grid, canvas: tuple[int, int]) -> dict[str, Grid]:
+    """(H, W) the images in the mirrors and periods that suit the grid best, and cut to its patch."""
+    (h, w), (i, j), (down, across) = x.shape, map(np.arange, x.shape), map(np.arange, canvas)
 
-
-def enclosed(f: Where) -> Tensor:
-    """(M,) bool: black cells that no 4-connected way over black joins to the border."""
-    black = f.tokens == FIRST_COLOUR
-    beyond = black.new_ones(1)
-    reached = torch.cat((torch.zeros_like(black), beyond))
-    while True:
-        new = torch.cat((black & (reached[:-1] | reached[f.next_to[:, :4]].any(1)), beyond))
-        if bool((new == reached).all()):
-            return black & ~reached[:-1]
-        reached = new
-
-
-def agreement(f: Where, there: Tensor) -> Tensor:
-    """(G,) of the cells that see another one there (M,), the share that have its colour; 0 where fewer than half of a grid do."""
-    sees = (
-        f.inside & (there < len(there)) & (there != torch.arange(len(there), device=there.device))
-    )
-    found = torch.stack((sees & (f.known[there] == f.tokens), sees, f.inside)).float()
-    same, seen, cells = torch.zeros(3, f.grids, device=there.device).index_add_(1, f.owner, found)
-    return torch.where(2 * seen >= cells, same / seen.clamp(min=1), 0)
-
-
-def fitted(f: Where, patch: Tensor) -> list[Tensor]:
-    """What each grid repeats: its images in the mirrors that suit it best; the commonest colour, black last, of all cells that lie
-    whole periods apart, in both directions, down, across; the cell a period ahead, behind; and the first four, cut to the patch."""
-    (i, j, h, w, *_), total = f.frame, len(f.tokens)
-
-    def best(offers: Sequence[int], there: Callable[[int], Tensor]) -> Tensor:
-        """(M,) the offer with which the grid agrees best, the nearest of equals."""
-        score = torch.stack([agreement(f, there(n)) - 0.002 * abs(n) for n in offers], 1)
-        return torch.tensor(offers, device=i.device)[score.argmax(1)][f.owner]
+    def best(offers: Sequence[int], other: Callable[[int], tuple[np.ndarray, np.ndarray]]) -> int:
+        return max(offers, key=lambda n: agreement(x, *other(n)) - 0.002 * abs(n))
 
     mirrors, periods = sorted(range(1 - REACH, REACH), key=abs), range(1, REACH + 1)
-    up = h - 1 - i + best(mirrors, lambda n: f.place(h - 1 - i + n, j))
-    across = w - 1 - j + best(mirrors, lambda n: f.place(i, w - 1 - j + n))
-    p, q = best(periods, lambda n: f.place(i + n, j)), best(periods, lambda n: f.place(i, j + n))
-    found = [through(f, seen) for seen in ((up, j), (i, across), (up, across))]
-    for r, c in ((i % p, j % q), (i % p, j), (i, j % q)):
-        count = torch.zeros((total + 1) * TOKENS, dtype=torch.int64, device=i.device)
-        count = count.index_add_(0, f.place(r, c) * TOKENS + f.tokens, f.inside.long()).view(
-            -1, TOKENS
-        )
-        count[:, FIRST_COLOUR + 1 :] *= 1 << 10
-        found.append(through(f._replace(known=count.argmax(1)), (r, c)))
-    found += [through(f, (i + p, j + q)), through(f, (i - p, j - q))]
-    return found + [
-        crop(f._replace(known=torch.cat((x, x.new_tensor([PAD])))), patch) for x in found[:4]
-    ]
+    up = h - 1 + best(mirrors, lambda n: (h - 1 - i + n, j)) - down
+    back = w - 1 + best(mirrors, lambda n: (i, w - 1 - j + n)) - across
+    p, q = best(periods, lambda n: (i + n, j)), best(periods, lambda n: (i, j + n))
 
+    def repeated(rows: int, columns: int) -> Grid:
+        """The commonest colour, black last, of all cells that lie whole periods apart."""
+        count = np.zeros((h, w, TOKENS), np.int64)
+        np.add.at(count, (i[:, None] % rows, j % columns, x), x > 0)
+        count[..., BLACK + 1 :] <<= 10
+        return take(count.argmax(-1).astype(np.uint8), down % rows, across % columns)
 
-def sights(tokens: Tensor, at: Tensor, cells: Sequence[int]) -> Tensor:
-    """(M,) tokens at places (M, 2) of canvases of so many cells each, row by row, to (M, K) tokens or numbers below 12."""
-    if not len(tokens):
-        return tokens.new_zeros(0, SIGHTS)
-    f = whereabouts(tokens, at, cells)
-    total, inside, (i, j, h, w, *_) = len(tokens), f.inside, f.frame
-    near = f.known[f.next_to]
-    met = torch.cat((torch.where(near > FIRST_COLOUR, near, PAD), near.new_full((1, 8), PAD)))
-    jump = torch.cat((f.next_to, f.next_to.new_full((1, 8), total)))
-    for _ in range(5):  # a look goes twice as far each time: 32 cells
-        met, jump = torch.where(met != PAD, met, met.gather(0, jump)), jump.gather(0, jump)
-    met, drawn = met[:-1], inside & (tokens > FIRST_COLOUR)
-
-    def sums(name: Tensor, x: Tensor) -> Tensor:
-        return torch.zeros(total + 1, dtype=torch.int64, device=x.device).index_add_(
-            0, name, x.long()
-        )[name]
-
-    name = objects(f)
-    size, edge = (
-        torch.where(drawn, sums(name, drawn), 0),
-        (i == 0) | (j == 0) | (i == h - 1) | (j == w - 1),
-    )
-    least, most = (x[f.owner] for x in extremes(size, drawn, f.owner, f.grids))
-    share = (
-        tokens.new_zeros(f.grids * TOKENS)
-        .index_add_(0, f.owner * TOKENS + tokens, torch.ones_like(tokens))
-        .view(-1, TOKENS)
-    )
-    share[:, : FIRST_COLOUR + 1] = 0
-    rank = (share[:, None] > share[:, :, None]).sum(
-        -1
-    )  # of colours by their number of cells, black left out
-    numbers = [
-        1 + i % 2 * 2 + j % 2,
-        1 + i % 3 * 3 + j % 3,
-        1 + ((i == 0) | (i == h - 1)).long() + ((j == 0) | (j == w - 1)).long(),
-        1 + (i == j).long() + 2 * (i + j == w - 1).long(),
-        1 + (near > FIRST_COLOUR).sum(1),
-        1 + (near[:, :4] > FIRST_COLOUR).sum(1),
-        1 + (near == tokens[:, None]).sum(1),
-        1 + (met[:, :4] != PAD).sum(1),
-        1 + (met != PAD).sum(1),
-        1 + enclosed(f).long(),
-        1 + size.clamp(max=10),
-        1 + (drawn & (size == most)).long() + 2 * (drawn & (size == least)).long(),
-        1 + (sums(name, drawn & edge) > 0).long(),
-        1 + torch.where(drawn, rank[f.owner, tokens], 0),
-        share.argmax(1)[f.owner],
-        torch.where(share > 0, share, 1 << 20).argmin(1)[f.owner],
-        1 + sums(f.row, drawn).clamp(max=10),
-        1 + sums(f.column, drawn).clamp(max=10),
-    ]
-    common, rare = numbers[14], numbers[15]
-    grids = [through(f, sight(f.frame)) for sight in GRIDS]
-    boxes = [
-        drawn & (size == most),
-        drawn & (size == least),
-        drawn & (tokens == common),
-        drawn & (tokens == rare),
-    ]
-    grids += [crop(f, x) for x in boxes]
-    lines = ((f.column, i, h), (f.row, j, w))
-    grids += [fallen(f, drawn, *line, back) for line in lines for back in (False, True)]
-    whole = objects(f, FIRST_COLOUR)
-    area, (_, _, high, wide) = sums(whole, inside), box(i, j, inside, whole, total)
-    solid = inside & (area == high * wide) & (high > 1) & (wide > 1)
-    patch = solid & (area == extremes(area, solid, f.owner, f.grids)[1][f.owner])
-    between = [
-        torch.where(met[:, a] == met[:, b], met[:, a], PAD)
-        for a, b in ((0, 1), (2, 3), (4, 7), (5, 6))
-    ]
-    of_cells = torch.where(inside[:, None], torch.stack(numbers, 1), PAD)
-    return torch.cat(
-        (
-            torch.stack(grids, 1),
-            near,
-            met,
-            torch.stack(between, 1),
-            of_cells,
-            torch.stack(fitted(f, patch), 1),
-        ),
-        1,
+    images = {"mirrored down": take(x, up, across), "mirrored across": take(x, down, back)}
+    images |= {"mirrored": take(x, up, back), "repeated": repeated(p, q)}
+    rest = {"repeated down": repeated(p, max(canvas)), "repeated across": repeated(max(canvas), q)}
+    rest |= {"a period on": take(x, down + p, across + q)}
+    rest |= {"a period back": take(x, down - p, across - q)}
+    area = np.zeros(x.size, np.int64)  # of solid rectangles of one colour; the patch is the largest
+    for part in parts(x):
+        high, wide = (s.stop - s.start for s in box(part, w))
+        area[part] = len(part) * (len(part) == high * wide and min(high, wide) > 1)
+    patch = ((area > 0) & (area == area.max())).reshape(h, w)
+    return (
+        images
+        | rest
+        | {f"patch {k}": laid(crop(y[:h, :w], patch), canvas) for k, y in images.items()}
     )
 
 
-# ---------------------------------------------------------------- proposals
+def features(tokens: Grid) -> dict[str, np.ndarray]:
+    """All features (H, W) of the grid whose tokens lie on a canvas (H, W); the FITTED ones last."""
+    canvas, coloured = tokens.shape, np.nonzero(tokens >= BLACK)
+    h, w = (1 + n.max(initial=0) for n in coloured)
+    x = np.where(tokens >= BLACK, tokens, 0).astype(np.uint8)[:h, :w]
+    (i, j), (down, across) = map(np.arange, x.shape), map(np.arange, canvas)
+    near = {name: take(x, i + di, j + dj) for name, (di, dj) in DIRECTIONS.items()}
+    met = {name: first_met(x, step) for name, step in DIRECTIONS.items()}
+    known = facts(x, near, met)
+    extreme, drawn = known["largest or smallest"], x > BLACK
+    boxes = {
+        "largest object": drawn & (extreme % 2 == 0),
+        "smallest object": drawn & (extreme > 2),
+        "commonest colour": drawn & (x == known["commonest colour"]),
+        "rarest colour": drawn & (x == known["rarest colour"]),
+    }
+    images = {name: laid(frame(x), canvas) for name, frame in FRAMES.items()}
+    images |= {f"box of the {k}": laid(crop(x, mask), canvas) for k, mask in boxes.items()}
+    images["tiles"] = take(x, down % h, across % w)
+    twice = mirror_tiled(x)
+    images["mirror tiles"] = take(twice, down % (2 * h), across % (2 * w))
+    cells = {f"next {k}": y for k, y in near.items()} | {f"met {k}": y for k, y in met.items()}
+    cells |= {f"between {a} and {b}": met[a] * (met[a] == met[b]) for a, b in OPPOSITE} | known
+    on_canvas = {k: laid(np.where(x > 0, y, 0), canvas, end=0) for k, y in cells.items()}
+    return images | on_canvas | fitted(x, canvas)
 
 
-ROUNDS, HEARD = 2, 4  # rounds; experts heard in each
-SHARP = 60.0  # weight of an expert: exp(SHARP * its mean log-likelihood of a demo's cell, foretold from the other demos)
-UNSEEN = 0.2  # cells' worth of doubt in every count
-LESS = (
-    0.01,
-    0.02,
-)  # worth less: an expert whose sight is fitted to each grid; one that looks at the first round's answer
-RIVALS = 16  # the best experts, among which a second answer is looked for
-FAR = 1 << 16  # from any place on a canvas
-SLOTS = 16  # at once: a table of counts has K * 144 * 12 numbers a demo
+# ---------------------------------------------------------------- experts
 
 
-class Kind(NamedTuple):
-    """What of a cell's own token and of what it sees an expert goes by, and which classes of answers it counts."""
+class Rule(NamedTuple):
+    """How a feature is used: under a key it is counted how often each class of answers was right."""
 
     keys: int
-    doubt: tuple[
-        float, ...
-    ]  # the classes' prior: a token of the class "another" is any of the rest
-    key: Callable[[Tensor, Tensor], Tensor]  # own, seen -> 0 .. keys - 1
-    class_of: Callable[[Tensor, Tensor, Tensor], Tensor]  # own, seen, output -> 0 .. classes - 1
+    prior: tuple[float, ...]  # of the C classes; where C < V, class 0 means any other token
+    key: Callable[[np.ndarray, np.ndarray], np.ndarray]  # (own token, feature) -> 0 .. keys - 1
+    classed: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # (own, feature, output)
 
 
-def blind(x: Tensor) -> Tensor:
+def brief(x: np.ndarray) -> np.ndarray:
     """Nothing, the end, black, a colour."""
-    return x.clamp(max=FIRST_COLOUR + 1)
+    return np.minimum(x, BLACK + 1)
 
 
-EACH = (1 / TOKENS,) * TOKENS
-KINDS = (
-    Kind(2, (11 / 12, 1 / 12), lambda own, seen: (seen == PAD).long(), lambda own, seen, y: (seen == y).long()),
-    Kind(TOKENS, EACH, lambda own, seen: seen, lambda own, seen, y: y.expand_as(seen)),
-    Kind(TOKENS**2, EACH, lambda own, seen: own * TOKENS + seen, lambda own, seen, y: y.expand_as(seen)),
-    Kind(
-        32, (10 / 12, 1 / 12, 1 / 12), lambda own, seen: (blind(own) * 4 + blind(seen)) * 2 + (own == seen),
-        lambda own, seen, y: torch.where(seen == y, 2, (own == y).long()),
+EVEN = (1 / TOKENS,) * TOKENS
+RULES = {
+    "copy the feature": Rule(
+        2, (11 / 12, 1 / 12), lambda own, f: f == 0, lambda own, f, y: f == y
     ),
-    Kind(
-        4 * TOKENS, (1 / (TOKENS + 1),) * (TOKENS + 1), lambda own, seen: blind(own) * TOKENS + seen,
-        lambda own, seen, y: torch.where(own == y, TOKENS, y).expand_as(seen),
+    "look up the feature": Rule(TOKENS, EVEN, lambda own, f: f, lambda own, f, y: y),
+    "look up both": Rule(TOKENS**2, EVEN, lambda own, f: own * TOKENS + f, lambda own, f, y: y),
+    "copy either": Rule(
+        32, (10 / 12, 1 / 12, 1 / 12), lambda own, f: (brief(own) * 4 + brief(f)) * 2 + (own == f),
+        lambda own, f, y: np.where(f == y, 2, own == y),
     ),
-)  # fmt: skip
-
-
-def told(kind: Kind, p: Tensor, own: Tensor, seen: Tensor) -> Tensor:
-    """(M, classes) to (M, V): what is told of classes, told of tokens; "another" may also be those that have a class of their own."""
-    if len(kind.doubt) >= TOKENS:
-        return (
-            p[:, :TOKENS].scatter_add(1, own[:, None], p[:, TOKENS:])
-            if len(kind.doubt) > TOKENS
-            else p
-        )
-    y = (p[:, :1] / (TOKENS + 1 - len(kind.doubt))).repeat(1, TOKENS)
-    for n, token in enumerate((own, seen)[3 - len(kind.doubt) :], 1):
-        y.scatter_add_(1, token[:, None], p[:, n : n + 1])
-    return y
-
-
-class Counted(NamedTuple):
-    """How often a slot's demos (and each demo alone) had a class of answers to a key: flat (slots or demos, K, keys, classes)."""
-
-    kind: Kind
-    all: Tensor
-    of_demo: Tensor
-    worth: Tensor  # (slots, K) mean log-likelihood of a demo's cell, foretold from the other demos
+    "stay or look up": Rule(
+        4 * TOKENS, (1 / (TOKENS + 1),) * (TOKENS + 1), lambda own, f: brief(own) * TOKENS + f,
+        lambda own, f, y: np.where(own == y, TOKENS, y),
+    ),
+}  # fmt: skip
 
 
 class Cells(NamedTuple):
-    slot: Tensor
-    own: Tensor
-    seen: Tensor  # (M, K)
+    own: np.ndarray  # (M,) tokens
+    features: np.ndarray  # (M, K)
+    demo: np.ndarray  # (M,) 0 .. N - 1
 
 
-def row(kind: Kind, group: Tensor, cells: Cells, k: Tensor) -> Tensor:
-    """(M, n) the rows of a table: groups (M,), sights k (M, n)."""
-    return (group[:, None] * cells.seen.shape[1] + k) * kind.keys + kind.key(
-        cells.own[:, None], cells.seen.gather(1, k)
-    )
+class Table(NamedTuple):
+    """What the demos taught the experts of one rule."""
+
+    rule: Rule
+    count: np.ndarray  # (N, K, keys, C) cells of each demo
+    worth: np.ndarray  # (K,) mean log-likelihood of a demo's cell, predicted from the other demos
 
 
-def counted(kind: Kind, d: Cells, demo: Tensor, y: Tensor, slots: int, demos: int) -> Counted:
-    n, own, many = len(kind.doubt), d.own[:, None], d.seen.shape[1]
-    keys = kind.key(own, d.seen) + torch.arange(many, device=y.device) * kind.keys
-    classes = kind.class_of(own, d.seen, y[:, None])
-    whole, mine = (keys + group[:, None] * (many * kind.keys) for group in (d.slot, demo))
+def learn(rule: Rule, cells: Cells, outputs: np.ndarray, demos: int) -> Table:
+    """Count the answers of the demos and predict each demo from the others."""
+    k, c, prior = cells.features.shape[1], len(rule.prior), np.array(rule.prior)
+    own, y, demo = cells.own[:, None], outputs[:, None], cells.demo[:, None]
+    key = rule.key(own, cells.features) + np.arange(k) * rule.keys
+    answer = np.broadcast_to(rule.classed(own, cells.features, y), key.shape).astype(np.int64)
+    shape = demos, k * rule.keys, c
+    at = np.ravel_multi_index((demo, key, answer), shape)
+    count = np.bincount(at.ravel(), minlength=math.prod(shape)).reshape(shape)
+    total = count.sum(2)
+    right = count.sum(0)[key, answer] - count[demo, key, answer]
+    p = (right + prior[answer] * PRIOR) / (total.sum(0)[key] - total[demo, key] + PRIOR)
+    p = np.where((answer == 0) & (c < TOKENS), p / (TOKENS + 1 - c), p)
+    return Table(rule, count.reshape(demos, k, rule.keys, c), np.log(p).mean(0))
 
-    def tally(rows: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The table, and for each cell and sight how often its key had its class, and any class."""
-        at, size = rows * n + classes, groups * many * kind.keys
-        table = torch.bincount(at.flatten(), minlength=size * n)
-        return table, table[at], torch.bincount(rows.flatten(), minlength=size)[rows]
 
-    every, right, seen = tally(whole, slots)
-    of_demo, own_right, own_seen = tally(mine, demos)
-    doubt = torch.tensor(kind.doubt, device=y.device)[classes] * UNSEEN
-    found = torch.log((right - own_right + doubt) / (seen - own_seen + UNSEEN))
-    if n < TOKENS:
-        found = torch.where(
-            classes == 0, found - torch.log(found.new_tensor(TOKENS + 1.0 - n)), found
+def mixture(tables: Sequence[Table], worth: np.ndarray, cells: Cells, alone: bool) -> np.ndarray:
+    """(M, V) what the best experts predict together; alone: each demo without its own counts.
+
+    worth (rules * K,): of all experts, costs taken off."""
+    best = np.argsort(-worth, kind="stable")[:MIXED]
+    weight = np.exp(SHARPNESS * (worth[best] - worth[best[0]]))
+    total, m = np.zeros((len(cells.own), TOKENS)), np.arange(len(cells.own))
+    for expert, share in zip(best.tolist(), weight / weight.sum(), strict=True):
+        number, k = divmod(expert, cells.features.shape[1])
+        rule, feature, prior = (
+            tables[number].rule,
+            cells.features[:, k],
+            np.array(tables[number].rule.prior),
         )
-    lengths = torch.bincount(d.slot, minlength=slots)
-    worth = (
-        torch.segment_reduce(found, "sum", lengths=lengths, unsafe=True)
-        / lengths.clamp(min=1)[:, None]
-    )
-    return Counted(kind, every, of_demo, worth)
+        key, count = rule.key(cells.own, feature).astype(np.int64), tables[number].count[:, k]
+        seen = count.sum(0)[key] - (count[cells.demo, key] if alone else 0)
+        p = share * (seen + prior * PRIOR) / (seen.sum(1, keepdims=True) + PRIOR)
+        if len(prior) >= TOKENS:
+            total += p[:, :TOKENS]
+            total[m, cells.own] += p[:, TOKENS:].sum(1)
+        else:
+            total += p[:, :1] / (TOKENS + 1 - len(prior))
+            total[m, feature] += p[:, -1]
+            total[m, cells.own] += p[:, 1:-1].sum(1)
+    return total
 
 
-def heard(
-    made: list[Counted], best: Tensor, weight: Tensor, cells: Cells, demo: Tensor | None
-) -> Tensor:
-    """(M, V) what the experts `best` (slots, n) of each cell's slot say of it by their weights; of a demo, without that demo."""
-    said = weight.new_zeros(len(cells.own), TOKENS)
-    for place in range(best.shape[1]):
-        expert, share = best[cells.slot, place], weight[cells.slot, place]
-        k = expert % cells.seen.shape[1]
-        for n, c in enumerate(made):
-            mine = torch.nonzero(expert // cells.seen.shape[1] == n).flatten()
-            if not len(mine):
-                continue
-            part, classes = Cells(*(x[mine] for x in cells)), len(c.kind.doubt)
-            found = c.all.view(-1, classes)[row(c.kind, part.slot, part, k[mine, None])[:, 0]]
-            if demo is not None:
-                found = (
-                    found
-                    - c.of_demo.view(-1, classes)[
-                        row(c.kind, demo[mine], part, k[mine, None])[:, 0]
-                    ]
-                )
-            doubt = torch.tensor(c.kind.doubt, device=found.device) * UNSEEN
-            p = (found + doubt) / (found.sum(1, keepdim=True) + UNSEEN)
-            seen = part.seen.gather(1, k[mine, None])[:, 0]
-            said.index_add_(0, mine, told(c.kind, p, part.own, seen) * share[mine, None])
-    return said / said.sum(1, keepdim=True)
+class Answer(NamedTuple):
+    tokens: Grid  # (H, W)
+    worth: float  # mean log-likelihood of a demo's cell under the best expert
 
 
-def second(
-    made: list[Counted], worth: Tensor, query: Cells, at: Tensor, first: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(slots, HEARD) experts and their weights for the best answer that is not `first` (M,): what the RIVALS best experts
-    answer alone is weighed as all of those who answer the same; where nobody answers anything else, the first's."""
-    worth, best = worth.topk(RIVALS, 1)
-    share, slots = torch.softmax(SHARP * worth, 1), len(worth)
-    alone = [
-        heard(made, best[:, n : n + 1], torch.ones_like(share[:, :1]), query, None).argmax(1)
-        for n in range(RIVALS)
-    ]
-    corner = at.new_full((slots, 2), FAR).scatter_reduce(
-        0, query.slot[:, None].expand_as(at), at, "amin"
-    )
-    i, j = (at - corner[query.slot]).unbind(1)
-
-    def end(x: Tensor, along: Tensor, across: Tensor) -> Tensor:
-        """(M,) where the grid of an answer ends, on its first row or column."""
-        over = torch.where((across == 0) & (x < FIRST_COLOUR), along, FAR)
-        return over.new_full((slots,), FAR).scatter_reduce(0, query.slot, over, "amin")[query.slot]
-
-    def same(x: Tensor) -> Tensor:
-        """(slots, RIVALS) whose answer it is: the same grid of colours alone, and none right beyond its end (`data.untokenise`)."""
-        h, w = end(x, i, j), end(x, j, i)
-        inside, beyond = (i < h) & (j < w), ((i == h) & (j < w)) | ((j == w) & (i < h))
-        no_grid = (inside & (x < FIRST_COLOUR)) | (h == 0) | (w == 0)
-        wrong = torch.stack(
-            [no_grid | (inside & (a != x)) | (beyond & (a >= FIRST_COLOUR)) for a in alone], 1
-        ).long()
-        return wrong.new_zeros(slots, RIVALS).index_add_(0, query.slot, wrong) == 0
-
-    together = torch.stack(
-        [same(a) for a in alone], 1
-    )  # (slots, RIVALS, RIVALS) who answers like whom
-    most, which = torch.where(same(first), 0, (together * share[:, None]).sum(-1)).max(
-        1
-    )  # who gives no grid agrees with nobody
-    mine = together[torch.arange(slots, device=which.device), which] | (most == 0)[:, None]
-    worth, place = torch.where(mine, worth, -torch.inf).topk(HEARD, 1)
-    return best.gather(1, place), torch.softmax(SHARP * worth, 1)
+def answer(demos: Sequence[tuple[Grid, Grid]], query: Grid, canvas: tuple[int, int]) -> Answer:
+    """What the experts answer to a query on its canvas; a demo's canvas is as large as its grids."""
+    sizes = [tuple(np.maximum(x.shape, y.shape).tolist()) for x, y in demos] + [canvas]
+    inputs = [*(x for x, _ in demos), query]
+    grids = [data.tokenise(x, size) for x, size in zip(inputs, sizes, strict=True)]
+    ends = np.cumsum([x.size for x in grids])
+    owner = np.repeat(np.arange(len(grids)), [x.size for x in grids])
+    outputs = [data.tokenise(y, size).ravel() for (_, y), size in zip(demos, sizes, strict=False)]
+    outputs = np.concatenate((*outputs, np.zeros(grids[-1].size, np.uint8)))
+    shown, asked = outputs > 0, owner == len(demos)
+    rows, cost = np.zeros((len(owner), 0), np.uint8), np.zeros(0)
+    for number in range(ROUNDS):
+        found = [np.stack([*features(x).values()], -1).reshape(x.size, -1) for x in grids]
+        rows = np.hstack((rows, np.concatenate(found).astype(np.uint8)))
+        is_fitted = np.arange(found[0].shape[1]) >= found[0].shape[1] - FITTED
+        cost = np.append(cost, ROUND_COST * number + FIT_COST * is_fitted)
+        cells = Cells(np.concatenate([x.ravel() for x in grids]), rows, owner)
+        of_demos, of_query = (Cells(*(x[mask] for x in cells)) for mask in (shown, asked))
+        tables = [learn(rule, of_demos, outputs[shown], len(demos)) for rule in RULES.values()]
+        worth = np.concatenate([t.worth - cost for t in tables])
+        tokens = np.zeros(len(owner), np.uint8)
+        tokens[shown] = mixture(tables, worth, of_demos, True).argmax(1)
+        tokens[asked] = mixture(tables, worth, of_query, False).argmax(1)
+        grids = [x.reshape(s) for x, s in zip(np.split(tokens, ends[:-1]), sizes, strict=True)]
+    return Answer(grids[-1], float(worth.max()))
 
 
-@torch.no_grad()
-def proposals(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (M_d, V) of the demos' cells, each demo's from the others, and (M, V) of the test inputs' cells.
+def vote(task: Task, query: int, number: int) -> tuple[score.Vote, Grid]:
+    """The vote of one view of a query, and its tokens."""
+    cfg = DataConfig()
+    symmetry, lots = score.view(task, query, number, cfg)
+    order = lots[1:].argsort()[: cfg.max_demos].tolist()
+    demos = [tuple(data.apply(symmetry, x) for x in task.demos[i]) for i in order]
+    asked = data.apply(symmetry, task.queries[query][0])
+    packed = data.pack([Task("", demos, [(asked, None)])])
+    canvas = data.queries(packed, "test", cfg).canvas[0].tolist()
+    tokens, worth = answer(demos, asked, tuple(canvas))
+    grid, p = data.untokenise(tokens), min(math.exp(worth), 1 - 1e-6)
+    grid = None if grid is None else data.apply(data.inverse(symmetry), grid)
+    return score.Vote(grid, math.log(p / (1 - p)), view=number, source=SOURCE), tokens
 
-    0 where a demo's output says nothing. Of one demo nothing is left to foretell it from, so experts of one kind are all worth
-    the same to a slot with one, but for what LESS takes. Slots of `getattr(batch, "other", None)` get the second answer of the last round."""
-    device, d = batch.inputs.device, batch.demos
-    of_demos, of_queries = (
-        torch.zeros(len(x), TOKENS, device=device) for x in (d.inputs, batch.inputs)
-    )
-    if batch.inputs.is_meta:
-        return (
-            of_demos,
-            of_queries,
-        )  # what is counted there are products, of which there are none here
-    demo = torch.arange(len(d.cells), device=device).repeat_interleave(
-        torch.tensor(d.cells, device=device), output_size=len(d.inputs)
-    )
-    slots = torch.arange(len(batch.cells), device=device)
-    slot = slots.repeat_interleave(
-        torch.tensor(batch.cells, device=device), output_size=len(batch.inputs)
-    )
-    order = d.by_slot[d.outputs[d.by_slot] != PAD]
-    owner = d.owner[demo[order]]
-    mine, ours, shown, asked = (
-        d.inputs,
-        batch.inputs,
-        d.inputs.new_zeros(len(d.inputs), 0),
-        d.inputs.new_zeros(len(slot), 0),
-    )
-    less = LESS[0] * (torch.arange(SIGHTS, device=device) >= SIGHTS - FITTED)
-    less = torch.cat((less, less + LESS[1]))
-    for rounds in range(1, ROUNDS + 1):
-        shown = torch.cat((shown[:, :SIGHTS], sights(mine, d.at, d.cells)), 1)
-        asked = torch.cat((asked[:, :SIGHTS], sights(ours, batch.at, batch.cells)), 1)
-        for begin in range(0, len(batch.cells), SLOTS):
-            end = min(begin + SLOTS, len(batch.cells))
-            rows, asks = (
-                order[(owner >= begin) & (owner < end)],
-                torch.nonzero((slot >= begin) & (slot < end)).flatten(),
-            )
-            used, local = demo[rows].unique(return_inverse=True)
-            told_of = Cells(d.owner[demo[rows]] - begin, mine[rows], shown[rows])
-            query = Cells(slot[asks] - begin, ours[asks], asked[asks])
-            made = [
-                counted(kind, told_of, local, d.outputs[rows], end - begin, len(used))
-                for kind in KINDS
-            ]
-            each = torch.cat([c.worth - less[: shown.shape[1]] for c in made], 1)
-            worth, best = each.topk(HEARD, 1)
-            weight = torch.softmax(SHARP * worth, 1)
-            if (
-                rounds == ROUNDS
-                and getattr(batch, "other", None) is not None
-                and bool((turn := getattr(batch, "other", None)[begin:end]).any())
-            ):
-                here = turn[query.slot]
-                theirs = Cells(*(x[here] for x in query))
-                first = heard(made, best, weight, theirs, None).argmax(1)
-                others = second(made, each, theirs, batch.at[asks][here], first)
-                best, weight = (
-                    torch.where(turn[:, None], *x) for x in zip(others, (best, weight), strict=True)
-                )
-            of_demos[rows] = heard(made, best, weight, told_of, local).clamp(min=1e-4).log()
-            of_queries[asks] = heard(made, best, weight, query, None).clamp(min=1e-4).log()
-        mine, ours = of_demos.argmax(1), of_queries.argmax(1)
-    return of_demos, of_queries
+
+def predict(tasks: Sequence[Task], views: Sequence[int]) -> Iterator[list[score.Prediction]]:
+    """Task by task, what these views say of every query; q is the log-odds of a demo's cell."""
+    for task in tasks:
+        predictions, key = [], score.task_hash(task)
+        for query in range(len(task.queries)):
+            begun = time.monotonic()
+            votes = {number: vote(task, query, number) for number in views}
+            predictions.append(score.Prediction(
+                task.name, query, key, [v for v, _ in votes.values()],
+                canvas=votes[0][1] if 0 in votes else None,
+                seconds=time.monotonic() - begun, source=SOURCE,
+            ))  # fmt: skip
+        yield predictions

@@ -3,11 +3,9 @@
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 
 from etrm_arc import data, sources
-from etrm_arc.config import UserError
 from etrm_arc.extras import compose, scenes
 from etrm_arc.tests import puzzles
 from etrm_arc.tests.puzzles import generators
@@ -37,37 +35,31 @@ def test_a_task_is_a_pure_function_of_seed_and_index(seed, index, held_out, othe
     np.random.seed(other % 2**32)
     compose.task(seed, other)
     again = compose.task(seed, index, held_out)
-    assert first.name == again.name and sources.task_digest(first) == sources.task_digest(again)
+    assert first.name == again.name and data.task_digest(first) == data.task_digest(again)
 
 
 @few
 @given(st.integers(0, 100), st.integers(1, 12), st.integers(0, 12))
 def test_fewer_tasks_are_the_first_of_more(seed, n, more):
     long = compose.tasks(n + more, seed)
-    assert [sources.task_digest(t) for t in compose.tasks(n, seed)] == [
-        sources.task_digest(t) for t in long[:n]
+    assert [data.task_digest(t) for t in compose.tasks(n, seed)] == [
+        data.task_digest(t) for t in long[:n]
     ]
-    assert sources.task_digest(long[0]) not in {
-        sources.task_digest(compose.task(seed + 1, 0)),
-        sources.task_digest(compose.task(seed, 0, True)),
+    assert data.task_digest(long[0]) not in {
+        data.task_digest(compose.task(seed + 1, 0)),
+        data.task_digest(compose.task(seed, 0, True)),
     }
 
 
 def test_every_task_is_a_valid_one(made, held_out):
     for m in (*made[:300], *held_out):
-        raw = {
-            k: [{"input": x, "output": y} for x, y in part]
-            for k, part in (("train", m.task.demos), ("test", m.task.queries))
-        }
-        assert sources.task_digest(sources.check_task("t", raw, "here")) == sources.task_digest(
-            m.task
-        )
+        assert data.task_digest(sources.check(m.task)) == data.task_digest(m.task)
         assert all(
             g.dtype == np.uint8 and g.flags.c_contiguous for pair in pairs(m.task) for g in pair
         )
         assert 2 <= len(m.task.demos) <= 5 and len(m.task.queries) == 1
     assert (
-        len({sources.task_digest(m.task) for m in made})
+        len({data.task_digest(m.task) for m in made})
         == len(made)
         == len({m.task.name for m in made})
     )
@@ -147,81 +139,5 @@ def test_what_is_enclosed_reaches_no_border(g):
     assert not (inside & (np.max(scenes.around(free.astype(np.uint8)), 0) > 0)).any()
 
 
-def test_composed_tasks_are_a_source():
-    for name, held_out in (("composed", False), ("composed-held-out", True)):
-        loaded = sources.load(f"{name}:7")
-        assert [t.name for t in loaded] == [f"{name}:{i:06d}" for i in range(7)]
-        assert sources.set_hash(loaded) == sources.set_hash(compose.tasks(7, held_out=held_out))
-        hidden = sources.load(f"{name}:7", hide=True)
-        assert all(y is None for t in hidden for _, y in t.queries) and all(
-            y is not None for t in hidden for _, y in t.demos
-        )
-    assert len(sources.load(["composed:3", "composed:5", "composed-held-out:2"])) == 7
-
-
-@pytest.mark.parametrize(
-    "count", ["", "0", "-1", "x", "1.5", "1000001", "9" * 5000, "²", " 5", "1_000"]
-)
-@pytest.mark.parametrize("kind", ["composed", "composed-held-out"])
-def test_a_malformed_number_is_refused(kind, count):
-    with pytest.raises(
-        UserError, match=r"^composed.*needs a number of tasks from 1 to 1,000,000"
-    ) as e:
-        sources.load(f"{kind}:{count}")
-    assert "\n" not in str(e.value)
-
-
 def test_the_tasks_that_checkpoints_were_trained_on_stay_the_same():
     assert sources.set_hash(compose.tasks(100)) == "3afc031218f34536"
-
-
-@given(generators, st.floats(0.05, 0.95), st.integers(1, 8))
-@few
-def test_composed_tasks_get_their_share_of_the_slots(g, share, slots):
-    tasks = [
-        *compose.tasks(puzzles.integer(g, 1, 9)),
-        *(puzzles.task(g) for _ in range(puzzles.integer(g, 1, 9))),
-    ]
-    found, ours = (
-        data.queries(data.pack(tasks), "leave_one_out", ()),
-        torch.tensor([t.name.startswith("composed:") for t in tasks]),
-    )
-    asked = torch.zeros(len(tasks), dtype=torch.bool).index_fill_(
-        0, found.task[found.fits], True
-    )  # some outputs fit no canvas
-    assert sources.weights(tasks, 0.0, asked) is None
-    for some in (ours & asked, ~ours & asked):
-        with pytest.raises(UserError, match=r"^data\.composed: a share"):
-            sources.weights(tasks, share, some)
-    if not ((ours & asked).any() and (~ours & asked).any()):
-        return
-    made = data.deck(found, slots, sources.weights(tasks, share, asked))
-    of, each = data.pack(tasks).task_of[made.pair], made.cdf.diff(prepend=torch.zeros(1))
-    assert float(each[ours[of]].sum()) == pytest.approx(share)
-
-
-def test_many_composed_tasks_are_kept_and_read_back(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(sources, "STORED", 5)
-    want = {
-        name: sources.load(name) for name in ("composed:4", "composed:6", "composed-held-out:6")
-    }
-    files = [*tmp_path.glob("etrm-arc/*.npz")]
-    assert len(files) == 2
-    with monkeypatch.context() as m:
-        m.setattr(compose, "tasks", None)
-        for name in ("composed:6", "composed-held-out:6"):
-            for hide in (False, True):
-                found = sources.load(name, hide=hide)
-                assert [t.name for t in found] == [t.name for t in want[name]] and len(
-                    found[0].queries
-                ) == 1
-                assert hide or sources.set_hash(found) == sources.set_hash(want[name])
-    for file in files:
-        file.write_bytes(file.read_bytes()[:100])  # a broken one is made anew
-    assert sources.set_hash(sources.load("composed:6")) == sources.set_hash(want["composed:6"])
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv(
-        "XDG_CACHE_HOME", str(tmp_path / "file")
-    )  # where nothing can be written nothing is kept
-    assert sources.set_hash(sources.load("composed:6")) == sources.set_hash(want["composed:6"])
