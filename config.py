@@ -151,7 +151,6 @@ class EvalConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weights: Annotated[tuple[Literal["ema", "raw"], ...], msgspec.Meta(min_length=1)] = (
         "ema",
     )  # the first decides what is best
-    act_steps: Count = 16
     min_gain: NonNegative = 0.0  # by which the best must be beaten
     patience: Optional = 0  # evaluations without such a gain after which training ends; 0: never
     stop_at: Share = 0.0  # exact match with the task's own demos at which training ends; 0: never

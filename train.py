@@ -503,7 +503,7 @@ def probe(
         e = data.posed(tasks, cfg.data, rule, data.chosen(asked, rows), shown[rows])
         e = e._replace(row=tasks.task_of[shown[rows]] * cfg.data.symmetries)  # of the task as it is
         batch = data.batch(tasks, e, cfg.model.raster)
-        out, _ = etrm.think(cast, cfg.model, encode, batch, dtype, cfg.eval.act_steps)
+        out, _ = etrm.think(cast, cfg.model, encode, batch, dtype, cfg.model.halt_max_steps)
         loss = act_loss(cfg.model, out, batch.labels, batch.cells)
         scores[:, rows] = torch.stack((loss.lm, loss.cell_accuracy, loss.exact.float())).cpu()
 
@@ -773,7 +773,7 @@ def take_up(s: Setup, state: State, saved: SavedState) -> Tensor:
     tensors, eval_was = saved.tensors, saved.facts["config"]["eval"]
     state.progress = msgspec.convert(saved.facts, Progress)
     state.progress.ended = ""
-    if any(eval_was[k] != s.meta["config"]["eval"][k] for k in ("on", "weights", "act_steps")):
+    if any(eval_was[k] != s.meta["config"]["eval"][k] for k in ("on", "weights")):
         state.progress.best, state.progress.waited = None, 0  # it was measured otherwise
     with torch.no_grad():
         for k, p in s.params.items():

@@ -66,7 +66,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "data": {"train": [str(SET)], "dev": [str(SET / "mirror.json")], "held_out": [str(SET / "flip.json")], "max_side": 10},
         "model": {"hidden": 32, "heads": 2, "expansion": 1.0, "H_cycles": 1, "L_cycles": 1, "context_tokens": 4, "halt_max_steps": 2},
         "train": {"batch": 6, "steps": 4, "dtype": "fp32"},
-        "eval": {"act_steps": 2, "every": 2},
+        "eval": {"every": 2},
         "solve": {"views": 3},
     }  # fmt: skip
     train.fit(config.parse_config(raw, "test"))

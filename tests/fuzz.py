@@ -67,7 +67,7 @@ def run_of(folder: Path) -> None:
             "context_tokens": 2,
         },
         "train": {"batch": 4, "steps": 4, "save_every": 2, "dtype": "fp32"},
-        "eval": {"on": "train", "act_steps": 1},
+        "eval": {"on": "train"},
     }
     train.fit(config.parse_config(raw, "fuzz"))
 

@@ -36,7 +36,7 @@ data = {{ train = ["tasks"], dev = [], held_out = [] }}
 model = {{ hidden = 16, heads = 2, expansion = 1.0, H_cycles = 2, L_cycles = 1, halt_max_steps = 4 }}
 optimizer = {{ kind = "muon", warmup = 5, lr = 3e-3 }}
 train = {{ batch = 8, shards = 2, steps = {STEPS}, save_every = 1, log_every = 3, ema = 0.9 }}
-eval = {{ on = "train", every = 10, act_steps = 1 }}
+eval = {{ on = "train", every = 10 }}
 """
 SIZES = ((1, 1), (3, 2), (4, 4), (10, 10), (30, 2), (2, 30), (15, 6))
 WALL_CLOCK = ("seconds", "samples_per_s")

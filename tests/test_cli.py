@@ -21,7 +21,7 @@ PAIR = {"input": [[1, 2]], "output": [[2, 1]]}
 FIELDS = {
     "model.hidden": 32, "model.expansion": 1.0, "model.H_cycles": 1, "model.L_cycles": 1,
     "model.halt_max_steps": 2, "model.context_tokens": 4, "train.dtype": "fp32", "train.steps": 3,
-    "train.batch": 8, "eval.every": 3, "eval.act_steps": 1, "data.train": [str(SET)],
+    "train.batch": 8, "eval.every": 3, "data.train": [str(SET)],
     "data.dev": [str(SET / name) for name in ("mirror.json", "flip.json")], "data.held_out": [],
 }  # fmt: skip
 SCORE = r"\d+\.\d % \(n = \d+, 95 % \d+\.\d to \d+\.\d\)"

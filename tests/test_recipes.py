@@ -40,7 +40,7 @@ ETRM = TRM | {
     "model.encoder.norm": "post", "model.encoder.layer_scale": 0.0, "model.encoder.cached": False,
     "optimizer.clip": 1.0, "train.batch": 256,
     "init_from.path": "runs/trm", "init_from.take": (r"core\..*",),
-    "data.policy": "drop", "data.symmetries": 0, "eval.act_steps": 16,
+    "data.policy": "drop", "data.symmetries": 0,
 }
 FEEDBACK = {
     "model.hidden": 512, "model.heads": 8, "model.layers": 2, "model.H_cycles": 3,
@@ -50,7 +50,7 @@ FEEDBACK = {
     "train.batch": 32, "train.ema": 0.999, "eval.patience": 5,
     "data.dihedral": False, "data.colours": "fixed", "data.translate": False,
 }
-FEEDBACK_DEEP = {"model.unrolled": 16, "model.halt_max_steps": 16, "eval.act_steps": 16}
+FEEDBACK_DEEP = {"model.unrolled": 16, "model.halt_max_steps": 16}
 TEN_TASKS = {"data.max_train_tasks": 10, "train.batch": 10, "eval.every": 100, "eval.on": "train"}
 HYBRID = {"layers": 4, "norm": "pre", "set_layers": 2}
 
@@ -58,7 +58,7 @@ HYBRID = {"layers": 4, "norm": "pre", "set_layers": 2}
 def fct(steps):  # a fixed number of ACT steps in training, up to 16 by q at evaluation
     return ETRM | {
         "model.fixed_steps": True, "model.exploration": 0.0, "model.halt_max_steps": steps,
-        "eval.act_steps": steps, "solve.act_steps": 16, "solve.leave": "q",
+        "solve.act_steps": 16, "solve.leave": "q",
     }
 
 
@@ -95,9 +95,9 @@ PUBLISHED = {
     "experiments/enc-E1": O1 | encoder("hybrid_standard", **HYBRID),
     "experiments/enc-E2": O1 | encoder("hybrid_variational", **HYBRID),
     "experiments/enc-E3": O1 | encoder("lpn_variational", layers=4),
-    "experiments/H8": ETRM | {"model.halt_max_steps": 8, "eval.act_steps": 8},
+    "experiments/H8": ETRM | {"model.halt_max_steps": 8},
     "experiments/H16": ETRM,
-    "experiments/H32": ETRM | {"model.halt_max_steps": 32, "eval.act_steps": 32},
+    "experiments/H32": ETRM | {"model.halt_max_steps": 32},
     "experiments/scratch": ETRM | {"init_from.path": ""},
     "experiments/frozen": ETRM
     | {"optimizer.freeze": {r"core\.[HL]_init": 0, r"core\..*": 1000}},
@@ -110,7 +110,7 @@ PUBLISHED = {
 SMALL = [
     "model.hidden=16", "model.heads=2", "model.expansion=0.5", "model.H_cycles=1",
     "model.L_cycles=1", "train.batch=4", "train.shards=1", "train.steps=3", "train.dtype=fp32",
-    "eval.every=3", "eval.act_steps=1", "optimizer.warmup=2", "data.max_train_tasks=0",
+    "eval.every=3", "optimizer.warmup=2", "data.max_train_tasks=0",
     f'data.train=["{SET}"]', f'data.held_out=["{SET / "flip.json"}"]',
 ]
 # fmt: on
@@ -189,6 +189,7 @@ def small(name, folder, *sets):
     dev = [str(SET / f"{n}.json") for n in ("double", "mirror")] if cfg.data.dev else []
     sets = [
         f"data.dev={json.dumps(dev)}",
+        f"model.halt_max_steps={min(2, cfg.model.halt_max_steps)}",
         f"data.symmetries={3 * bool(cfg.data.symmetries)}",
         f"run.dir={folder}",
         *sets,

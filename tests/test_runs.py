@@ -28,7 +28,6 @@ SMALL = {
     "model__hidden": 16,
     "data__canvas": 10,
     "train__shards": 1,
-    "eval__act_steps": 1,
 }
 
 
@@ -219,9 +218,9 @@ def test_another_yardstick_starts_a_new_best(tmp_path, monkeypatch):
         train.fit(tiny(tmp_path, train__steps=3))
     assert checkpoint.load_state(tmp_path)[0]["best"] == 0.0
     said = []
-    train.fit(tiny(tmp_path, train__steps=6, eval__act_steps=1), said.append, resume=True)
+    train.fit(tiny(tmp_path, train__steps=6, eval__weights=["raw"]), said.append, resume=True)
     manifest = checkpoint.load_state(tmp_path)[0]
-    assert manifest["best"] == said[-1]["train/ema/own/loss"] > 0
+    assert manifest["best"] == said[-1]["train/raw/own/loss"] > 0
 
 
 def test_another_dtype_or_training_set_is_refused(tmp_path):

@@ -31,7 +31,7 @@ TINY = {
     "train": {
         "batch": 6, "shards": 2, "steps": 6, "dtype": "fp32", "log_every": 2, "save_every": 3
     },
-    "eval": {"on": "train", "every": 3, "act_steps": 2},
+    "eval": {"on": "train", "every": 3},
 }  # fmt: skip
 
 
