@@ -436,7 +436,7 @@ def predict(
     params: Params, cfg: Config, tasks: Task | Sequence[Task], views: int = 0
 ) -> list[Prediction]:
     """Votes for every query of the tasks, in order, under so many views each (0: as configured)."""
-    tasks = [tasks] if isinstance(tasks, Task) else list(tasks)
+    tasks = [sources.check(t) for t in ([tasks] if isinstance(tasks, Task) else tasks)]
     solver = Solver(Path(), cfg, "", params, {}, torch.zeros(0, 16, dtype=torch.uint8))
     parts = answer(solver, tasks, range(views or cfg.solve.views))
     return score.joined(tasks, [p for part in parts for p in part])

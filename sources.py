@@ -62,7 +62,7 @@ def check_grid(grid: Any, where: str) -> np.ndarray:
     rows = rows if isinstance(rows, SEQUENCE) else []
     widths = {len(row) if isinstance(row, SEQUENCE) else 0 for row in rows}
     if len(widths) != 1 or 0 in widths:
-        raise UserError(f"{where}: a grid must be a list of rows of one length")
+        raise UserError(f"{where}: ragged or empty, a grid is a list of rows of one length")
     h, w = len(rows), widths.pop()
     if max(h, w) > MAX_SIDE:
         raise TooLarge(f"{where}: grid of {h} x {w}, must be 1..{MAX_SIDE} a side")

@@ -226,7 +226,7 @@ def task_with(grid):
 
 IN_GRID = ["bad.json", "task bad", "train[1].input"]
 BAD = {
-    "ragged": (task_with([[1, 2], [3]]), [*IN_GRID, "one length"]),
+    "ragged": (task_with([[1, 2], [3]]), [*IN_GRID, "ragged"]),
     "colour 12": (task_with([[12]]), [*IN_GRID, "colour 12"]),
     "colour -1": (task_with([[-1]]), [*IN_GRID, "colour -1"]),
     "float": (task_with([[1.5]]), [*IN_GRID, "whole number"]),
@@ -234,9 +234,9 @@ BAD = {
     "string": (task_with([["1"]]), [*IN_GRID, "whole number"]),
     "bool": (task_with([[True]]), [*IN_GRID, "whole number"]),
     "null cell": (task_with([[None]]), [*IN_GRID, "whole number"]),
-    "no cell": (task_with([[]]), [*IN_GRID, "list of rows"]),
-    "no row": (task_with([]), [*IN_GRID, "list of rows"]),
-    "no grid": (task_with(7), [*IN_GRID, "list of rows"]),
+    "no cell": (task_with([[]]), [*IN_GRID, "empty"]),
+    "no row": (task_with([]), [*IN_GRID, "empty"]),
+    "no grid": (task_with(7), [*IN_GRID, "empty"]),
     "no demos": ({"train": [], "test": [GOOD]}, ["bad.json", "task bad", "no demos"]),
     "no train": ({"x": {"test": [GOOD]}}, ["bad.json", "task x", '"train"']),
     "test no list": ({"train": [GOOD], "test": GOOD}, ["bad.json", "task bad", '"test"']),
