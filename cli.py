@@ -436,9 +436,9 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Join predictions, and score them on --data; a vote that is in several files counts once."""
-    from . import solve
+    from . import score
 
-    result = solve.merge([Path(f) for f in files], sources or (), output, submission)
+    result = score.merge([Path(f) for f in files], sources or (), output, submission)
     echo(
         f"{result['votes']} votes for {result['queries']} queries,"
         f" {result['unanswered']} of them without any"

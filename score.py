@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import data, sources
+from . import checkpoint, data, sources
 from .config import DataConfig, UserError
 from .data import MAX_SIDE, PAD, Symmetry, Task, parsed, tokenise, untokenise
 
@@ -378,6 +378,43 @@ def count_evaluation(
     return {"held_out_evaluation": max(counts[key] for key in tasks)}
 
 
+SHARED_CELLS = 20  # of an equal pair that is no chance
+
+
+def held_out(pairs: Tensor, tasks: Sequence[Task]) -> bool:
+    """Whether none of the tasks has a pair of 20 cells or more, or all its demos, among the pairs
+    (N, 16) that were trained on."""
+    trained = {bytes(row) for row in pairs.numpy()}
+    for task in tasks:
+        known = [(x, y) for x, y in (*task.demos, *task.queries) if y is not None]
+        shared = [sources.pair_digest(pair) in trained for pair in known]
+        cells = [x.size + y.size for (x, y), same in zip(known, shared, strict=True) if same]
+        if max(cells, default=0) >= SHARED_CELLS or all(shared[: len(task.demos)]):
+            return False
+    return True
+
+
+def judged(
+    known: dict[str, list[Task]], predictions: Sequence[Prediction],
+    pairs: Sequence[Tensor] = (), kept_out: Sequence[str] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """Scores of predictions, of each source where there are several, whether the tasks were held
+    out from solvers trained on these pairs, and the number of this held-out evaluation; kept_out:
+    sources that were to be. Nothing of it without known outputs."""
+    tasks = [t for ts in known.values() for t in ts]
+    scored = [k for k, ts in known.items() if any(y is not None for t in ts for _, y in t.queries)]
+    if not scored:
+        return {"unanswered": sum(not p.votes for p in predictions)}
+    result = score(tasks, predictions)
+    if len(known) > 1:
+        names = {k: {t.name for t in known[k]} for k in scored}
+        parts = {k: [p for p in predictions if p.task in names[k]] for k in scored}
+        result["by_source"] = {k: score(known[k], parts[k]) for k in scored}
+    if pairs:
+        result["held_out"] = all(held_out(digests, tasks) for digests in pairs)
+    return result | count_evaluation(known, kept_out, result["pass@2"])
+
+
 # ---------------------------------------------------------------- submissions
 
 ATTEMPTS = ("attempt_1", "attempt_2")
@@ -420,3 +457,67 @@ def read_submission(path: Path) -> list[Prediction]:
             canvas = tokenise(grids[0], (MAX_SIDE, MAX_SIDE)) if votes else None
             predictions.append(Prediction(name, i, "", votes, canvas, source=str(path)))
     return predictions
+
+
+# ---------------------------------------------------------------- files of votes and tasks
+
+
+def load_by_source(
+    names: Sequence[str], limit: int = 0, shard: str = "1/1", hide: bool = False
+) -> dict[str, list[Task]]:
+    """The first `limit` tasks (0: all), source by source; every n-th of each for the shard "i/n".
+
+    A task of which an earlier source has a demo under the same id is left out (ARC-2 repeats six of
+    ARC-1's, changed); another task of that id gets a name of its own, as in `sources.load`."""
+    part, _, parts = shard.partition("/")
+    if not (part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
+        raise UserError(f"--shard {shard}: must look like 1/4")
+    tasks: dict[str, list[Task]] = {}
+    seen: dict[str, Task] = {}
+    copies: sources.Copies = {}
+    for source in dict.fromkeys(names):
+        fresh = []
+        for task in sources.load([source], hide=hide):
+            name, twin = sources.free_name(task, seen, copies), seen.get(task.name)
+            repeated = name in seen or (twin is not None and sources.akin(twin, task))
+            if not repeated and len(seen) < (limit or math.inf):
+                seen[name] = task._replace(name=name)
+                fresh.append(seen[name])
+        tasks[source] = fresh[int(part) - 1 :: int(parts)]
+    return tasks
+
+
+def jsonl(option: str, path: str | Path) -> Path:
+    """Where predictions can be kept: what has another ending is read as a submission."""
+    if Path(path).suffix != ".jsonl":
+        raise UserError(f"{option} {path}: must end in .jsonl")
+    return Path(path)
+
+
+def merge(
+    files: Sequence[Path], chosen: Sequence[str], out: str = "", submit: str = ""
+) -> dict[str, Any]:
+    """Join predictions and submissions into one file; for tasks of the sources given, into a
+    submission and scores."""
+    if submit and not chosen:
+        raise UserError("--submission: name the tasks with --data")
+    target = jsonl("--output", out) if out else None
+    known = load_by_source(chosen)
+    hidden = [t for ts in load_by_source(chosen, hide=True).values() for t in ts]
+    lines = [p for file in files for p in read(file)]
+    joint = joined(hidden, lines)
+    if not chosen:
+        joint = [union(group[0], group) for group in by_query(lines).values()]
+    if not any(p.votes for p in joint):
+        raise UserError(f"{', '.join(map(str, files))}: no vote for any of the tasks")
+    if target:
+        texts = dict.fromkeys(to_line(p) + "\n" for p in lines)
+        checkpoint.write_text(target, "".join(texts))
+    if submit:
+        checkpoint.write_text(Path(submit), json.dumps(submission(hidden, joint)))
+    return {
+        "files": [str(f) for f in files],
+        "votes": sum(len(p.votes) for p in joint),
+        "queries": len(joint),
+        **judged(known, joint),
+    }

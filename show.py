@@ -452,7 +452,7 @@ def gallery(solver: solve.Solver, file: Path, known: dict[str, list[Task]]) -> t
     entries = [entry(tasks[p.task], p, steps) for p, steps in zip(cast, lines, strict=True)]
     names = {p.task for p in cast}
     asked = {source: [t for t in ts if t.name in names] for source, ts in known.items()}
-    scores = solve.judged([solver], asked, cast)
+    scores = score.judged(asked, cast, [solver.pairs], solver.cfg.data.held_out)
     note = f"{len(names)} tasks of {where}, votes of {voter}"
     note += " (not these weights, or adapted)" * (voter != solver.source)
     for key in ("pass@1", "pass@2") if "pass@2" in scores else ():
@@ -529,7 +529,7 @@ def page(folder: str | Path, places: Sequence[str] = ()) -> dict[str, Any]:
     try:
         solver = solve.opened(run.folder)
         dev, limit = solver.cfg.data.dev, solver.cfg.data.max_eval_tasks
-        known = solve.load_by_source(tuple(places) or dev, 0 if places else limit, hide=False)
+        known = score.load_by_source(tuple(places) or dev, 0 if places else limit, hide=False)
         shown["gallery"], note = gallery(solver, run.folder / "predictions.jsonl", known)
     except UserError as e:
         shown["notes"].append(f"neither gallery nor contexts: {e}")

@@ -455,44 +455,12 @@ def answers(
 # ---------------------------------------------------------------- evaluation
 
 
-def load_by_source(
-    names: Sequence[str], limit: int = 0, shard: str = "1/1", hide: bool = False
-) -> dict[str, list[Task]]:
-    """The first `limit` tasks (0: all), source by source; every n-th of each for the shard "i/n".
-
-    A task of which an earlier source has a demo under the same id is left out (ARC-2 repeats six of
-    ARC-1's, changed); another task of that id gets a name of its own, as in `sources.load`."""
-    part, _, parts = shard.partition("/")
-    if not (part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
-        raise UserError(f"--shard {shard}: must look like 1/4")
-    tasks: dict[str, list[Task]] = {}
-    seen: dict[str, Task] = {}
-    copies: sources.Copies = {}
-    for source in dict.fromkeys(names):
-        fresh = []
-        for task in sources.load([source], hide=hide):
-            name, twin = sources.free_name(task, seen, copies), seen.get(task.name)
-            repeated = name in seen or (twin is not None and sources.akin(twin, task))
-            if not repeated and len(seen) < (limit or math.inf):
-                seen[name] = task._replace(name=name)
-                fresh.append(seen[name])
-        tasks[source] = fresh[int(part) - 1 :: int(parts)]
-    return tasks
-
-
 def predictions_path(solver: Solver | HandMade) -> Path:
     """predictions.jsonl in the solver's run folder; runs/<name> here where it has none."""
     folder = solver.path.parent
     if not ((folder / "run.json").is_file() and os.access(folder, os.W_OK)):
         folder = Path("runs") / solver.path.stem
     return folder / "predictions.jsonl"
-
-
-def jsonl(option: str, path: str | Path) -> Path:
-    """Where predictions can be kept: what has another ending is read as a submission."""
-    if Path(path).suffix != ".jsonl":
-        raise UserError(f"{option} {path}: must end in .jsonl")
-    return Path(path)
 
 
 def rounds_of(views: int) -> list[range]:
@@ -535,7 +503,7 @@ def evaluate(
     if not chosen:
         raise UserError(f"{first.path}: trained without a dev split; name the tasks with --data")
     limit = 0 if data_sources else first.cfg.data.max_eval_tasks
-    load = functools.partial(load_by_source, chosen, limit, shard)
+    load = functools.partial(score.load_by_source, chosen, limit, shard)
     load(hide=False)  # an output that is no grid is found now, not at the end
     tasks = [t for ts in load(hide=True).values() for t in ts]
     if not tasks:
@@ -543,7 +511,7 @@ def evaluate(
     for task in tasks:
         if not task.queries:
             raise UserError(f"task {task.name}: has no query (no test pair) to answer")
-    file = jsonl("--predictions", predictions_file or predictions_path(first))
+    file = score.jsonl("--predictions", predictions_file or predictions_path(first))
     lines = score.read(file) if file.exists() else []
 
     def joint() -> list[Prediction]:
@@ -567,7 +535,9 @@ def evaluate(
     if not any(p.votes or p.too_large for p in predictions):
         raise UserError(f"--budget: {budget / 60:g} minutes are not enough for a single view")
     known = load(hide=False)
-    scores = judged(solvers, known, predictions)
+    learned = [s for s in solvers if isinstance(s, Solver)]
+    kept_out = [x for s in learned for x in s.cfg.data.held_out]
+    scores = score.judged(known, predictions, [s.pairs for s in learned], kept_out)
     if "pass@2" in scores and len({type(s) for s in solvers}) > 1:
         everything = [t for ts in known.values() for t in ts]
         scores["by_solver"] = {
@@ -575,7 +545,6 @@ def evaluate(
             for s in solvers
         }
     steps = [v.step for p in predictions for v in p.votes if v.step]
-    learned = [s for s in solvers if isinstance(s, Solver)]
     ways = {ADAPTED[s.cfg.solve.adapt] if isinstance(s, Solver) else "hand-made" for s in solvers}
     guards = {guard_of(s) for s in learned}
     return {
@@ -595,73 +564,6 @@ def guard_of(solver: Solver) -> str:
     """What the guard found in training, and whether there was a dev split to choose by."""
     finding = str(msgspec.convert(solver.meta["finding"], sources.Finding))
     return finding if solver.cfg.data.dev else f"{finding}; NO DEV SPLIT was held out"
-
-
-def judged(
-    solvers: Sequence[Solver | HandMade], known: dict[str, list[Task]],
-    predictions: Sequence[Prediction],
-) -> dict[str, Any]:  # fmt: skip
-    """Scores of predictions, of each source where there are several, whether the tasks were held
-    out, and the number of this held-out evaluation; nothing of it without known outputs."""
-    tasks = [t for ts in known.values() for t in ts]
-    scored = [k for k, ts in known.items() if any(y is not None for t in ts for _, y in t.queries)]
-    if not scored:
-        return {"unanswered": sum(not p.votes for p in predictions)}
-    result = score.score(tasks, predictions)
-    if len(known) > 1:
-        names = {k: {t.name for t in known[k]} for k in scored}
-        parts = {k: [p for p in predictions if p.task in names[k]] for k in scored}
-        result["by_source"] = {k: score.score(known[k], parts[k]) for k in scored}
-    learned = [s for s in solvers if isinstance(s, Solver)]
-    if learned:
-        result["held_out"] = all(held_out(s.pairs, tasks) for s in learned)
-    kept_out = [x for s in learned for x in s.cfg.data.held_out]
-    return result | score.count_evaluation(known, kept_out, result["pass@2"])
-
-
-SHARED_CELLS = 20  # of an equal pair that is no chance
-
-
-def held_out(pairs: Tensor, tasks: Sequence[Task]) -> bool:
-    """Whether none of the tasks has a pair of 20 cells or more, or all its demos, among the pairs
-    (N, 16) that were trained on."""
-    trained = {bytes(row) for row in pairs.numpy()}
-    for task in tasks:
-        known = [(x, y) for x, y in (*task.demos, *task.queries) if y is not None]
-        shared = [sources.pair_digest(pair) in trained for pair in known]
-        cells = [x.size + y.size for (x, y), same in zip(known, shared, strict=True) if same]
-        if max(cells, default=0) >= SHARED_CELLS or all(shared[: len(task.demos)]):
-            return False
-    return True
-
-
-def merge(
-    files: Sequence[Path], chosen: Sequence[str], out: str = "", submit: str = ""
-) -> dict[str, Any]:
-    """Join predictions and submissions into one file; for tasks of the sources given, into a
-    submission and scores."""
-    if submit and not chosen:
-        raise UserError("--submission: name the tasks with --data")
-    target = jsonl("--output", out) if out else None
-    known = load_by_source(chosen)
-    hidden = [t for ts in load_by_source(chosen, hide=True).values() for t in ts]
-    lines = [p for file in files for p in score.read(file)]
-    joint = score.joined(hidden, lines)
-    if not chosen:
-        joint = [score.union(group[0], group) for group in score.by_query(lines).values()]
-    if not any(p.votes for p in joint):
-        raise UserError(f"{', '.join(map(str, files))}: no vote for any of the tasks")
-    if target:
-        texts = dict.fromkeys(score.to_line(p) + "\n" for p in lines)
-        checkpoint.write_text(target, "".join(texts))
-    if submit:
-        checkpoint.write_text(Path(submit), json.dumps(score.submission(hidden, joint)))
-    return {
-        "files": [str(f) for f in files],
-        "votes": sum(len(p.votes) for p in joint),
-        "queries": len(joint),
-        **judged((), known, joint),
-    }
 
 
 # ---------------------------------------------------------------- the overfit gate

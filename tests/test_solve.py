@@ -182,16 +182,16 @@ def test_shards_checkpoints_and_submissions_join(run, tmp_path):
     for i in (1, 2):
         evaluate(run, f"{i}.jsonl", shard=f"{i}/2")
     files = [tmp_path / "1.jsonl", tmp_path / "2.jsonl"]
-    joint = solve.merge(files, ALL, "all.jsonl", "sub.json")
+    joint = score.merge(files, ALL, "all.jsonl", "sub.json")
     assert joint["pass@2"] == whole["pass@2"] and joint["votes"] == 18
     assert joint["cell_accuracy"] == pytest.approx(whole["cell_accuracy"])
     assert {p.task for p in score.read(Path("sub.json"))} == {t.name for t in tasks_of_all()}
-    more = solve.merge([*files, tmp_path / "all.jsonl", tmp_path / "sub.json"], [])
+    more = score.merge([*files, tmp_path / "all.jsonl", tmp_path / "sub.json"], [])
     assert more["votes"] >= 18 + 6 and "pass@2" not in more
-    alone = solve.merge([tmp_path / "sub.json"], ALL, submit="again.json")
+    alone = score.merge([tmp_path / "sub.json"], ALL, submit="again.json")
     assert Path("again.json").read_text() == Path("sub.json").read_text()
     assert alone["pass@2"] == whole["pass@2"]
-    part = solve.merge([tmp_path / "all.jsonl"], [str(SET / "flip.json")], "part.jsonl")
+    part = score.merge([tmp_path / "all.jsonl"], [str(SET / "flip.json")], "part.jsonl")
     assert part["queries"] == 1 and close("part.jsonl") == close("all.jsonl")  # the others are kept
     other = copy_of(run, "other.safetensors", lambda x: 1.1 * x)
     both = evaluate([run, other], "whole.jsonl")
@@ -199,7 +199,7 @@ def test_shards_checkpoints_and_submissions_join(run, tmp_path):
     with pytest.raises(UserError, match="--shard 3/2"):
         evaluate(run, shard="3/2")
     with pytest.raises(UserError, match="name the tasks"):
-        solve.merge(files, [], submit="sub.json")
+        score.merge(files, [], submit="sub.json")
 
 
 def test_a_budget_ends_the_views_and_loses_nothing(run, monkeypatch):
@@ -284,14 +284,14 @@ def test_a_tiny_pair_in_common_is_chance_and_all_demos_are_not(side):
     digests = torch.from_numpy(np.stack(trained))
     turned = [(np.rot90(x), np.rot90(y)) for x, y in pairs]
     task = Task("t", [turned[0], pairs[1], pairs[2]], [turned[3]])
-    assert not solve.held_out(digests[:3], [task])
-    assert solve.held_out(digests[:2], [task]) is (side == 2)
-    assert solve.held_out(digests[3:], [task]) is (side == 2)
-    assert solve.held_out(digests[:0], [task])
+    assert not score.held_out(digests[:3], [task])
+    assert score.held_out(digests[:2], [task]) is (side == 2)
+    assert score.held_out(digests[3:], [task]) is (side == 2)
+    assert score.held_out(digests[:0], [task])
 
 
 def test_the_second_evaluation_set_is_without_what_it_shares_with_the_first():
-    tasks = solve.load_by_source(["arc1:evaluation", "arc2:evaluation"])
+    tasks = score.load_by_source(["arc1:evaluation", "arc2:evaluation"])
     assert [len(ts) for ts in tasks.values()] == [400, 114]
 
 
@@ -362,9 +362,9 @@ def test_a_task_of_an_earlier_source_is_left_out_and_another_of_its_id_is_not(ru
     result = evaluate(run, sources=chosen)
     assert [row["n_tasks"] for row in result["by_source"].values()] == [6, 2]
     assert result["n_tasks"] == 8
-    tasks = solve.load_by_source(chosen, hide=True)
+    tasks = score.load_by_source(chosen, hide=True)
     assert [t.name for t in tasks[chosen[1]]] == ["flip#2", "new"]
-    assert [len(ts) for ts in solve.load_by_source(chosen, 7).values()] == [6, 1]
+    assert [len(ts) for ts in score.load_by_source(chosen, 7).values()] == [6, 1]
 
 
 def test_tasks_without_solutions_are_predicted_and_take_no_score_from_others(run, tmp_path):
@@ -403,7 +403,7 @@ def test_predictions_are_kept_where_they_can_be_read_again(run, tmp_path, name):
         evaluate(run, name)
     evaluate(run)
     with pytest.raises(UserError, match=f"^--output {name}"):
-        solve.merge([tmp_path / "p.jsonl"], [], name)
+        score.merge([tmp_path / "p.jsonl"], [], name)
     assert Path(name).read_text() == "mine"
 
 
