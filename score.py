@@ -378,9 +378,6 @@ def count_evaluation(
     return {"held_out_evaluation": max(counts[key] for key in tasks)}
 
 
-SHARED_CELLS = 20  # of an equal pair that is no chance
-
-
 def held_out(pairs: Tensor, tasks: Sequence[Task]) -> bool:
     """Whether none of the tasks has a pair of 20 cells or more, or all its demos, among the pairs
     (N, 16) that were trained on."""
@@ -389,7 +386,7 @@ def held_out(pairs: Tensor, tasks: Sequence[Task]) -> bool:
         known = [(x, y) for x, y in (*task.demos, *task.queries) if y is not None]
         shared = [sources.pair_digest(pair) in trained for pair in known]
         cells = [x.size + y.size for (x, y), same in zip(known, shared, strict=True) if same]
-        if max(cells, default=0) >= SHARED_CELLS or all(shared[: len(task.demos)]):
+        if max(cells, default=0) >= sources.MIN_SHARED_CELLS or all(shared[: len(task.demos)]):
             return False
     return True
 

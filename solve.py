@@ -504,7 +504,6 @@ def evaluate(
         raise UserError(f"{first.path}: trained without a dev split; name the tasks with --data")
     limit = 0 if data_sources else first.cfg.data.max_eval_tasks
     load = functools.partial(score.load_by_source, chosen, limit, shard)
-    load(hide=False)  # an output that is no grid is found now, not at the end
     tasks = [t for ts in load(hide=True).values() for t in ts]
     if not tasks:
         raise UserError(f"--shard {shard}: no task is left")

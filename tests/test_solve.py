@@ -348,7 +348,7 @@ def test_what_cannot_be_scored_is_found_before_a_view_is_asked(run, tmp_path, mo
         (tmp_path / "x_solutions.json").write_text(json.dumps({"flip": [[[1]]]}))
     if case == "weights":
         name = copy_of(run, "nan.safetensors", lambda x: x * float("nan"))
-    phrase = {"grid": "ragged", "solutions": "no solution", "query": "no query", "weights": "NaN"}
+    phrase = {"grid": "list of rows", "solutions": "no solution", "query": "no query", "weights": "NaN"}
     with pytest.raises(UserError, match=phrase[case]):
         evaluate(name, sources=[str(folder)])
     assert not Path("p.jsonl").exists()
