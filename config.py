@@ -116,7 +116,6 @@ class OptimizerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     final_lr: Share = (
         0.1  # share of lr at the last step, reached by a cosine; 1: constant after warm-up
     )
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
     weight_decay: NonNegative = 0.1
     clip: NonNegative = 1.0  # of the global norm, after the all-reduce; 0: none
     lr_scale: dict[str, Rate] = {}

@@ -21,16 +21,17 @@ def learning_rate(cfg: OptimizerConfig, step: int, steps: int) -> float:
     return cfg.lr * (cfg.final_lr + (1 - cfg.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
+BETAS = (0.9, 0.95)  # decay of both moments, in every published system
+
+
 class AdamAtan2(torch.optim.Optimizer):
     """Adam-atan2 as adam-atan2 0.0.3 has it: p -= lr / (1 - b1^t) * atan2(m, sqrt(v / (1 - b2^t))), decoupled decay.
 
     The bias correction of the first moment scales the step instead of m inside the arctangent; there is no epsilon.
     """
 
-    def __init__(
-        self, params: Any, lr: float, betas: tuple[float, float], weight_decay: float
-    ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+    def __init__(self, params: Any, lr: float, weight_decay: float) -> None:
+        super().__init__(params, {"lr": lr, "betas": BETAS, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -177,9 +178,9 @@ def optimizers(
         bf16 = dtype == torch.bfloat16
         opts.append(Muon(matrices, cfg.lr, torch.bfloat16 if bf16 else torch.float32))
     if others and cfg.kind == "adam_atan2":
-        opts.append(AdamAtan2(others, cfg.lr, cfg.betas, cfg.weight_decay))
+        opts.append(AdamAtan2(others, cfg.lr, cfg.weight_decay))
     elif others:
-        opts.append(torch.optim.AdamW(others, lr=cfg.lr, betas=cfg.betas, foreach=True))
+        opts.append(torch.optim.AdamW(others, lr=cfg.lr, betas=BETAS, foreach=True))
     return opts
 
 

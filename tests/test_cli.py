@@ -205,7 +205,7 @@ def test_a_mistake_is_one_line_and_code_2(args, text):
 
 @pytest.mark.parametrize(
     "item",
-    ["model.expansion=0", "run.seed=-1", "run.seed=1e30", "optimizer.betas=[0.9, 1.0]",
+    ["model.expansion=0", "run.seed=-1", "run.seed=1e30",
      "model.expansion=inf", "model.context_tokens=5000", "model.exploration=7", "train.ema=1.0",
      "optimizer.lr_scale={'.*' = -1}", "eval.stop_at=2", "eval.every=0", "eval.weights=[]",
      "train.batch=100000000000000000000", "model.halt_max_steps=1e20"],

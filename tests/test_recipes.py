@@ -28,7 +28,7 @@ TRM = {
     "model.fixed_steps": False, "model.context_tokens": 16, "model.loss": "stablemax",
     "model.q_weight": 0.5, "model.encoder.kind": "table",
     "optimizer.kind": "adam_atan2", "optimizer.lr": 1e-4, "optimizer.warmup": 2000,
-    "optimizer.final_lr": 1.0, "optimizer.betas": (0.9, 0.95), "optimizer.weight_decay": 0.1,
+    "optimizer.final_lr": 1.0, "optimizer.weight_decay": 0.1,
     "optimizer.clip": 0.0, "optimizer.table_lr": 1e-2, "optimizer.lr_scale": {},
     "train.batch": 768, "train.ema": 0.999, "init_from.path": "",
     "data.policy": "demos", "data.symmetries": 1000, "data.dihedral": True,
@@ -46,7 +46,7 @@ FEEDBACK = {
     "model.hidden": 512, "model.heads": 8, "model.layers": 2, "model.H_cycles": 3,
     "model.L_cycles": 6, "model.feedback": "reset", "model.loss": "softmax", "model.unrolled": 1,
     "model.halt_max_steps": 1, "optimizer.kind": "adamw", "optimizer.lr": 1e-4,
-    "optimizer.betas": (0.9, 0.95), "optimizer.weight_decay": 0.01, "optimizer.clip": 1.0,
+    "optimizer.weight_decay": 0.01, "optimizer.clip": 1.0,
     "train.batch": 32, "train.ema": 0.999, "eval.patience": 5,
     "data.dihedral": False, "data.colours": "fixed", "data.translate": False,
 }

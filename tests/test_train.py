@@ -77,9 +77,10 @@ def test_training_trace_of_the_published_trainer(golden):
     like, decay = Params(table, core), hyper["puzzle_emb_weight_decay"]
     opt = config.OptimizerConfig(
         kind="adam_atan2", lr=hyper["lr"], warmup=hyper["lr_warmup_steps"],
-        final_lr=hyper["lr_min_ratio"], betas=(hyper["beta1"], hyper["beta2"]), clip=0.0,
+        final_lr=hyper["lr_min_ratio"], clip=0.0,
         weight_decay=hyper["weight_decay"], table_lr=hyper["puzzle_emb_lr"],
     )  # fmt: skip
+    assert (hyper["beta1"], hyper["beta2"]) == optim.BETAS
     params = {
         k: v.clone().requires_grad_(k.startswith("core.") and not optim.is_frozen(opt, k))
         for k, v in leaves(like).items()
