@@ -1,8 +1,8 @@
 """Mutated files: python -m tests.fuzz --mutations 1000 [--json]
 
-Bytes of checkpoints, states, manifests, configs, task files, predictions and submissions are changed, cut out, doubled,
-nested deeply or cut off at random. A mutated checkpoint or state must be refused (or be, byte for byte, what it was); the others are
-refused or valid. Anything but a UserError is a finding.
+Bytes of checkpoints, states, metrics, published checkpoints, configs, task files, predictions and submissions are
+changed, cut out, doubled, nested deeply or cut off at random. A mutated checkpoint or state must be refused (or be,
+byte for byte, what it was); the others are refused or valid. Anything but a UserError of one line is a finding.
 """
 
 from __future__ import annotations
@@ -24,51 +24,47 @@ from etrm_arc import checkpoint, config, score, solve, sources, train
 from etrm_arc.config import UserError
 
 HERE = Path(__file__).parent
+SET = HERE / "data" / "set"
 CONFIGS = HERE.parent / "configs"
 
 
 def mutate(content: bytes, draw: random.Random) -> bytes:
     """One to three changes."""
-    made = bytearray(content)
+    changed = bytearray(content)
     for _ in range(draw.randint(1, 3)):
-        at = draw.randrange(max(1, len(made)))
+        at = draw.randrange(max(1, len(changed)))
         kind = draw.choice(("flip", "set", "cut", "double", "end", "digit", "nest"))
         if kind == "flip":
-            made[at : at + 1] = bytes([made[at] ^ (1 << draw.randrange(8))]) if made else b"x"
+            changed[at : at + 1] = bytes([changed[at] ^ (1 << draw.randrange(8))]) if changed else b"x"
         elif kind == "set":
-            made[at : at + 1] = bytes([draw.randrange(256)])
+            changed[at : at + 1] = bytes([draw.randrange(256)])
         elif kind == "cut":
-            del made[at : at + draw.randint(1, 40)]
+            del changed[at : at + draw.randint(1, 40)]
         elif kind == "double":
-            made[at:at] = made[at : at + draw.randint(1, 40)]
+            changed[at:at] = changed[at : at + draw.randint(1, 40)]
         elif kind == "end":
-            del made[at:]
+            del changed[at:]
         elif kind == "nest":
-            made[at:at] = draw.choice((b"[", b'{"a":', b"{a=")) * 100_000
+            changed[at:at] = draw.choice((b"[", b'{"a":', b"{a=")) * 100_000
         else:
-            digits = [i for i, b in enumerate(made[at : at + 4000], at) if chr(b).isdigit()]
+            digits = [i for i, b in enumerate(changed[at : at + 4000], at) if chr(b).isdigit()]
             if digits:
-                made[draw.choice(digits)] = ord(draw.choice("0123456789"))
-    return bytes(made)
+                changed[draw.choice(digits)] = ord(draw.choice("0123456789"))
+    return bytes(changed)
 
 
 def run_of(folder: Path) -> None:
     """A finished run of a few steps."""
     raw = {
         "run": {"dir": str(folder)},
-        "data": {"train": [str(HERE / "data" / "set")], "dev": [], "held_out": []},
+        "data": {"train": [str(SET)], "dev": [], "held_out": []},
         "model": {
-            "hidden": 16,
-            "heads": 2,
-            "expansion": 1.0,
-            "layers": 1,
-            "H_cycles": 1,
-            "L_cycles": 1,
+            "hidden": 16, "heads": 2, "expansion": 1.0, "layers": 1, "H_cycles": 1, "L_cycles": 1,
             "context_tokens": 2,
         },
         "train": {"batch": 4, "steps": 4, "save_every": 2, "dtype": "fp32"},
         "eval": {"on": "train"},
-    }
+    }  # fmt: skip
     train.fit(config.parse_config(raw, "fuzz"))
 
 
@@ -79,72 +75,56 @@ def main() -> None:
     options.add_argument("--json", action="store_true")
     args = options.parse_args()
     draw, work = random.Random(args.seed), Path(tempfile.mkdtemp())
-    run_of(work / "run")
-    newest = sorted((work / "run").glob("state-*.json"))[-1]
-    whole, parts, _ = checkpoint.load_state(work / "run")
+    run, votes, sent = work / "run", work / "predictions.jsonl", work / "submission.json"
+    run_of(run)
+    solve.evaluate([run], [str(SET)], predictions_file=str(votes), submit=str(sent))
+    torch.save(checkpoint.read(run / "last.safetensors")[0], work / "step_1")
+    whole = checkpoint.load_state(run)
 
-    asked, sent = work / "predictions.jsonl", work / "submission.json"
-    solve.evaluate(
-        [work / "run"], [str(HERE / "data" / "set")], predictions_file=str(asked), submit=str(sent)
-    )
+    def state(path: Path) -> bool:
+        saved = checkpoint.load_state(path.parent)
+        if saved.facts["step"] == whole.facts["step"]:
+            equal = all(torch.equal(v, saved.tensors[k]) for k, v in whole.tensors.items())
+            assert equal and saved.facts == whole.facts, "a wrong resume"
+        return saved.facts["step"] == whole.facts["step"]
 
-    def state(path: Path) -> str:
-        """What is taken up when one file of the newest state is mutated: the state before it, or the same bits."""
-        manifest, found, _ = checkpoint.load_state(path.parent)
-        assert manifest is not None
-        if manifest["step"] < whole["step"]:
-            return "refused"
-        same = manifest == whole and all(torch.equal(v, parts[0][k]) for k, v in found[0].items())
-        assert same, "a wrong resume"
-        return "valid"
-
-    def weights(path: Path) -> str:
+    def weights(path: Path) -> bool:
         checkpoint.load(path)
         raise AssertionError("a mutated checkpoint was read")
 
-    def task(path: Path) -> str:
-        return "valid" if sources.load([str(path)]) else "refused"
-
-    def votes_of(path: Path) -> str:
+    def predictions(path: Path) -> bool:
         found = score.union(score.read(path))
-        return (
-            "valid" if all(score.rank(p.votes) is not None for p in found.values()) else "refused"
-        )
+        return all(score.rank(p.votes) is not None for p in found.values())
 
-    def recipe(path: Path) -> str:
-        config.load_config(path)
-        return "valid"
-
-    kinds: dict[str, tuple[list[Path], Callable[[Path], str]]] = {
-        "checkpoint": ([work / "run" / "last.safetensors"], weights),
-        "state": ([*(work / "run").glob(f"{newest.stem}-*.safetensors"), newest], state),
-        "config": (sorted(CONFIGS.glob("*.toml")), recipe),
-        "predictions": ([asked], votes_of),
-        "submission": ([sent], votes_of),
-        "task": (
-            [HERE / "data" / "task.json", *sorted((HERE / "data" / "set").glob("*.json"))],
-            task,
-        ),
+    kinds: dict[str, tuple[list[Path], Callable[[Path], object]]] = {
+        "checkpoint": ([run / "last.safetensors"], weights),
+        "state": ([checkpoint.states(run)[-1]], state),
+        "metrics": ([run / "metrics.jsonl"], checkpoint.rows_of),
+        "published": ([work / "step_1"], checkpoint.read_published),
+        "config": (sorted(CONFIGS.glob("*.toml")), config.load_config),
+        "predictions": ([votes], predictions),
+        "submission": ([sent], predictions),
+        "task": ([HERE / "data" / "task.json", *sorted(SET.glob("*.json"))], sources.load),
     }
     counts: dict[str, collections.Counter[str]] = {k: collections.Counter() for k in kinds}
     for name, (files, judge) in kinds.items():
         for i in range(args.mutations):
             original = draw.choice(files)
-            content = original.read_bytes()
+            content, folder = original.read_bytes(), work / "mutated"
             changed = mutate(content, draw)
-            folder = work / "mutated"
             shutil.rmtree(folder, ignore_errors=True)
-            shutil.copytree(original.parent if name == "state" else HERE / "data" / "set", folder)
+            shutil.copytree(run if name == "state" else SET, folder)
             path = folder / original.name
             path.write_bytes(changed)
             try:
-                said = judge(path) if changed != content else "unchanged"
+                valid = judge(path) if changed != content else True
+                verdict = "valid" if valid else "refused"
             except UserError as e:
-                said = "refused" if str(e).count("\n") == 0 else "more than one line"
+                verdict = "refused" if str(e).count("\n") == 0 else "more than one line"
             except Exception:
-                said = "traceback"
+                verdict = "traceback"
                 print(f"{name} {i}:\n{traceback.format_exc()}", file=sys.stderr)
-            counts[name][said] += 1
+            counts[name][verdict] += 1
     shutil.rmtree(work)
     for name, found in counts.items():
         print(f"{name}: {', '.join(f'{n} {k}' for k, n in sorted(found.items()))}")
