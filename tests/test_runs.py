@@ -35,12 +35,11 @@ def same(a, b):
 
 def in_pieces(cfg):
     """Run a config one step at a time; how often it was started."""
-    starts = 0
-    while not starts or "stopped" in last:
-        last = train.fit(cfg, resume=bool(starts), limit=-1)
-        starts += 1
+    for starts in itertools.count(1):
+        last = train.fit(cfg, resume=starts > 1, limit=-1)
         assert last["step"] == starts
-    return starts
+        if "stopped" not in last:
+            return starts
 
 
 # ---------------------------------------------------------------- stopping and resuming
