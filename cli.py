@@ -12,9 +12,9 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -48,22 +48,18 @@ app = typer.Typer(
     rich_markup_mode=None,  # what draws boxes around help takes longer to import than all else
     pretty_exceptions_enable=False,
 )
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
-Set = Annotated[
-    Optional[list[str]],  # noqa: UP045 (typer reads it on Python 3.10, too)
-    typer.Option("--set", help="Override a config field: a.b=value (repeatable)."),
-]
-Data = Annotated[
-    Optional[list[str]],  # noqa: UP045
-    typer.Option("--data", help="Sources of tasks: names, folders, files (repeatable)."),
-]
-Output = Annotated[str, typer.Option("--output", "-o", help="The file to write.")]
-Submission = Annotated[str, typer.Option(help="Write both attempts at every query, as Kaggle's.")]
+option, argument = typer.Option, typer.Argument
+Json = Annotated[bool, option("--json", help="Print one JSON object as the last line.")]
+Set = Annotated[list[str], option("--set", help="Override a config field: a.b=value (repeatable).")]
+Data = Annotated[list[str], option("--data", help="Sources of tasks, folders, files (repeatable).")]
+Output = Annotated[str, option("--output", "-o", help="The file to write.")]
+Submission = Annotated[str, option(help="Write both attempts at every query there, as Kaggle's.")]
 
 
 def printable(text: object) -> str:
     """One line; control characters are escaped, so that no name from a file acts on a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    return "".join(escaped)
 
 
 def echo(*lines: object, err: bool = False) -> None:
@@ -123,14 +119,10 @@ def show_version(wanted: bool) -> None:
 @app.callback()
 def root(
     version: Annotated[
-        bool,
-        typer.Option("--version", is_eager=True, callback=show_version, help="Print the version."),
+        bool, option("--version", is_eager=True, callback=show_version, help="Print the version.")
     ] = False,
 ) -> None:
     pass
-
-
-# ---------------------------------------------------------------- data
 
 
 @app.command(name="data")
@@ -139,19 +131,16 @@ def data_command(sources: list[str], as_json: Json = False) -> None:
     """Describe sources: arc1:training, arc1:dev, arc2:..., composed:N, folders and files."""
     from . import sources as source
 
-    tasks = source.load(sources)
-    facts = source.describe(tasks)
-
-    def counts(table: dict[Any, int]) -> str:
-        return ", ".join(f"{k}: {v}" for k, v in table.items())
-
+    facts = source.describe(source.load(sources))
+    tables = {"demos per task": facts["demos_per_task"]}
+    tables |= {f"queries by side, {rule}": row for rule, row in facts["canvases"].items()}
+    side = facts["side"]
     echo(
         f"{facts['tasks']} tasks, {facts['pairs']} pairs, {facts['queries']} queries"
-        f" ({facts['hidden_outputs']} outputs hidden)",
-        f"demos per task: {counts(facts['demos_per_task'])}",
-        f"largest side of a pair: median {facts['side']['median']}, at most {facts['side']['max']}",
-        *(f"queries by side, {rule}: {counts(row)}" for rule, row in facts["canvases"].items()),
-        f"{facts['bytes'] / len(tasks):.0f} bytes a task, hash {facts['hash']}",
+        f" ({facts['hidden_outputs']} outputs hidden), {facts['bytes'] / 1e6:.2f} MB",
+        *(f"{name}: {json.dumps(table).strip('{}')}" for name, table in tables.items()),
+        f"largest side of a pair: median {side['median']}, at most {side['max']}",
+        f"hash {facts['hash']}",
     )
     last_line(as_json, facts)
 
@@ -193,13 +182,10 @@ def progress(total: int, warning: str) -> Iterator[Callable[[dict[str, Any]], No
 
     def say(row: dict[str, Any]) -> None:
         if live and "all/lm_loss" in row:
-            live.update(training_line(row, total))
-        elif "all/lm_loss" in row:
-            console.print(training_line(row, total), soft_wrap=True)
-        elif "skipped" in row:
-            console.print(printable(f"skipped {row['skipped']}"), soft_wrap=True)
-        else:
-            console.print(printable(evaluation_line(row, warning)), soft_wrap=True)
+            return live.update(training_line(row, total))
+        line = f"skipped {row['skipped']}" if "skipped" in row else ""
+        line = line or ("all/lm_loss" in row and training_line(row, total)) or ""
+        console.print(printable(line or evaluation_line(row, warning)), soft_wrap=True)
 
     with live or contextlib.nullcontext():
         yield say
@@ -228,33 +214,24 @@ def seconds(text: str) -> float:
 @friendly
 def train_command(
     recipe: Annotated[
-        str, typer.Argument(metavar="CONFIG", help="A TOML file, or the name of a shipped one.")
+        str, argument(metavar="CONFIG", help="A TOML file, or a shipped one's name.")
     ],
-    fast: Annotated[bool, typer.Option("--fast", help="The config's quick setting.")] = False,
-    sets: Set = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest whole state.")
-    ] = False,
-    time_limit: Annotated[
-        str, typer.Option(help="Save and stop after 8h50m, 90m or seconds; exit code 75.")
-    ] = "",
-    procs: Annotated[
-        int, typer.Option(min=1, help="Processes on this machine (torchrun for several machines).")
-    ] = 1,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what it would take, train nothing.")
-    ] = False,
+    fast: Annotated[bool, option("--fast", help="The config's quick setting.")] = False,
+    sets: Set = [],  # noqa: B006 (typer copies it)
+    resume: Annotated[bool, option("--resume", help="Go on from the newest whole state.")] = False,
+    time_limit: Annotated[str, option(help="Save and stop after 8h50m; exit code 75.")] = "",
+    procs: Annotated[int, option(min=1, help="Processes (torchrun for several machines).")] = 1,
+    dry_run: Annotated[bool, option("--dry-run", help="Say what it takes, train nothing.")] = False,
     as_json: Json = False,
 ) -> None:
     """Train as a TOML recipe says."""
     from . import checkpoint, config, train
 
     deadline = time.monotonic() + seconds(time_limit)
-    sets = sets or []
     cfg = config.load_config(recipe, sets, fast)
     if procs > 1 and "RANK" not in os.environ and not dry_run:
-        sets += [f"train.shards={procs}"] * (cfg.train.shards % procs > 0)
-        words = ["train", recipe, *(word for item in sets for word in ("--set", item))]
+        shards = [f"train.shards={procs}"] * (cfg.train.shards % procs > 0)
+        words = ["train", recipe, *(w for item in [*sets, *shards] for w in ("--set", item))]
         words += ["--fast"] * fast + ["--resume"] * resume + ["--json"] * as_json
         words += ["--time-limit", time_limit] * bool(time_limit)
         raise typer.Exit(train.launch(words, procs))
@@ -281,11 +258,9 @@ def train_command(
 @app.command()
 @friendly
 def overfit(
-    groups: Annotated[int, typer.Option(min=2, help="The first tasks in order of their ids.")] = 32,
-    augment: Annotated[
-        bool, typer.Option("--augment", help="With symmetries and translation.")
-    ] = False,
-    sets: Set = None,
+    groups: Annotated[int, option(min=2, help="The first tasks in order of their ids.")] = 32,
+    augment: Annotated[bool, option("--augment", help="With symmetries, translation.")] = False,
+    sets: Set = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:
     """Can the model memorise a few real tasks? All their pairs are queries, weights are raw."""
@@ -296,7 +271,7 @@ def overfit(
         extra += ["data.dihedral=true", "data.colours=keep_black", "data.translate=true"]
     elif groups <= 10:
         extra += ["train.steps=500"]  # less to learn: the rate may fall sooner
-    cfg = config.load_config("overfit-augment" if augment else "overfit", [*extra, *(sets or [])])
+    cfg = config.load_config("overfit-augment" if augment else "overfit", [*extra, *sets])
     result = solve.overfit(cfg, fit_aloud)
     echo(*result.pop("text").split("\n"))
     last_line(as_json, result)
@@ -305,25 +280,23 @@ def overfit(
 # ---------------------------------------------------------------- eval, merge
 
 
-def percents(result: dict[str, Any], keys: list[str], n: int) -> str:
+def percents(row: dict[str, Any], keys: Iterable[str], n: int) -> str:
     """Shares of n, each with its name and interval."""
     from .score import with_interval
 
-    return ", ".join(f"{key.rpartition('/')[2]} {with_interval(result[key], n)}" for key in keys)
+    return ", ".join(f"{key.rpartition('/')[2]} {with_interval(row[key], n)}" for key in keys)
 
 
 def scores(result: dict[str, Any]) -> list[str]:
     """Lines: scores with their intervals, by size, and held-out evaluations so far."""
-    from .score import PASS, verdicts, with_interval
+    from .score import PASS, verdicts
 
     tasks, queries = result["n_tasks"], result["n_queries"]
     lines = [percents(result, [f"pass@{k}"], tasks) for k in PASS]
     for name, n in (("all_queries", tasks), ("per_output", queries)):
-        both = percents(result, [f"{name}/pass@1", f"{name}/pass@2"], n)
-        lines.append(f"{name.replace('_', ' ')}: {both}")
-    for key in ("oracle", "exact_match", "cell_accuracy", "shape_accuracy"):
-        measure = "some vote is right" if key == "oracle" else f"{key.replace('_', ' ')}, one view"
-        lines.append(f"{measure} {with_interval(result[key], queries)}")
+        lines.append(f"{name}: {percents(result, [f'{name}/pass@1', f'{name}/pass@2'], n)}")
+    views = percents(result, ("exact_match", "cell_accuracy", "shape_accuracy"), queries)
+    lines += [f"some vote right: {percents(result, ['oracle'], queries)}", f"one view: {views}"]
     groups = result["by_side"].items()
     by_side = (f"{side} {percents(row, ['pass@2'], row['n_tasks'])}" for side, row in groups)
     lines.append(f"by largest side: {'; '.join(by_side)}")
@@ -333,76 +306,6 @@ def scores(result: dict[str, Any]) -> list[str]:
         lines.append(f"held-out evaluation of these tasks: {number}")
         lines += [verdicts(result)] if result.get("held_out", True) else []
     return lines
-
-
-@app.command(name="eval")
-@friendly
-def eval_command(
-    checkpoints: Annotated[
-        list[str],
-        typer.Argument(metavar="CHECKPOINT...", help="Files, run folders; several vote together."),
-    ],
-    sources: Data = None,
-    views: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="Symmetries and demo orders to vote over."),
-    ] = None,
-    adapt: Annotated[
-        str, typer.Option(help="none, context or full: learn from the demos first.")
-    ] = "",
-    act_steps: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="ACT steps of each view. Default: as trained."),
-    ] = None,
-    budget: Annotated[
-        float, typer.Option(help="Minutes: more views of all queries until they are over.")
-    ] = math.inf,
-    shard: Annotated[
-        str, typer.Option(help="i/n: every n-th task; etrm merge joins the predictions.")
-    ] = "1/1",
-    submission: Submission = "",
-    predictions: Annotated[str, typer.Option(help="The .jsonl file in which votes are kept.")] = "",
-    sets: Set = None,
-    as_json: Json = False,
-) -> None:
-    """Answer tasks and score the answers: the dev split, or --data. Votes on disk are kept:
-    after an interrupt the same command goes on."""
-    from . import solve
-
-    given = {"views": views, "adapt": adapt, "act_steps": act_steps}
-    overrides = [*(sets or []), *(f"solve.{k}={v}" for k, v in given.items() if v)]
-    result = solve.evaluate(
-        checkpoints,
-        sources or (),
-        overrides,
-        predictions_file=predictions,
-        budget=60 * budget,
-        shard=shard,
-        submit=submission,
-        say=share_done("views"),
-    )
-    names = ", ".join(result["data"])
-    steps = f", {result['act_steps']:.1f} ACT steps a view" if result["act_steps"] else ""
-    facts = (
-        f"{result['views']} views, {result['adaptation']}{steps},"
-        f" {result['seconds_per_task']:.3g} s a task; {result['votes']} votes in"
-        f" {result['predictions']}"
-    )
-    if "pass@2" not in result:
-        echo(f"{names}: no output is known, so nothing is scored; {facts}")
-    else:
-        held = {True: "held out", False: "NOT held out: shares pairs with the training data"}
-        held_out = held.get(result.get("held_out"), "hand-made, no weights")
-        guard = f"; guard: {result['guard']}" if result["guard"] else ""
-        echo(f"{names}: {held_out}; {facts}{guard}", *scores(result))
-        parts = [*result.get("by_source", {}).items(), *result.get("by_solver", {}).items()]
-        for part, row in parts:
-            echo(f"{part}: {percents(row, ['pass@1', 'pass@2'], row['n_tasks'])}")
-    if result["too_large"]:
-        echo(f"{result['too_large']} queries need a canvas larger than any trained on: no answer")
-    if left := result["unanswered"] - result["too_large"]:
-        echo(f"{left} queries have no answer yet: the budget ended; the same command goes on")
-    last_line(as_json, result)
 
 
 def share_done(noun: str) -> Callable[[float], None]:
@@ -421,16 +324,65 @@ def share_done(noun: str) -> Callable[[float], None]:
     return say
 
 
+@app.command(name="eval")
+@friendly
+def eval_command(
+    checkpoints: Annotated[
+        list[str], argument(metavar="CHECKPOINT...", help="Files, run folders; all vote together.")
+    ],
+    sources: Data = [],  # noqa: B006
+    views: Annotated[int, option(help="Symmetries and demo orders; 0: as configured.")] = 0,
+    adapt: Annotated[str, option(help="none, context or full: learn from the demos first.")] = "",
+    act_steps: Annotated[int, option(help="ACT steps of a view; 0: as configured.")] = 0,
+    budget: Annotated[float, option(help="Minutes: more views until they are over.")] = math.inf,
+    shard: Annotated[str, option(help="i/n: every n-th task; etrm merge joins them.")] = "1/1",
+    submission: Submission = "",
+    predictions: Annotated[str, option(help="The .jsonl file in which votes are kept.")] = "",
+    sets: Set = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Answer tasks and score the answers: the dev split, or --data. Votes on disk are kept:
+    after an interrupt the same command goes on."""
+    from . import solve
+
+    given = {"views": views, "adapt": adapt, "act_steps": act_steps}
+    result = solve.evaluate(
+        checkpoints,
+        sources,
+        [*sets, *(f"solve.{k}={v}" for k, v in given.items() if v)],
+        predictions_file=predictions,
+        budget=60 * budget,
+        shard=shard,
+        submit=submission,
+        say=share_done("views"),
+    )
+    names = ", ".join(result["data"])
+    facts = f"{result['views']} views, {result['adaptation']}"
+    facts += f", {result['act_steps']:.1f} ACT steps a view" * bool(result["act_steps"])
+    facts += f", {result['seconds_per_task']:.3g} s a task; {result['votes']} votes in "
+    facts += result["predictions"]
+    if "pass@2" not in result:
+        echo(f"{names}: no output is known, so nothing is scored; {facts}")
+    else:
+        held = {True: "held out", False: "NOT held out: shares pairs with the training data"}
+        held_out = held.get(result.get("held_out"), "hand-made, no weights")
+        guard = f"; guard: {result['guard']}" if result["guard"] else ""
+        echo(f"{names}: {held_out}; {facts}{guard}", *scores(result))
+        parts = [*result.get("by_source", {}).items(), *result.get("by_solver", {}).items()]
+        for part, row in parts:
+            echo(f"{part}: {percents(row, ['pass@1', 'pass@2'], row['n_tasks'])}")
+    if result["too_large"]:
+        echo(f"{result['too_large']} queries need a canvas larger than any trained on: no answer")
+    if left := result["unanswered"] - result["too_large"]:
+        echo(f"{left} queries have no answer yet: the budget ended; the same command goes on")
+    last_line(as_json, result)
+
+
 @app.command()
 @friendly
 def merge(
-    files: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="FILE...", help="predictions.jsonl of shards and runs; submissions of others."
-        ),
-    ],
-    sources: Data = None,
+    files: Annotated[list[str], argument(help="predictions.jsonl; submissions of other solvers.")],
+    sources: Data = [],  # noqa: B006
     output: Output = "",
     submission: Submission = "",
     as_json: Json = False,
@@ -438,11 +390,9 @@ def merge(
     """Join predictions, and score them on --data; a vote that is in several files counts once."""
     from . import score
 
-    result = score.merge([Path(f) for f in files], sources or (), output, submission)
-    echo(
-        f"{result['votes']} votes for {result['queries']} queries,"
-        f" {result['unanswered']} of them without any"
-    )
+    result = score.merge([Path(f) for f in files], sources, output, submission)
+    counts = f"{result['votes']} votes for {result['queries']} queries"
+    echo(f"{counts}, {result['unanswered']} of them without any")
     if "pass@2" in result:
         echo("whether held out: etrm eval CHECKPOINT --predictions FILE says it", *scores(result))
     last_line(as_json, result)
@@ -453,30 +403,28 @@ def merge(
 
 @app.command()
 @friendly
-def solve(checkpoint: str, task: str, sets: Set = None, as_json: Json = False) -> None:
+def solve(checkpoint: str, task: str, sets: Set = [], as_json: Json = False) -> None:  # noqa: B006
     """Answer the queries of a task file: demos, answer and confidence in colour."""
     from rich.console import Console
 
     from . import show as pictures
     from . import solve as solver
 
-    console = Console(markup=False, highlight=False)
-    queries = []
+    console, queries = Console(markup=False, highlight=False), []
 
     def draw(left: Any, right: Any) -> None:
         console.print(pictures.beside(left, right), no_wrap=True, overflow="ignore", crop=False)
 
-    for each, answered in solver.answers(checkpoint, task, sets or []):
+    for each, answered in solver.answers(checkpoint, task, sets):
         console.print(printable(each.name), style="bold")
         for x, y in each.demos:
             draw(x, y)
         for p, ranked in answered:
             draw(each.queries[p.query][0], ranked[0].grid if ranked else None)
+            reason = f"no answer: none of {len(p.votes)} votes was a whole grid"
             if p.too_large:
                 reason = f"no answer: needs a canvas of {p.too_large}, larger than any trained on"
-            elif not ranked:
-                reason = f"no answer: none of {len(p.votes)} votes was a whole grid"
-            else:
+            elif ranked:
                 reason = f"{ranked[0].votes} of {len(p.votes)} votes agree"
                 reason += f", confidence {100 * ranked[0].q:.1f} %"
             console.print(f"query {p.query + 1}: {reason}")
@@ -484,9 +432,8 @@ def solve(checkpoint: str, task: str, sets: Set = None, as_json: Json = False) -
                 {"grid": a.grid.tolist(), "votes": a.votes, "share": a.share, "confidence": a.q}
                 for a in ranked[:2]
             ]
-            queries.append(
-                {"task": p.task, "query": p.query, "answers": answers, "votes": len(p.votes)}
-            )
+            about = {"task": p.task, "query": p.query, "votes": len(p.votes)}
+            queries.append(about | {"answers": answers})
     last_line(as_json, {"queries": queries})
 
 
@@ -494,16 +441,12 @@ def solve(checkpoint: str, task: str, sets: Set = None, as_json: Json = False) -
 @friendly
 def show(
     checkpoint: str,
-    task: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--task", "-t", help="Its id; not needed where there is only one."),
-    ] = None,
-    sources: Data = None,
+    task: Annotated[str, option("--task", "-t", help="Its id, where there are several.")] = "",
+    sources: Data = [],  # noqa: B006
     output: Output = "",
-    query: Annotated[int, typer.Option(help="Which of the task's queries, from 0.")] = 0,
+    query: Annotated[int, option(help="Which of the task's queries, from 0.")] = 0,
     pair_index: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option("--pair-index", "-p", help="Use this demo as the query of the others."),
+        int | None, option("--pair-index", "-p", help="Use this demo as the query of the others.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -512,33 +455,33 @@ def show(
     from . import solve as solver
 
     s = solver.opened(checkpoint)
-    places = tuple(sources or ()) or (*s.cfg.data.dev, *s.cfg.data.train)
-    chosen = pictures.find_task(places, task)
+    chosen = pictures.find_task(sources or [*s.cfg.data.dev, *s.cfg.data.train], task or None)
     timeline = pictures.timeline(s.params, s.cfg, chosen, query, pair_index)
     path = Path(output or f"{chosen.name.replace('/', '-')}.png")
-    which = f" --query {query}" * (query > 0)
-    which = which if pair_index is None else f" --pair-index {pair_index}"
-    words = f"etrm show {checkpoint} --task {chosen.name}{which}"
-    caption = printable(f"{words}: weights {s.source}, step {s.meta.get('step', 'unknown')}")
-    panels = pictures.draw(timeline, path, caption)
-    echo(f"{path}: {panels} panels; checkpoint {s.path}, weights {s.source}")
-    facts = {"task": chosen.name, "steps": len(timeline.steps), "panels": panels}
-    last_line(as_json, facts | {"output": str(path), "weights": s.source})
+    pair = f" --query {query}" * (query > 0)
+    pair = pair if pair_index is None else f" --pair-index {pair_index}"
+    words = f"etrm show {checkpoint} --task {chosen.name}{pair}"
+    caption = f"{words}: weights {s.source}, step {s.meta.get('step', 'unknown')}"
+    figure = pictures.picture(timeline, printable(caption))
+    pictures.save(figure, path)
+    echo(f"{path}: {len(timeline.steps)} steps; checkpoint {s.path}, weights {s.source}")
+    facts = {"task": chosen.name, "steps": len(timeline.steps), "output": str(path)}
+    last_line(as_json, facts | {"weights": s.source})
 
 
 @app.command()
 @friendly
 def report(
-    run: Annotated[str, typer.Argument(help="A run folder.")],
+    run: Annotated[str, argument(help="A run folder.")],
     output: Output = "",
-    sources: Data = None,
+    sources: Data = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:
     """Write one HTML file, RUN/report.html: curves, known failures, config, gallery, contexts.
     The gallery shows tasks of the dev split, or of --data."""
     from . import show as pages
 
-    path, page = pages.report(run, output, sources or ())
+    path, page = pages.report(run, output, sources)
     echo(*(mark["text"] for mark in page["marks"]), *page["notes"])
     size = path.stat().st_size / 1e6
     echo(f"{path}: {size:.1f} MB, {len(page['curves'])} panels, {len(page['gallery'])} queries")
@@ -549,12 +492,7 @@ def report(
 
 def run_line(row: dict[str, Any]) -> str:
     """A run's state, steps, best value of what it watches, minutes since its last row."""
-    from .score import with_interval
-
-    value, n = row.get("best"), row.get("n")
-    best = ""
-    if value is not None:
-        best = f"{row['watched']} {with_interval(value, n) if n else f'{value:.4f}'}"
+    best = f"{row['watched']} {row['best']:.4f}" if row.get("best") is not None else ""
     steps = f"{row.get('step', 0):>7}/{row.get('steps', 0):<7}"
     age = f"{row['age_s'] / 60:.0f} min  {row.get('guard', '')}"
     return f"{row['run']:40} {row['state']:14} {steps} {best:36} {age}".rstrip()
@@ -563,29 +501,26 @@ def run_line(row: dict[str, Any]) -> str:
 @app.command(name="runs")
 @friendly
 def runs_command(
-    paths: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Argument(metavar="[FOLDER | CHECKPOINT | RUN RUN...]", show_default=False),
-    ] = None,
-    plot: Annotated[str, typer.Option(help="Draw the runs' curves: .png, .svg or .pdf.")] = "",
-    csv: Annotated[str, typer.Option(help="Write the comparison, a line for each run.")] = "",
+    paths: Annotated[list[str], argument(metavar="[FOLDER | CHECKPOINT | RUN RUN...]")] = ["runs"],  # noqa: B006
+    plot: Annotated[str, option(help="Draw the runs' curves: .png, .svg or .pdf.")] = "",
+    csv: Annotated[str, option(help="Write the comparison, a line for each run.")] = "",
     as_json: Json = False,
 ) -> None:
     """List the runs below a folder (default: runs), describe one checkpoint, or compare runs."""
     from . import checkpoint
     from . import show as pages
 
-    paths = paths or ["runs"]
+    folder = Path(paths[0])
     if len(paths) > 1 or plot or csv:
-        compared, table = pages.compared(paths)
+        runs = [pages.opened(path) for path in paths]
+        table = pages.compared(runs)
         echo(*pages.columns(table))
         if csv:
-            pages.write_csv(table, Path(csv))
+            checkpoint.write_text(Path(csv), pages.csv_of(table))
         if plot:
-            echo(f"{plot}: {pages.plot(compared, Path(plot))} panels")
+            pages.save(pages.plotted(runs), Path(plot))
         return last_line(as_json, {"runs": table})
-    folder = Path(paths[0])
-    if (folder.is_dir() and not (folder / "run.json").exists()) or folder == Path("runs"):
+    if folder == Path("runs") or (folder.is_dir() and not (folder / "run.json").exists()):
         rows = checkpoint.listing(folder)
         echo(*map(run_line, rows))
         return last_line(as_json, {"runs": rows})
@@ -595,11 +530,9 @@ def runs_command(
         echo(*(f"  {name:40} {' x '.join(map(str, shape))}" for name, shape in shapes.items()))
     for name, fields in facts["config"].items():
         echo(f"[{name}] " + ", ".join(f"{k} = {json.dumps(v)}" for k, v in fields.items()))
-    echo(
-        f"{facts['checkpoint']}: {facts['parameters']:,} parameters, step {facts['step']},"
-        f" {facts['dtype']}",
-        f"trained on {facts['tasks']} tasks, hash {facts['data']}; guard: {facts['finding']}",
-    )
+    size = f"{facts['parameters']:,} parameters, step {facts['step']}, {facts['dtype']}"
+    echo(f"{facts['checkpoint']}: {size}")
+    echo(f"trained on {facts['tasks']} tasks, hash {facts['data']}; guard: {facts['finding']}")
     last_line(as_json, facts)
 
 

@@ -47,13 +47,13 @@ class Timeline(NamedTuple):
 def query_of(task: Task, query: int, demo: int | None = None) -> tuple[Task, np.ndarray | None]:
     """(the task with that one query, its output hidden; that output). demo: the query is this demo,
     from the others. Raises UserError where there is no such pair."""
-    demos, pairs = len(task.demos), task.queries if demo is None else task.demos
-    at, option = (query, "--query") if demo is None else (demo, "--pair-index")
-    if not 0 <= at < len(pairs) or (demo is not None and demos < 2):
-        size = f"{demos} demos and {len(task.queries)} queries, counted from 0"
-        raise UserError(f"{option} {at}: task {task.name} has {size}")
-    shown = [pair for i, pair in enumerate(task.demos) if i != demo]
-    return Task(task.name, shown, [(pairs[at][0], None)]), pairs[at][1]
+    pairs, at = (task.queries, query) if demo is None else (task.demos, demo)
+    demos = [pair for i, pair in enumerate(task.demos) if i != demo]
+    if not (0 <= at < len(pairs) and demos):
+        option = f"--query {at}" if demo is None else f"--pair-index {at}"
+        size = f"{len(task.demos)} demos and {len(task.queries)} queries, counted from 0"
+        raise UserError(f"{option}: task {task.name} has {size}")
+    return Task(task.name, demos, [(pairs[at][0], None)]), pairs[at][1]
 
 
 def batches(cfg: Config, tasks: Sequence[Task]) -> Iterator[tuple[list[int], Any, data.Batch]]:
@@ -86,9 +86,8 @@ def timelines(params: Params, cfg: Config, tasks: Sequence[Task]) -> list[list[S
     has no canvas. Of the argmax-feedback TRM: after every cycle, until it is sure."""
     device, dtype = train.hardware(cfg)
     cast = tree_map(lambda x: x.to(device, dtype), params)
-    cycles = cfg.model.H_cycles if cfg.model.feedback else 1
+    cycles, leave = (cfg.model.H_cycles, "q") if cfg.model.feedback else (1, "never")
     model = msgspec.structs.replace(cfg.model, H_cycles=cfg.model.H_cycles // cycles)
-    leave = "q" if cfg.model.feedback else "never"
     last = cfg.model.halt_max_steps * cycles
     steps: list[list[Step]] = [[] for _ in tasks]
     outputs: list[tuple[int, Sequence[int], etrm.Output]] = []
@@ -119,17 +118,16 @@ def timeline(
 
 
 def find_task(places: Sequence[str], name: str | None) -> Task:
-    """The task of that id among sources, or the only one. Raises UserError with the nearest ids."""
-    tasks: dict[str | None, Task] = {}
+    """The task of that id among sources, or the only one. Raises UserError with the nearest id."""
+    tasks: dict[str, Task] = {}
     for source in sorted(places, key=lambda s: s.startswith("composed")):  # slow ones last
         tasks |= {t.name: t for t in sources.load([source])}
         if name in tasks:
             return tasks[name]
     if name is None and len(tasks) == 1:
         return next(iter(tasks.values()))
-    ids = [task.name for task in tasks.values()]
-    close = ", ".join(difflib.get_close_matches(name or "", ids, cutoff=0))
     where = f"the {len(tasks)} tasks of {', '.join(places)}"
+    close = difflib.get_close_matches(name or "", tasks, n=1, cutoff=0)[0]
     raise UserError(f"--task {name or ''}: must name one of {where}, for instance {close}")
 
 
@@ -139,21 +137,19 @@ def marks(t: Timeline, i: int) -> tuple[np.ndarray, np.ndarray]:
     Judged are the target's cells, a colour in the place of its border, and what an answer has
     beyond: an answer is right where no cell is wrong."""
     tokens = t.steps[i].tokens
-    changed = tokens != t.steps[max(i - 1, 0)].tokens
-    state = np.zeros(tokens.shape, np.int8)
+    label = np.full(tokens.shape, PAD)
     if t.target is not None:
         h, w = np.minimum(t.target.shape, tokens.shape)
         label = tokenise(t.target[:h, :w], tokens.shape)
-        inside = label >= FIRST_COLOUR
-        state[inside] = np.where(tokens == label, 1, -1)[inside]
-        beyond = label == EOS if t.steps[i].answer is None else ~inside
-        state[beyond & (tokens >= FIRST_COLOUR)] = -1
-    return state, changed
+    state = np.where(label < FIRST_COLOUR, 0, np.where(tokens == label, 1, -1))
+    beyond = label == EOS if t.steps[i].answer is None else label < FIRST_COLOUR
+    state[beyond & (tokens >= FIRST_COLOUR) & (t.target is not None)] = -1
+    return state, tokens != t.steps[max(i - 1, 0)].tokens
 
 
 # ---------------------------------------------------------------- pictures
 
-RIGHT, WRONG, CHANGED, DARK = "#00B050", "#E00000", "#FFE600", "#222222"
+RIGHT, WRONG, CHANGED, DARK, LINE = "#00B050", "#E00000", "#FFE600", "#222222", "#666666"
 TOKENS = ("#F4F4F4", "#D8D8D8", *PALETTE)  # blank, end of the grid, the colours
 CELL = 32  # pixels
 
@@ -165,11 +161,10 @@ def rgb(colour: str) -> tuple[int, ...]:
 def painted(tokens: np.ndarray, *masks: tuple[np.ndarray, str, int]) -> np.ndarray:
     """Cells as an image (height * CELL, width * CELL, 3). A mask draws a frame of that colour, so
     many pixels inside its cells, with dark edges, so that green is seen on green."""
-    colours = np.array([rgb(c) for c in TOKENS], np.uint8)
-    image = colours[tokens].repeat(CELL, 0).repeat(CELL, 1)
+    image = np.array([rgb(c) for c in TOKENS], np.uint8)[tokens].repeat(CELL, 0).repeat(CELL, 1)
     y, x = np.indices(image.shape[:2]) % CELL
     depth = np.minimum(np.minimum(x, CELL - 1 - x), np.minimum(y, CELL - 1 - y))
-    image[depth == 0] = rgb("#666666")
+    image[depth == 0] = rgb(LINE)
     for mask, colour, inset in masks:
         inner = np.where(mask.repeat(CELL, 0).repeat(CELL, 1), depth - inset, -9)
         image[(inner >= -1) & (inner <= 4)] = rgb(DARK)
@@ -180,32 +175,42 @@ def painted(tokens: np.ndarray, *masks: tuple[np.ndarray, str, int]) -> np.ndarr
 def new_figure(width: float, height: float) -> Any:
     """Inches; it needs no display."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("pictures need matplotlib: pip install 'etrm-arc[show]'") from None
-    figure = Figure(figsize=(width, height), facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), facecolor="white", layout="constrained")
 
 
-def picture(t: Timeline, caption: str = "") -> tuple[Any, list[Any]]:
-    """(figure, panels): demos, then query, target and curves, then a panel for each step: green
-    frames are right, red wrong, yellow changed."""
+def save(figure: Any, path: Path) -> None:
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as e:
+        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
+        raise UserError(f"{path}: cannot be written: {reason}") from None
+
+
+def picture(t: Timeline, caption: str = "") -> Any:
+    """A figure: curves of q and entropy, then panels: demos, query, target, and each step, where
+    green frames are right, red wrong, yellow changed."""
     demos, steps = t.task.demos, t.steps
     across = min(8, max(len(steps), len(demos), 4))
     middle = 2 * math.ceil(len(demos) / across)  # row of the query
     rows = middle + 1 + math.ceil(len(steps) / across)
     side = 2.4 if max(steps[0].tokens.shape) > 15 else 1.5  # inches
     figure = new_figure(across * side, rows * (side + 0.2))
-    panels = []
+    axis = figure.add_subplot(rows, across, (middle * across + 3, middle * across + 4))
+    x = [step.number for step in steps]
+    axis.plot(x, [step.q for step in steps], ".-", label="q")
+    axis.plot(x, [step.entropy for step in steps], ".-", label="entropy (bits)")
+    axis.set_xlim(0)
+    axis.set_xlabel("ACT steps", fontsize=7)
+    axis.legend(fontsize=6)
 
     def panel(row: int, column: int, image: np.ndarray, title: str) -> None:
         axis = figure.add_subplot(rows, across, row * across + column + 1)
         axis.imshow(image)
         axis.set_axis_off()
         axis.set_title(title, fontsize=8, pad=3, parse_math=False)
-        panels.append(axis)
 
     for i, pair in enumerate(demos):
         for k, name in enumerate(("input", "output")):
@@ -219,30 +224,8 @@ def picture(t: Timeline, caption: str = "") -> tuple[Any, list[Any]]:
         frames = (state > 0, RIGHT, 2), (state < 0, WRONG, 2), (changed, CHANGED, 9)
         title = f"step {step.number:.3g}, q {step.q:.2f}"
         panel(middle + 1 + i // across, i % across, painted(step.tokens, *frames), title)
-    axis = figure.add_subplot(rows, across, (middle * across + 3, middle * across + 4))
-    for name in ("q", "entropy"):
-        label = name if name == "q" else "entropy (bits)"
-        axis.plot([s.number for s in steps], [getattr(s, name) for s in steps], ".-", label=label)
-    axis.set_xlim(0)
-    axis.set_xlabel("ACT steps", fontsize=7)
-    axis.legend(fontsize=6)
-    figure.supxlabel(caption, fontsize=6, color="#666666", parse_math=False)
-    return figure, panels
-
-
-def save(figure: Any, path: Path) -> None:
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as e:
-        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
-        raise UserError(f"{path}: cannot be written: {reason}") from None
-
-
-def draw(t: Timeline, path: Path, caption: str = "") -> int:
-    """The timeline as PNG, SVG or PDF, by the file's name; how many panels it has."""
-    figure, panels = picture(t, caption)
-    save(figure, path)
-    return len(panels)
+    figure.supxlabel(caption, fontsize=6, color=LINE, parse_math=False)
+    return figure
 
 
 def beside(left: np.ndarray, right: np.ndarray | None) -> Any:
@@ -251,25 +234,23 @@ def beside(left: np.ndarray, right: np.ndarray | None) -> Any:
 
     text = Text()
     for r in range(max(len(left), 0 if right is None else len(right))):
-        for grid in (left, right):
+        for grid, arrow in ((left, "  ->  " if r == 0 else "      "), (right, "\n")):
             row = grid[r].tolist() if grid is not None and r < len(grid) else []
             for cell in row:
                 style = f"{'black' if cell in (4, 8) else 'white'} on {PALETTE[cell]}"
                 text.append(f"{cell} ", style=style)
-            if grid is left:
-                text.append("  " * (left.shape[1] - len(row)) + ("  ->  " if r == 0 else " " * 6))
-        text.append("?\n" if right is None and r == 0 else "\n")
+            text.append("  " * (left.shape[1] - len(row)) * (grid is left) + arrow)
     return text
 
 
-# ---------------------------------------------------------------- a run's files
+# ---------------------------------------------------------------- a run, its curves and failures
 
 Row = dict[str, float]  # a line of metrics.jsonl: its numbers, NaN for null
 
 
 class Run(NamedTuple):
     folder: Path
-    about: dict[str, Any]  # run.json
+    about: dict[str, Any]  # run.json, and "guard": see checkpoint.warned
     rows: list[Row]
     odd: int  # lines of metrics.jsonl that are no rows
     watched: str  # the evaluation that decides what is best, e.g. "dev/ema"
@@ -293,8 +274,7 @@ def opened(folder: str | Path) -> Run:
     about = sources.read_json(folder / "run.json")
     try:
         about["guard"] = checkpoint.warned(about)
-        evaluated = about["config"]["eval"]
-        watched = f"{evaluated['on']}/{evaluated['weights'][0]}"
+        watched = f"{about['config']['eval']['on']}/{about['config']['eval']['weights'][0]}"
     except (KeyError, TypeError, IndexError, AttributeError, msgspec.ValidationError) as e:
         raise UserError(f"{folder / 'run.json'}: no run of ours: {e!r}") from None
     text = (folder / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
@@ -311,15 +291,11 @@ def flat(table: dict[str, Any], path: str = "") -> dict[str, Any]:
     return fields
 
 
-# ---------------------------------------------------------------- known failures
-
-
 LEAST = {"collapse": 3, "starvation": 3, "divergence": 1}  # bad rows on end that are a failure
-Signs = list[tuple[int, bool]]  # (step, is it bad?) of the rows that can tell
 
 
-def signs_of(run: Run) -> dict[str, Signs]:
-    """What the rows say, under the failure and its reason."""
+def signs_of(run: Run) -> dict[str, list[tuple[float, bool]]]:
+    """Failure and reason -> (step, is it bad?) of the rows that can tell."""
 
     def rows(*keys: str) -> list[list[float]]:
         return [[r[k] for k in ("step", *keys)] for r in run.rows if set(keys) <= r.keys()]
@@ -329,9 +305,9 @@ def signs_of(run: Run) -> dict[str, Signs]:
     medians = [median(x for _, x in losses[i - 4 : i + 1]) for i in range(4, len(losses))]
     lowest = [math.inf, *itertools.accumulate(medians, min)]
     rising = [now > 1.5 * low + 0.1 for now, low in zip(medians, lowest, strict=False)]
+    evaluated = rows(f"{run.watched}/own/loss", f"{run.watched}/foreign/loss")
     training = [r for r in run.rows if {"all/lm_loss", "grad_norm"} & r.keys()]
     sums = [(r["step"], r.get("all/lm_loss", 0) + r.get("grad_norm", 0)) for r in training]
-    evaluated = rows(f"{run.watched}/own/loss", f"{run.watched}/foreign/loss")
     return {
         "collapse: contexts of different tasks differ by less than 1 % of their mean square": [
             (s, across < 0.01 * (mean**2 + std**2)) for s, across, mean, std in rows(*parts)
@@ -349,25 +325,22 @@ def signs_of(run: Run) -> dict[str, Signs]:
         "divergence: a loss or gradient was not finite": [
             (step, not math.isfinite(value)) for step, value in sums
         ],
-    }  # type: ignore[return-value]
+    }
 
 
 def failure_marks(run: Run) -> list[dict[str, Any]]:
     """Spans of steps in which a run shows signs of a failure; "last" is None where one lasts."""
-    marks = []
+    spans = []
     for reason, signs in signs_of(run).items():
         kind, _, why = reason.partition(": ")
         groups = [list(group) for _, group in itertools.groupby(signs, lambda sign: sign[1])]
         for i, group in enumerate(groups):
             (first, bad), last = group[0], groups[i + 1][0][0] if groups[i + 1 :] else None
             if bad and len(group) >= LEAST[kind]:
-                until = "" if last is None else f" to {last}"
-                text = f"{kind} from step {first}{until}: {why}"
-                marks.append({"kind": kind, "first": first, "last": last, "text": text})
-    return marks
+                text = f"{kind} from step {first}{f' to {last}' if last else ''}: {why}"
+                spans.append({"kind": kind, "first": first, "last": last, "text": text})
+    return spans
 
-
-# ---------------------------------------------------------------- curves
 
 PANELS = (  # title, pattern of the keys of metrics.jsonl, logarithmic
     ("loss", "all/lm_loss|.*/(own|foreign)/loss", False),
@@ -388,7 +361,7 @@ POINTS = 600  # of a curve; beyond that, means of neighbouring rows
 
 def curve(rows: Sequence[Row], key: str) -> dict[str, Any]:
     """{"name", "x": steps, "y": values or means of several}."""
-    points = [(int(r["step"]), r[key]) for r in rows if key in r]
+    points = [(r["step"], r[key]) for r in rows if key in r]
     size = math.ceil(len(points) / POINTS) or 1
     parts = [points[i : i + size] for i in range(0, len(points), size)]
     means = [sum(y for _, y in part) / len(part) for part in parts]
@@ -403,34 +376,28 @@ def curves(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [{"title": title, "log": log, "series": s} for (title, _, log), s in panels if s]
 
 
-# ---------------------------------------------------------------- gallery and contexts
+# ---------------------------------------------------------------- the report
 
 
 def entry(task: Task, p: score.Prediction, steps: Sequence[Step]) -> dict[str, Any]:
     """One query of the gallery: its answers by votes, and how the answer formed, unadapted."""
-    x, y = task.queries[p.query]
-    want, ranked = score.grid_text(y), score.rank(p.votes)
-    grids = [score.grid_text(a.grid) for a in ranked]
+    (x, y), ranked = task.queries[p.query], score.rank(p.votes)
+    want, grids = score.grid_text(y), [score.grid_text(a.grid) for a in ranked]
     place = grids.index(want) + 1 if want in grids else 0
     names = {0: "unsolved", 1: "solved at 1", 2: "solved at 2"}
     status = "output hidden" if y is None else names.get(place, "solved by some view")
-    answers = [
-        {"grid": grid, "votes": a.votes, "q": a.q, "right": grid == want}
-        for grid, a in zip(grids, ranked, strict=True)
-    ]
-    timeline = [
-        {
-            "n": s.number,
-            "q": s.q,
-            "entropy": s.entropy,
-            "tokens": score.canvas_text(s.tokens),
-            "whole": s.answer is not None,
-        }
-        for s in steps
-    ]
     about = {"task": task.name, "query": p.query, "status": status, "votes": len(p.votes)}
     about |= {"input": score.grid_text(x), "target": want, "too_large": p.too_large}
-    return about | {"answers": answers[: max(8, place)], "steps": timeline}
+    answers = [
+        {"grid": grid, "votes": a.votes, "q": a.q, "right": grid == want}
+        for grid, a in zip(grids[: max(8, place)], ranked, strict=False)
+    ]
+    timeline = []
+    for step in steps:
+        row = {"n": step.number, "q": step.q, "entropy": step.entropy}
+        tokens = score.canvas_text(step.tokens)
+        timeline.append(row | {"tokens": tokens, "whole": step.answer is not None})
+    return about | {"answers": answers, "steps": timeline}
 
 
 def gallery(solver: solve.Solver, file: Path, known: dict[str, list[Task]]) -> tuple[list, str]:
@@ -460,50 +427,36 @@ def gallery(solver: solve.Solver, file: Path, known: dict[str, list[Task]]) -> t
     return entries, note + ("" if scores.get("held_out", True) else "; NOT held out")
 
 
-def contexts(params: Params, cfg: Config, tasks: Sequence[Task]) -> tuple[list[int], np.ndarray]:
-    """(which tasks have a finite one (N), contexts (N, T * D)) in the first ACT step."""
+def contexts(params: Params, cfg: Config, tasks: Sequence[Task]) -> dict[int, np.ndarray]:
+    """Numbers of tasks -> finite contexts (T * D) in the first ACT step."""
     device, dtype = train.hardware(cfg)
     encode, cast = encoder_of(cfg.model), tree_map(lambda x: x.to(device, dtype), params.encoder)
-    rows: list[tuple[int, np.ndarray]] = []
+    vectors: dict[int, np.ndarray] = {}
     for numbers, _, batch in batches(cfg, tasks):
         with torch.no_grad():
             context = encode.read(cast, batch)
             if encode.recur:
                 start = etrm.fresh_carry(cfg.model, batch.cells, dtype, device)
                 context = encode.recur(cast, context, start.z_E, start.halted)
-        vectors = context.tokens.flatten(1).float().cpu().numpy()
-        rows += [row for row in zip(numbers, vectors, strict=True) if np.isfinite(row[1]).all()]
-    return [number for number, _ in rows], np.array([vector for _, vector in rows])
+        rows = context.tokens.flatten(1).double().cpu().numpy()
+        vectors |= {n: x for n, x in zip(numbers, rows, strict=True) if np.isfinite(x).all()}
+    return vectors
 
 
-def plane(x: np.ndarray) -> tuple[np.ndarray, list[float]]:
-    """(N, D) on its two principal components (N, 2), and the share of variance of each."""
-    x = (x - x.mean(0)).astype(np.float64)
-    values, vectors = np.linalg.eigh(x @ x.T)  # N x N: D is larger
-    values = np.maximum(values, 0)
-    points = vectors[:, :-3:-1] * np.sqrt(values[:-3:-1])
-    return points, (values[:-3:-1] / max(values.sum(), 1e-30)).tolist()
-
-
-def space(solver: solve.Solver, tasks: Sequence[Task]) -> dict[str, Any]:
-    """The contexts of tasks, each from its own demos, on their principal plane."""
-    if not reads_demos(solver.cfg.model):
-        return {"points": [], "text": "this system reads no demos: no contexts"}
-    numbers, x = contexts(solver.params, solver.cfg, tasks)
-    text = f"{len(numbers)} of {len(tasks)} tasks have a canvas and a finite context"
-    if len(numbers) < 3:
+def space(vectors: dict[int, np.ndarray], tasks: Sequence[Task]) -> dict[str, Any]:
+    """The contexts of tasks on their two principal components."""
+    text = f"{len(vectors)} of {len(tasks)} tasks have a canvas and a finite context"
+    if len(vectors) < 3:
         return {"points": [], "text": text}
-    at, shares = plane(x)
-    points = zip(numbers, at.tolist(), strict=True)
-    spread = x.var(0).mean() / max(np.square(x).mean(), 1e-30)
+    x = np.stack(list(vectors.values()))
+    u, s, _ = np.linalg.svd(x - x.mean(0), full_matrices=False)
+    shares, spread = s**2 / max((s**2).sum(), 1e-30), x.var(0).mean() / np.square(x).mean()
     text += f"; the two components have {shares[0]:.0%} and {shares[1]:.0%} of their variance"
+    points = zip(vectors, (u * s)[:, :2].tolist(), strict=True)
     return {
         "points": [{"task": tasks[n].name, "x": a, "y": b} for n, (a, b) in points],
         "text": f"{text}, which is {spread:.2%} of their mean square",
     }
-
-
-# ---------------------------------------------------------------- the page
 
 
 def page(folder: str | Path, places: Sequence[str] = ()) -> dict[str, Any]:
@@ -511,8 +464,7 @@ def page(folder: str | Path, places: Sequence[str] = ()) -> dict[str, Any]:
 
     What cannot be shown (no checkpoint yet, no predictions) is said instead."""
     run = opened(folder)
-    usual = flat(msgspec.to_builtins(Config()))
-    fields = flat(run.about["config"]).items()
+    usual, fields = flat(msgspec.to_builtins(Config())), flat(run.about["config"]).items()
     last = run.rows[-1] if run.rows else {"step": 0}
     facts = f"step {last['step']:,}, {last.get('samples', 0):,.0f} sample-steps"
     facts += f", {last.get('seconds', 0) / 60:.0f} min; {run.about.get('tasks')} training tasks"
@@ -524,25 +476,28 @@ def page(folder: str | Path, places: Sequence[str] = ()) -> dict[str, Any]:
         "marks": failure_marks(run),
         "curves": curves(run.rows),
         "config": [[k, json.dumps(v), k in usual and usual[k] == v] for k, v in fields],
+        "gallery": [],
+        "space": {"points": [], "text": "no contexts: no weights, or none that read demos"},
+        "demos": {},
     }
-    shown |= {"gallery": [], "space": {"points": [], "text": ""}, "demos": {}}
     try:
         solver = solve.opened(run.folder)
-        dev, limit = solver.cfg.data.dev, solver.cfg.data.max_eval_tasks
-        known = score.load_by_source(tuple(places) or dev, 0 if places else limit, hide=False)
+        chosen = solver.cfg.data
+        limit = 0 if places else chosen.max_eval_tasks
+        known = score.load_by_source(tuple(places) or chosen.dev, limit, hide=False)
         shown["gallery"], note = gallery(solver, run.folder / "predictions.jsonl", known)
     except UserError as e:
         shown["notes"].append(f"neither gallery nor contexts: {e}")
         return shown
     tasks = [t for ts in known.values() for t in ts]
-    demos = {t.name: [[score.grid_text(grid) for grid in pair] for pair in t.demos] for t in tasks}
+    if reads_demos(solver.cfg.model):
+        shown["space"] = space(contexts(solver.params, solver.cfg, tasks), tasks)
     shown["notes"].append(f"{note}; weights {solver.source} of {solver.path.name}")
-    return shown | {"space": space(solver, tasks), "demos": demos}
+    demos = {t.name: [[score.grid_text(grid) for grid in pair] for pair in t.demos] for t in tasks}
+    return shown | {"demos": demos}
 
 
-def report(
-    folder: str | Path, output: str = "", places: Sequence[str] = ()
-) -> tuple[Path, dict[str, Any]]:
+def report(folder: str | Path, output: str, places: Sequence[str]) -> tuple[Path, dict[str, Any]]:
     """Write the page as one file that needs no network; (where, what it shows)."""
     shown = page(folder, places)
     template = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
@@ -556,10 +511,9 @@ def report(
 # ---------------------------------------------------------------- runs side by side
 
 
-def compared(folders: Sequence[str | Path]) -> tuple[list[Run], list[dict[str, Any]]]:
-    """(runs, of each a row: last and best values with the task's own demos, by how much the loss
-    is higher with another task's, steps, failures, and the config keys in which they differ)."""
-    runs = [opened(f) for f in folders]
+def compared(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """A row for each run: last and best values with the task's own demos, by how much the loss is
+    higher with another task's, steps, failures, and the config keys in which they differ."""
     configs = [flat(r.about["config"]) for r in runs]
     keys = dict.fromkeys(k for c in configs for k in c if k != "run.dir")
     differ = [k for k in keys if len({json.dumps(c.get(k)) for c in configs}) > 1]
@@ -571,15 +525,14 @@ def compared(folders: Sequence[str | Path]) -> tuple[list[Run], list[dict[str, A
         row: dict[str, Any] = {"run": str(run.folder), "watched": own, "n": last.get(f"{own}/n")}
         row |= {k: end.get(k) for k in ("step", "samples", "seconds")}
         for name, best in (("loss", min), ("cell_accuracy", max), ("exact", max)):
-            values = [r[f"{own}/{name}"] for r in evaluated if f"{own}/{name}" in r]
-            finite = [value for value in values if math.isfinite(value)]
-            row[name] = last.get(f"{own}/{name}")
-            row[f"best_{name}"] = best(finite, default=None)
+            values = [r.get(f"{own}/{name}", math.nan) for r in evaluated]
+            row[name] = values[-1] if values else None
+            row[f"best_{name}"] = best(filter(math.isfinite, values), default=None)
         row["gap_own_foreign"] = last.get("gap/own_foreign/loss")
         row["failures"] = ", ".join(dict.fromkeys(m["kind"] for m in failure_marks(run)))
-        row |= {"guard": run.about["guard"]}
+        row["guard"] = run.about["guard"]
         table.append(row | {k: json.dumps(config.get(k)) for k in differ})
-    return runs, table
+    return table
 
 
 def columns(table: Sequence[dict[str, Any]]) -> list[str]:
@@ -592,40 +545,28 @@ def columns(table: Sequence[dict[str, Any]]) -> list[str]:
         return "-" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
 
     lines = [[key, *(cell(row, key) for row in table)] for key in table[0]]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    padded = ([c.ljust(n) for c, n in zip(line, widths, strict=True)] for line in lines)
-    return ["  ".join(line).rstrip() for line in padded]
+    widths = [max(map(len, column)) + 2 for column in zip(*lines, strict=True)]
+    return ["".join(map(str.ljust, line, widths)).rstrip() for line in lines]
 
 
-def write_csv(table: Sequence[dict[str, Any]], path: Path) -> None:
+def csv_of(table: Sequence[dict[str, Any]]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(table[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)
-    checkpoint.write_text(path, text.getvalue())
+    csv.writer(text, lineterminator="\n").writerows([table[0], *(row.values() for row in table)])
+    return text.getvalue()
 
 
-def plot(runs: Sequence[Run], path: Path) -> int:
-    """The curves of several runs overlaid, a colour for each run; how many panels."""
-    panels: dict[str, list[tuple[int, dict[str, Any]]]] = {}
-    for number, run in enumerate(runs):
-        for panel in curves(run.rows):
-            panels.setdefault(panel["title"], []).extend((number, s) for s in panel["series"])
-    if not panels:
-        raise UserError(f"--plot {path}: no run has a row yet")
-    rows = math.ceil(len(panels) / 3)
+def plotted(runs: Sequence[Run]) -> Any:
+    """A figure: the curves of several runs overlaid, a colour for each run."""
+    drawn = [{panel["title"]: panel["series"] for panel in curves(run.rows)} for run in runs]
+    titles = [(title, log) for title, _, log in PANELS if any(title in d for d in drawn)]
+    rows = math.ceil(len(titles) / 3) or 1
     figure = new_figure(15, 3.2 * rows)
-    for i, (title, series) in enumerate(panels.items(), 1):
-        axis = figure.add_subplot(rows, 3, i)
-        names = list(dict.fromkeys(s["name"] for _, s in series))
-        for number, s in series:
-            style = ("-", "--", ":", "-.")[names.index(s["name"]) % 4]
-            label = f"{runs[number].folder}: {s['name']}"
-            axis.plot(
-                s["x"], s["y"], style, marker=".", ms=2, color=f"C{number}", label=label, lw=1
-            )
-        axis.set_title(title, fontsize=9)
-        axis.set_yscale("log" if {t: log for t, _, log in PANELS}[title] else "linear")
+    for i, (title, log) in enumerate(titles, 1):
+        axis = figure.add_subplot(rows, 3, i, title=title, yscale="log" if log else "linear")
+        for number, run in enumerate(runs):
+            styles = itertools.cycle(("-", "--", ":", "-."))
+            for s, style in zip(drawn[number].get(title, []), styles, strict=False):
+                look = {"color": f"C{number}", "label": f"{run.folder}: {s['name']}", "lw": 1}
+                axis.plot(s["x"], s["y"], style, marker=".", ms=2, **look)
         axis.legend(fontsize=5)
-    save(figure, path)
-    return len(panels)
+    return figure

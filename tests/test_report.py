@@ -98,13 +98,16 @@ def test_a_run_that_diverged_is_reported_and_shown(copy):
 
 
 @given(puzzles.generators)
-def test_the_plane_keeps_the_distances_of_points_in_a_plane(g):
+def test_contexts_in_a_plane_keep_their_distances(g):
     n = int(torch.randint(3, 12, (), generator=g))
     x = (torch.randn(n, 2, generator=g) @ torch.randn(2, 20, generator=g) + 5).double().numpy()
-    at, shares = show.plane(x)
+    tasks = puzzles.tasks(g, n)
+    points = show.space(dict(enumerate(x)), tasks)["points"]
+    at = np.array([(p["x"], p["y"]) for p in points])
     distances = [np.linalg.norm(z[:, None] - z[None], axis=-1) for z in (x, at)]
-    assert np.allclose(*distances, atol=1e-5)
-    assert sum(shares) == pytest.approx(1) and shares[0] >= shares[1]
+    assert np.allclose(*distances, atol=1e-5) and [p["task"] for p in points] == [
+        t.name for t in tasks
+    ]
 
 
 @pytest.mark.parametrize("kind", ["perceiver", "recurrent", "lpn_variational"])
@@ -113,12 +116,12 @@ def test_contexts_are_those_of_each_task_and_need_no_query(kind):
     cfg = parse_config({"model": model, "train": {"dtype": "fp32"}}, "test")
     params, g = init_params(cfg.model, 0), torch.Generator().manual_seed(3)
     tasks = [puzzles.task(g, f"t{i}", 6 - i, 6 - i) for i in range(4)]
-    numbers, x = show.contexts(params, cfg, tasks)
-    assert sorted(numbers) == [0, 1, 2, 3] != numbers  # batches go by size
-    for number, vector in zip(numbers, x, strict=True):
-        _, alone = show.contexts(params, cfg, [tasks[number]._replace(queries=[])])
-        if not params.encoder or kind != "matching":
-            assert np.allclose(vector, alone[0], atol=1e-4)
+    vectors = show.contexts(params, cfg, tasks)
+    assert sorted(vectors) == [0, 1, 2, 3] != list(vectors)  # batches go by size
+    for number, vector in vectors.items():
+        alone = show.contexts(params, cfg, [tasks[number]._replace(queries=[])])
+        assert np.allclose(vector, alone[0], atol=1e-4)
+    x = np.stack(list(vectors.values()))
     assert np.linalg.norm(x - x[0], axis=1)[1:].min() > 1e-3
 
 
@@ -137,7 +140,7 @@ def test_odd_rows_are_left_out_and_counted(copy):
     assert run.rows[:-1] == good and run.odd >= len(odd)
     page = show.page(copy)
     assert any(f"{run.odd} lines" in note for note in page["notes"])
-    assert show.compared([copy, copy])[1][0]["step"] is not None
+    assert show.compared([run, run])[0]["step"] is not None
     for text in ("{}", "[]", "3", '{"config": {"eval": {"on": "dev", "weights": []}}}'):
         (copy / "run.json").write_text(text)
         with pytest.raises(UserError, match="no run of ours"):
@@ -222,7 +225,7 @@ def test_the_page_needs_nothing_but_itself(copy, monkeypatch):
     nasty = '</script><img src="http://example.com/x">&"'
     page = show.page(copy) | {"title": nasty, "facts": math.nan}
     monkeypatch.setattr(show, "page", lambda *_: page)
-    text = show.report(copy)[0].read_text()
+    text = show.report(copy, "", ())[0].read_text()
     data = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1]
     back = json.loads(data)
     assert back["title"] == nasty and back["facts"] is None and back["config"] == page["config"]
@@ -243,7 +246,8 @@ def test_runs_side_by_side(run, copy, tmp_path):
     with open(copy / "metrics.jsonl", "a") as file:
         file.write('{"step": 9, "dev/ema/own/loss": 7.0, "dev/ema/own/exact": 1.0, '
                    '"dev/ema/own/cell_accuracy": 0.5, "dev/ema/own/n": 2}\n')  # fmt: skip
-    runs, (one, two) = show.compared([run, copy])
+    runs = [show.opened(run), show.opened(copy)]
+    one, two = show.compared(runs)
     losses = [r["dev/ema/own/loss"] for r in runs[0].rows if "dev/ema/own/loss" in r]
     assert (one["loss"], one["best_loss"]) == (losses[-1], min(losses))
     assert (two["step"], two["loss"], two["best_loss"], two["exact"]) == (9, 7.0, min(losses), 1.0)
@@ -253,11 +257,10 @@ def test_runs_side_by_side(run, copy, tmp_path):
         "6",
         "4",
     ]
-    show.write_csv([one, two], tmp_path / "t.csv")
-    rows = list(csv.DictReader((tmp_path / "t.csv").read_text().splitlines()))
+    rows = list(csv.DictReader(show.csv_of([one, two]).splitlines()))
     assert [float(r["loss"]) for r in rows] == [one["loss"], two["loss"]]
-    panels = {c["title"] for r in runs for c in show.curves(r.rows)}
-    assert show.plot(runs, tmp_path / "p.svg") == len(panels)
-    assert all(title in (tmp_path / "p.svg").read_text() for title in ("loss", "learning rate"))
-    with pytest.raises(UserError, match="no run has a row"):
-        show.plot([runs[0]._replace(rows=[])], tmp_path / "q.svg")
+    axes = show.plotted(runs).axes
+    assert [a.get_title() for a in axes] == [c["title"] for c in show.curves(runs[0].rows)]
+    labels = axes[0].get_legend_handles_labels()[1]
+    assert {label.partition(":")[0] for label in labels} == {str(run), str(copy)}
+    assert not show.plotted([runs[0]._replace(rows=[])]).axes
