@@ -178,6 +178,26 @@ def adapt_weights(params: Params, cfg: Config, task: Task, deadline: float) -> P
 # ---------------------------------------------------------------- views of queries to votes
 
 
+class Solver(NamedTuple):
+    """A checkpoint and how it is asked."""
+
+    path: Path
+    cfg: Config
+    source: str  # hash of the weights and of all else that its answers depend on
+    params: Params
+    meta: dict[str, Any]
+    pairs: Tensor  # (N, 16) uint8 digests of the pairs that it was trained on
+
+
+class HandMade(NamedTuple):
+    """A solver without weights; votes as a checkpoint does."""
+
+    path: Path  # its name
+    cfg: Config
+    source: str
+    predict: Callable[[Sequence[Task], Sequence[int]], Iterator[list[Prediction]]]
+
+
 def grids_of(task: Task) -> list[np.ndarray]:
     return [x for pair in (*task.demos, *task.queries) for x in pair if x is not None]
 
@@ -270,13 +290,14 @@ Key = tuple[str, int, int]  # (hash of a task, query, view)
 
 
 def predictions(
-    params: Params, cfg: Config, tasks: Sequence[Task], views: Sequence[int], source: str = "",
-    done: Collection[Key] = (), deadline: float = math.inf,
+    solver: Solver, tasks: Sequence[Task], views: Sequence[int], done: Collection[Key],
+    deadline: float,
 ) -> Iterator[list[Prediction]]:  # fmt: skip
     """Batch by batch, the votes of these views for every query of the tasks, small canvases first.
 
     Views in `done` are left out; after `deadline` (time.monotonic) no batch begins. Outputs of
     queries are not looked at. Raises UserError when a task has no query."""
+    params, cfg, source = solver.params, solver.cfg, solver.source
     device, dtype = train.hardware(cfg)
     questions = questions_of(params, cfg, tasks, max(views, default=-1) + 1)
     blank = [
@@ -324,26 +345,6 @@ def predictions(
 # ---------------------------------------------------------------- solvers
 
 
-class Solver(NamedTuple):
-    """A checkpoint and how it is asked."""
-
-    path: Path
-    cfg: Config
-    source: str  # hash of the weights and of all else that its answers depend on
-    params: Params
-    meta: dict[str, Any]
-    pairs: Tensor  # (N, 16) uint8 digests of the pairs that it was trained on
-
-
-class HandMade(NamedTuple):
-    """A solver without weights; votes as a checkpoint does."""
-
-    path: Path  # its name
-    cfg: Config
-    source: str
-    predict: Callable[[Sequence[Task], Sequence[int]], Iterator[list[Prediction]]]
-
-
 SOLVERS = {"experts": "etrm_arc.extras.experts"}  # name: a module with `predict`
 FREE = ("train.device", "train.dtype", "solve.")  # of a checkpoint's config
 
@@ -387,7 +388,10 @@ def answer(
     solver: Solver | HandMade, tasks: Sequence[Task], views: Sequence[int],
     lines: Sequence[Prediction] = (), deadline: float = math.inf,
 ) -> Iterator[list[Prediction]]:  # fmt: skip
-    """Batch by batch, the solver's predictions that do not stand in the lines yet."""
+    """Batch by batch, the solver's predictions that do not stand in the lines yet.
+
+    With full adaptation task by task: each has its share of the time, by the cells of its largest
+    grid, and learns in at most four fifths of that."""
     done = {
         (p.hash, p.query, v)
         for p in lines
@@ -404,42 +408,35 @@ def answer(
             yield part
             if time.monotonic() > deadline:
                 return
-    elif solver.cfg.solve.adapt == "full":
-        yield from answer_adapted(solver, todo, views, done, deadline)
-    elif todo:
-        yield from predictions(
-            solver.params, solver.cfg, todo, views, solver.source, done, deadline
-        )
+    elif solver.cfg.solve.adapt != "full":
+        yield from predictions(solver, todo, views, done, deadline) if todo else ()
+    else:
+        cells = [max(x.size for x in grids_of(t)) for t in todo]
+        for n, task in enumerate(todo):
+            if (begun := time.monotonic()) > deadline:
+                return
+            learn_until = begun + 0.8 * (deadline - begun) * cells[n] / sum(cells[n:])
+            params = adapt_weights(solver.params, solver.cfg, task, learn_until)
+            seconds = (time.monotonic() - begun) / len(task.queries)
+            spent = dict.fromkeys(range(len(task.queries)), seconds)
+            adapted = solver._replace(params=params)
+            for part in predictions(adapted, [task], views, done, deadline):
+                yield [p._replace(seconds=p.seconds + spent.pop(p.query, 0.0)) for p in part]
 
 
-def answer_adapted(
-    solver: Solver, tasks: Sequence[Task], views: Sequence[int], done: Collection[Key],
-    deadline: float,
-) -> Iterator[list[Prediction]]:  # fmt: skip
-    """Task by task, with weights adapted to it. Each has its share of the time, by the cells of its
-    largest grid, and learns in at most four fifths of that."""
-    cells = [max(x.size for x in grids_of(t)) for t in tasks]
-    for n, task in enumerate(tasks):
-        begun = time.monotonic()
-        if begun > deadline:
-            return
-        share = (deadline - begun) * cells[n] / sum(cells[n:])
-        params = adapt_weights(solver.params, solver.cfg, task, begun + 0.8 * share)
-        spent = dict.fromkeys(
-            range(len(task.queries)), (time.monotonic() - begun) / len(task.queries)
-        )
-        for part in predictions(params, solver.cfg, [task], views, solver.source, done, deadline):
-            yield [p._replace(seconds=p.seconds + spent.pop(p.query, 0.0)) for p in part]
+def ask(solver: Solver | HandMade, tasks: Sequence[Task], views: int = 0) -> list[Prediction]:
+    """Votes for every query of the tasks, in order, under so many views each (0: as configured)."""
+    parts = answer(solver, tasks, range(views or solver.cfg.solve.views))
+    return score.joined(tasks, [p for part in parts for p in part])
 
 
 def predict(
     params: Params, cfg: Config, tasks: Task | Sequence[Task], views: int = 0
 ) -> list[Prediction]:
-    """Votes for every query of the tasks, in order, under so many views each (0: as configured)."""
+    """`ask` of weights, for tasks made in Python. Raises UserError on grids that are none."""
     tasks = [sources.check(t) for t in ([tasks] if isinstance(tasks, Task) else tasks)]
-    solver = Solver(Path(), cfg, "", params, {}, torch.zeros(0, 16, dtype=torch.uint8))
-    parts = answer(solver, tasks, range(views or cfg.solve.views))
-    return score.joined(tasks, [p for part in parts for p in part])
+    nothing = torch.zeros(0, 16, dtype=torch.uint8)
+    return ask(Solver(Path(), cfg, "", params, {}, nothing), tasks, views)
 
 
 def answers(
@@ -447,8 +444,7 @@ def answers(
 ) -> list[tuple[Task, list[tuple[Prediction, list[score.Answer]]]]]:
     """Each task of a file with, per query, the votes and the ranked answers."""
     solver, tasks = solver_of(name, sets), sources.load([task_file], hide=True)
-    parts = answer(solver, tasks, range(solver.cfg.solve.views))
-    joint = score.joined(tasks, [p for part in parts for p in part])
+    joint = ask(solver, tasks)
     return [(t, [(p, score.rank(p.votes)) for p in joint if p.task == t.name]) for t in tasks]
 
 
@@ -545,17 +541,15 @@ def evaluate(
         }
     steps = [v.step for p in predictions for v in p.votes if v.step]
     ways = {ADAPTED[s.cfg.solve.adapt] if isinstance(s, Solver) else "hand-made" for s in solvers}
-    guards = {guard_of(s) for s in learned}
     return {
         "data": list(chosen), "views": views, "predictions": str(file),
         "checkpoints": [str(s.path) for s in solvers], "adaptation": " and ".join(sorted(ways)),
-        "step": learned[0].meta.get("step") if learned else None,
-        "guard": "; ".join(sorted(guards)),
+        "guard": "; ".join(sorted({guard_of(s) for s in learned})),
         "votes": sum(len(p.votes) for p in predictions),
         "act_steps": sum(steps) / len(steps) if steps else None,
         "seconds_per_task": sum(p.seconds for p in predictions) / len(tasks),
         "too_large": sum(p.too_large > 0 for p in predictions),
-        **({"submission": submit} if submit else {}), **scores,
+        **scores,
     }  # fmt: skip
 
 

@@ -254,9 +254,13 @@ def test_held_out_evaluations_are_counted_by_the_content_of_tasks(tmp_path, monk
 # ---------------------------------------------------------------- submissions
 
 
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    return tmp_path_factory.mktemp("submission") / "submission.json"
+
+
 @given(VOTES)
-def test_a_submission_is_complete_and_read_back_as_it_was(tmp_path_factory, votes):
-    file = tmp_path_factory.mktemp("s") / "submission.json"
+def test_a_submission_is_complete_and_read_back_as_it_was(file, votes):
     tasks = [SINGLE._replace(name="b", queries=[(TWO, None), (TWO, ONE)]), SINGLE]
     written = score.submission(tasks, [Prediction("b", 1, "", votes)])
     assert {name: len(queries) for name, queries in written.items()} == {"b": 2, "t": 1}
