@@ -364,8 +364,10 @@ def eval_command(
     if "pass@2" not in result:
         echo(f"{names}: no output is known, so nothing is scored; {facts}")
     else:
-        held = {True: "held out", False: "NOT held out: shares pairs with the training data"}
-        held_out = held.get(result.get("held_out"), "hand-made, no weights")
+        held_out = "hand-made, no weights"
+        if "held_out" in result:
+            shared = "NOT held out: shares pairs with the training data"
+            held_out = "held out" if result["held_out"] else shared
         guard = f"; guard: {result['guard']}" if result["guard"] else ""
         echo(f"{names}: {held_out}; {facts}{guard}", *scores(result))
         parts = [*result.get("by_source", {}).items(), *result.get("by_solver", {}).items()]

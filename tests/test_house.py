@@ -1,0 +1,47 @@
+"""The house has one direction: each module imports only those above it, extras by name alone."""
+
+import ast
+import importlib
+from pathlib import Path
+
+import pytest
+
+from etrm_arc import solve, sources
+
+ROOT = Path(__file__).parent.parent
+HOUSE = "config data sources etrm baselines encoders optim checkpoint train score solve show cli".split()
+EXTRAS = sorted(path.stem for path in (ROOT / "extras").glob("*.py") if path.stem != "__init__")
+
+
+def imports_of(path):
+    """Names of our own modules that a file imports, wherever in it: "data", "extras.compose"."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.level or "etrm_arc" in (node.module or "")):
+            up = "extras." if node.level == 1 and path.parent.name == "extras" else ""
+            module = (node.module or "").removeprefix("etrm_arc").strip(".")
+            names |= {up + (module or alias.name) for alias in node.names}
+        if isinstance(node, ast.Import):
+            names |= {a.name.removeprefix("etrm_arc.") for a in node.names if "etrm_arc" in a.name}
+    return names
+
+
+def test_these_are_all_modules():
+    assert sorted(HOUSE) == sorted(p.stem for p in ROOT.glob("*.py") if p.stem != "__init__")
+
+
+@pytest.mark.parametrize("name", HOUSE)
+def test_a_module_imports_only_those_above_it(name):
+    assert imports_of(ROOT / f"{name}.py") <= set(HOUSE[: HOUSE.index(name)])
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+def test_extras_know_files_of_puzzles_and_scores_alone(name):
+    allowed = {"config", "data", "sources", "score", *(f"extras.{other}" for other in EXTRAS)}
+    assert imports_of(ROOT / "extras" / f"{name}.py") <= allowed
+
+
+def test_every_name_of_an_extra_is_that_of_a_module():
+    for table in (sources.GENERATORS, solve.SOLVERS):
+        for module in table.values():
+            assert importlib.import_module(f"etrm_arc.extras.{module.rpartition('.')[2]}")
