@@ -19,7 +19,7 @@ from torch import Tensor
 from . import data, etrm
 from .config import Config, ModelConfig, UserError
 from .data import Batch, Task
-from .etrm import Block, Carry, Output, Params, block, normal, position_of, runs_of, turn_of
+from .etrm import Block, Carry, Output, Params, normal, position_of, rms, rotary_of, runs_of, self_attention, swiglu
 
 # ---------------------------------------------------------------- the table of tasks
 
@@ -172,7 +172,7 @@ def feedback_step(
     """
     p: Feedback = params.core
     x = torch.where(batch.inputs >= data.FIRST_COLOUR, batch.inputs - data.FIRST_COLOUR, COLOURS)
-    turn = turn_of(
+    rotary = rotary_of(
         position_of("rope2d", batch.at, cfg.raster),
         cfg.heads,
         cfg.hidden // cfg.heads,
@@ -192,7 +192,9 @@ def feedback_step(
     def net(*read: Tensor) -> Tensor:
         h = torch.stack([F.embedding(c, p.embed) for c in read]).sum(0)
         for b in p.blocks:
-            h = block(b.block, cfg.heads, h, runs, turn, (b.norm_1, b.norm_2))
+            q = self_attention(b.block.qkv, b.block.o, cfg.heads, h, runs, rotary)
+            h = rms(h + q) * b.norm_1
+            h = rms(h + swiglu(b.block.gate_up, b.block.down, h)) * b.norm_2
         return h
 
     for cycle in range(cfg.H_cycles):

@@ -1,7 +1,8 @@
-"""Layers as pure functions: norms, positions, attention over packed tokens, SwiGLU.
+"""The recursive core and its ACT step: pure functions of parameters, config and data.
 
-Axes: N tokens of all slots (packed: slot after slot), B slots, D hidden, F inner width, h heads. A run is some consecutive
-slots (b) with equally many tokens (s): only attention goes run by run.
+Axes: N tokens of all slots (packed: slot after slot), B slots, M cells of all canvases, T context
+tokens, D hidden, F inner width, V tokens, h heads. A run is some consecutive slots (b) with equally
+many tokens (s): only attention goes run by run.
 """
 
 from __future__ import annotations
@@ -19,15 +20,16 @@ from torch import Tensor
 from .config import ModelConfig
 from .data import Batch
 
+# ---------------------------------------------------------------- layers
+
 
 class _Rms(torch.autograd.Function):
-    """A third of the passes over memory that F.rms_norm and its backward take on CPU in bf16 (5.6 -> 2.4 ms together)."""
+    """A third of the memory passes of F.rms_norm with its backward on CPU in bf16."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(
-            x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)
-        )
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         scale = (norm.square() / x.shape[-1] + 1e-5).rsqrt().to(x.dtype)
         y = x * scale
         ctx.save_for_backward(y, scale)
@@ -36,9 +38,8 @@ class _Rms(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (g,), (y, scale) = grads, ctx.saved_tensors
-        along = (g * y).sum(
-            -1, keepdim=True, dtype=torch.promote_types(y.dtype, torch.float32)
-        ) / y.shape[-1]
+        wide = torch.promote_types(y.dtype, torch.float32)
+        along = (g * y).sum(-1, keepdim=True, dtype=wide) / y.shape[-1]
         return torch.addcmul(g, y, -along.to(g.dtype)).mul_(scale)
 
 
@@ -48,7 +49,7 @@ def rms(x: Tensor) -> Tensor:
 
 
 class _Gate(torch.autograd.Function):
-    """silu(a) * b without a second copy of either (forward and backward of a SwiGLU layer: 43 -> 40 ms)."""
+    """silu(a) * b without a second copy of either."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
@@ -61,6 +62,15 @@ class _Gate(torch.autograd.Function):
         return torch.ops.aten.silu_backward(g * b, a), F.silu(a).mul_(g)
 
 
+def swiglu(gate_up: Tensor, down: Tensor, x: Tensor) -> Tensor:
+    """(..., D) through gate_up (2 F, D) and down (D, F)."""
+    gate, up = gate_up.chunk(2)
+    return _Gate.apply(x @ gate.T, x @ up.T) @ down.T
+
+
+Rotary = tuple[Tensor, Tensor] | None  # cos, sin (N, 2, h, head) of queries and keys
+
+
 @functools.lru_cache(maxsize=16)
 @torch.inference_mode(False)  # tables made while evaluating must serve training too
 def waves(size: int, planes: int, device: str) -> tuple[Tensor, Tensor]:
@@ -70,119 +80,102 @@ def waves(size: int, planes: int, device: str) -> tuple[Tensor, Tensor]:
     return angle.cos().to(device), angle.sin().to(device)
 
 
-Turn = (
-    tuple[Tensor, Tensor] | None
-)  # cos, sin (N, 2, h, head) of queries and keys; None: positions are not rotary
-
-
-def turn_of(position: Tensor | None, heads: int, head: int, dtype: torch.dtype) -> Turn:
-    """Rotary tables of positions (N,), or (N, 2): rows turn one half of a head's planes, columns the other.
-
-    Attention's 1 / sqrt(head) is part of the queries' tables."""
-    if position is None:
-        return None
-    axes = position.T if position.ndim == 2 else position[None]
-    tables = waves(8192 if len(axes) == 1 else 128, head // 2 // len(axes), str(position.device))
-    cos, sin = (torch.cat([t[x] for x in axes], -1) for t in tables)
-    cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-    scale = torch.tensor([head**-0.5, 1.0], device=position.device)[:, None, None]
-    wide = [
-        (x[:, None, None] * scale).to(dtype).expand(-1, -1, heads, -1).contiguous()
-        for x in (cos, sin)
-    ]
-    return wide[0], wide[1]
-
-
 def position_of(kind: str, at: Tensor, raster: int) -> Tensor | None:
-    """Cells on the raster, at (M, 2), to rotary positions: their number in reading order (published), or row and column
-    counted from 1, for context tokens stand at the origin. None: positions are not rotary."""
+    """Rotary positions of cells at (M, 2) on the raster: their number in reading order (published),
+    or row and column counted from 1 (context tokens are at 0, 0); None: not rotary."""
     if kind == "rope":
         return at[:, 0] * raster + at[:, 1]
     return at + 1 if kind in ("rope2d", "both", "borders") else None
 
 
-def rotate(qk: Tensor, turn: Turn) -> Tensor:
-    """(N, 2, h, head) queries and keys turned by their positions, queries scaled by 1 / sqrt(head)."""
-    if turn is None:
+def rotary_of(position: Tensor | None, heads: int, head: int, dtype: torch.dtype) -> Rotary:
+    """Tables of positions (N,) or (N, 2): rows turn half of a head's planes, columns the rest.
+
+    Attention's 1 / sqrt(head) is part of the queries' tables. None: positions are not rotary."""
+    if position is None:
+        return None
+    axes = position.T if position.ndim == 2 else position[None]
+    tables = waves(8192 if len(axes) == 1 else 128, head // 2 // len(axes), str(position.device))
+    cos, sin = (torch.cat([table[x] for x in axes], -1) for table in tables)
+    cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+    scale = torch.tensor([head**-0.5, 1.0], device=position.device)[:, None, None]
+    cos, sin = ((x[:, None, None] * scale).to(dtype) for x in (cos, sin))
+    cos, sin = (x.expand(-1, -1, heads, -1).contiguous() for x in (cos, sin))
+    return cos, sin
+
+
+def rotate(qk: Tensor, rotary: Rotary) -> Tensor:
+    """(N, 2, h, head) queries and keys turned by their positions, queries scaled by head**-0.5."""
+    if rotary is None:
         return qk * qk.new_tensor([qk.shape[-1] ** -0.5, 1.0])[:, None, None]
-    return torch.addcmul(qk * turn[0], qk.roll(qk.shape[-1] // 2, -1), turn[1])
+    cos, sin = rotary
+    return torch.addcmul(qk * cos, qk.roll(qk.shape[-1] // 2, -1), sin)
 
 
 RUN = 512  # tokens of a run, about
 SCORES = 4_000_000  # numbers in the score matrices that attention makes at once
+Runs = Sequence[tuple[int, int, int]]  # (slots, tokens of each, kind), in packed order
+
+
+def runs_of(tokens: Sequence[int], masked: Sequence[int] | None = None) -> Runs:
+    """Neighbours of equal size and kind together, in powers of two and few if they are large: a new
+    shape costs a kernel's compilation on CPU (bf16, every canvas new: 3.0 instead of 2.5 s)."""
+    runs: list[tuple[int, int, int]] = []
+    kinds = zip(tokens, masked or [0] * len(tokens), strict=True)
+    for (s, m), group in itertools.groupby(kinds):
+        left, most = len(list(group)), 1 << (RUN // max(1, s)).bit_length() >> 1
+        while left:
+            b = min(max(1, most), 1 << left.bit_length() >> 1)
+            runs.append((b, s, m))
+            left -= b
+    return runs
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Softmax attention of scaled queries, (b, h, s, head) each; mask (b, 1, 1, s) true where a key may be seen; no key
-    seen gives 0.
+    """Softmax attention of scaled queries, (b, h, s, head) each; mask (b, 1, 1, s) true where a key
+    may be seen. None to be seen gives 0.
 
-    On CPU plain products, a few slots at a time so that their scores stay in cache: torch's fused kernel is slower
-    there in bf16, 2.5 times at 10 x 2 x 416 x 64 and 2 times at 10 x 2 x 916 x 64, forward and backward, and its
-    backward 5 times at 48 x 2 x 116 x 64; in float32 it is no better.
-    """
+    On CPU plain products, a few slots at a time so that their scores stay in cache: in bf16 2 to 5
+    times as fast as torch's fused kernel, in float32 no slower."""
     if q.device.type == "cuda":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
     at_once = max(1, SCORES // (q.shape[1] * q.shape[2] * max(1, k.shape[2])))
     out = []
     for i in range(0, max(1, len(q)), at_once):
         part = slice(i, i + at_once)
-        score = q[part] @ k[part].transpose(-1, -2)
-        if mask is None:
-            out.append(torch.softmax(score, -1) @ v[part])
-        else:
-            seen = mask[part]
-            score = score.masked_fill(~seen, torch.finfo(score.dtype).min)
-            out.append(torch.softmax(score, -1) @ (v[part] * seen.transpose(-1, -2).to(v.dtype)))
+        score, values = q[part] @ k[part].transpose(-1, -2), v[part]
+        if mask is not None:
+            score = score.masked_fill(~mask[part], torch.finfo(score.dtype).min)
+            values = values * mask[part].transpose(-1, -2).to(v.dtype)
+        out.append(torch.softmax(score, -1) @ values)
     return out[0] if len(out) == 1 else torch.cat(out)
 
 
-Runs = Sequence[
-    tuple[int, int, bool]
-]  # (slots, tokens of a slot, whether some may not be seen), in packed order
-
-
-def runs_of(tokens: Sequence[int], masked: Sequence[int] | None = None) -> Runs:
-    """Neighbours of equal size and kind together, in powers of two and few if they are large: a shape that was not seen
-    before costs a kernel's compilation on CPU (bf16, every canvas new: 3.0 instead of 2.5 s a step)."""
-    found: list[tuple[int, int, bool]] = []
-    for (s, m), same in itertools.groupby(zip(tokens, masked or [0] * len(tokens), strict=True)):
-        left, most = len(list(same)), 1 << (RUN // max(1, s)).bit_length() >> 1
-        while left:
-            b = min(max(1, most), 1 << left.bit_length() >> 1)
-            found.append((b, s, bool(m)))
-            left -= b
-    return found
-
-
 def self_attention(
-    qkv: Tensor, o: Tensor, heads: int, x: Tensor, runs: Runs, turn: Turn, seen: Tensor | None = None, norm: bool = False
-) -> Tensor:  # fmt: skip
-    """(N, D): products and positions for all tokens at once, attention within each slot, run by run; seen (N,) bool; norm:
-    queries and keys have rms 1 before they turn."""
+    qkv: Tensor,
+    o: Tensor,
+    heads: int,
+    x: Tensor,
+    runs: Runs,
+    rotary: Rotary,
+    seen: Tensor | None = None,
+) -> Tensor:
+    """Tokens (N, D) of each slot attend to each other, to those that are seen (N,), by default all.
+
+    Products and positions for all tokens at once, attention run by run."""
     if not runs:
         return x
-    d, sizes = x.shape[1], [b * s for b, s, _ in runs]
-    queries_keys = (x @ qkv[: 2 * d].T).unflatten(-1, (2, heads, -1))
-    queries_keys = rotate(rms(queries_keys) if norm else queries_keys, turn)
+    d, sizes, out = x.shape[1], [b * s for b, s, _ in runs], []
+    queries_keys = rotate((x @ qkv[: 2 * d].T).unflatten(-1, (2, heads, -1)), rotary)
     values = (x @ qkv[2 * d :].T).unflatten(-1, (heads, -1))
-    masks = None if seen is None else seen.split(sizes)
-    out = []
-    for i, ((b, s, masked), qk, v) in enumerate(
-        zip(runs, queries_keys.split(sizes), values.split(sizes), strict=True)
-    ):
+    masks = [None] * len(runs) if seen is None else seen.split(sizes)
+    parts = zip(runs, queries_keys.split(sizes), values.split(sizes), masks, strict=True)
+    for (b, s, masked), qk, v, mask in parts:
         q, k = qk.unflatten(0, (b, s)).permute(2, 0, 3, 1, 4)
-        mask = masks[i].view(b, 1, 1, s) if masked and masks else None
+        mask = mask.view(b, 1, 1, s) if masked and mask is not None else None
         y = attention(q, k, v.unflatten(0, (b, s)).transpose(1, 2), mask)
         out.append(y.transpose(1, 2).reshape(b * s, d))
     return torch.cat(out) @ o.T
-
-
-def swiglu(gate_up: Tensor, down: Tensor, x: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2)
-    return _Gate.apply(x @ gate.T, x @ up.T) @ down.T
-
-
-# ---------------------------------------------------------------- etrm
 
 
 # ---------------------------------------------------------------- parameters
@@ -203,26 +196,23 @@ class Core(NamedTuple):
     q_bias: Tensor  # (2,)
     H_init: Tensor  # (D,) drawn, not trained unless a config unfreezes it
     L_init: Tensor  # (D,)
-    context_gain: Tensor | None  # (D,) None: published scale, sqrt(D)
-    position: (
-        Tensor | None
-    )  # (T + raster * raster, D) learned positions, or (T + 4 (raster + 1), D): borders
+    context_gain: Tensor | None  # (D,), None: the published scale, sqrt(D)
+    position: Tensor | None  # learned: (T + raster**2, D) or, borders, (T + 4 (raster + 1), D)
 
 
 class Params(NamedTuple):
     encoder: Any
-    core: Any  # Core, or what a regime has in its place
+    core: Any  # Core, or what the argmax-feedback TRM has in its place
 
 
 def normal(g: torch.Generator, *shape: int, std: float | None = None) -> Tensor:
-    """Truncated normal (+-2 sigma) with the given std after truncation, 1/sqrt(fan in) by default."""
+    """Truncated normal (+-2 sigma) of the given std after truncation, by default fan_in**-0.5."""
     std = 1 / math.sqrt(shape[-1]) if std is None else std
     bound = math.erf(2 / math.sqrt(2))
     # std of a standard normal cut at +-2
     cut = math.sqrt(1 - 4 * math.exp(-2) / (math.sqrt(2 * math.pi) * bound))
-    return torch.erfinv((torch.rand(shape, generator=g) * 2 - 1) * bound) * (
-        math.sqrt(2) * std / cut
-    )
+    uniform = torch.rand(shape, generator=g) * 2 - 1
+    return torch.erfinv(uniform * bound) * (math.sqrt(2) * std / cut)
 
 
 def inner_width(hidden: int, expansion: float) -> int:
@@ -231,17 +221,16 @@ def inner_width(hidden: int, expansion: float) -> int:
 
 
 def init_block(cfg: ModelConfig, g: torch.Generator) -> Block:
+    """The matrices of one block."""
     d, f = cfg.hidden, inner_width(cfg.hidden, cfg.expansion)
     return Block(normal(g, 3 * d, d), normal(g, d, d), normal(g, 2 * f, d), normal(g, d, f))
 
 
 def init_core(cfg: ModelConfig, g: torch.Generator, vocab: int = 12) -> Core:
-    d, places = (
-        cfg.hidden,
-        {"learned": cfg.raster**2, "both": cfg.raster**2, "borders": 4 * (cfg.raster + 1)}.get(
-            cfg.positions, 0
-        ),
-    )
+    """The parameters of the core."""
+    d, cells = cfg.hidden, cfg.raster**2
+    places = {"learned": cells, "both": cells, "borders": 4 * (cfg.raster + 1)}
+    rows = places.get(cfg.positions, 0)
     return Core(
         embed=normal(g, vocab, d),
         blocks=tuple(init_block(cfg, g) for _ in range(cfg.layers)),
@@ -251,158 +240,154 @@ def init_core(cfg: ModelConfig, g: torch.Generator, vocab: int = 12) -> Core:
         H_init=normal(g, d, std=1.0),
         L_init=normal(g, d, std=1.0),
         context_gain=None if cfg.published else torch.ones(d),
-        position=normal(g, cfg.context_tokens + places, d) if places else None,
+        position=normal(g, cfg.context_tokens + rows, d) if rows else None,
     )
 
 
 def leaves(tree: Any, path: str = "") -> dict[str, Tensor]:
-    """Path -> tensor of a tree of NamedTuples, tuples and tensors, in order of definition; None and int are no leaves."""
+    """Path -> tensor of a tree of NamedTuples and tuples, in order of definition; None and int are
+    no leaves."""
     if isinstance(tree, Tensor):
         return {path: tree}
     if tree is None or isinstance(tree, int):
         return {}
     names = getattr(tree, "_fields", range(len(tree)))
-    return {
-        k: v
-        for n, sub in zip(names, tree, strict=True)
-        for k, v in leaves(sub, f"{path}.{n}" if path else str(n)).items()
-    }
+    parts = ((f"{path}.{n}" if path else str(n), x) for n, x in zip(names, tree, strict=True))
+    return {k: v for name, x in parts for k, v in leaves(x, name).items()}
 
 
-def rebuild(tree: Any, new: dict[str, Any], path: str = "") -> Any:
-    """The same tree with the leaves of `new`."""
-    if isinstance(tree, Tensor):
-        return new[path]
-    if tree is None or isinstance(tree, int):
-        return tree
-    names = getattr(tree, "_fields", range(len(tree)))
-    parts = [
-        rebuild(s, new, f"{path}.{n}" if path else str(n)) for n, s in zip(names, tree, strict=True)
-    ]
-    return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
+def rebuild(tree: Any, new: dict[str, Any]) -> Any:
+    """The same tree with the leaves of `new`, which has every path of the tree."""
+    values = iter([new[path] for path in leaves(tree)])
+
+    def filled(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return next(values)
+        if x is None or isinstance(x, int):
+            return x
+        parts = [filled(y) for y in x]
+        return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
+
+    return filled(tree)
 
 
 def tree_map(f: Callable[[Tensor], Any], tree: Any) -> Any:
+    """The same tree with f(leaf) in the place of each leaf."""
     return rebuild(tree, {k: f(v) for k, v in leaves(tree).items()})
 
 
-# ---------------------------------------------------------------- the block
+# ---------------------------------------------------------------- the packed tokens of all slots
 
 
-def block(
-    p: Block,
-    heads: int,
-    x: Tensor,
-    runs: Runs,
-    turn: Turn,
-    gains: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """Post-norm transformer block on packed tokens (N, D); gains (D,) of its two norms."""
-    x = rms(x + self_attention(p.qkv, p.o, heads, x, runs, turn))
-    x = x if gains is None else x * gains[0]
-    x = rms(x + swiglu(p.gate_up, p.down, x))
-    return x if gains is None else x * gains[1]
+def ragged(sizes: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """(total,) the owner of each item where owners of these sizes lie one after the other, and the
+    item's number within its owner."""
+    owner = torch.arange(len(sizes), device=sizes.device)
+    owner = owner.repeat_interleave(sizes, output_size=total)
+    return owner, torch.arange(total, device=sizes.device) - (sizes.cumsum(0) - sizes)[owner]
+
+
+class Layout(NamedTuple):
+    """Where the tokens of all slots lie: of each slot, its context tokens, then its cells."""
+
+    tokens: tuple[int, ...]  # of each slot
+    slot: Tensor  # (N,) whose token it is
+    first: Tensor  # (B,) each slot's first context token
+    cells: Tensor  # (M,) the tokens that are cells
+    source: Tensor  # (N,) the token's row in (B * T context tokens, then M cells)
+
+
+def layout_of(cfg: ModelConfig, cells: Sequence[int], device: torch.device) -> Layout:
+    """The layout of slots with so many cells each."""
+    t, b, m = cfg.context_tokens, len(cells), sum(cells)
+    count = torch.tensor(cells, device=device)
+    slot, number = ragged(count + t, b * t + m)
+    token = torch.arange(b * t + m, device=device)
+    cell = torch.arange(m, device=device) + t * (ragged(count, m)[0] + 1)
+    return Layout(
+        tokens=tuple(t + c for c in cells),
+        slot=slot,
+        first=(count + t).cumsum(0) - count - t,
+        cells=cell,
+        source=torch.where(number < t, slot * t + number, b * t - t + token - slot * t),
+    )
+
+
+def codes(cfg: ModelConfig, table: Tensor, at: Tensor, borders: Tensor) -> Tensor:
+    """(M, D) learned codes of cells: of their places on the raster or, "borders", half the sum of
+    those of their distances to the input's four borders, equal for equal distances in any grid."""
+    if cfg.positions == "borders":
+        row = borders + torch.arange(4, device=at.device) * (cfg.raster + 1)
+        return 0.5 * F.embedding(row, table).sum(1)
+    return F.embedding(at[:, 0] * cfg.raster + at[:, 1], table)
+
+
+class Context(NamedTuple):
+    """What an encoder gives to the core."""
+
+    tokens: Tensor  # (B, T, D)
+    kl: Tensor | None = None  # (B,) float32: divergence of a variational encoder from its prior
+    z_E: Tensor | None = None  # (B, S, T, D) states of a recurrent encoder
+    cells: Tensor | None = None  # (M, D) of each cell of the test inputs
+
+
+PER_CELL = ("cells",)  # fields of a context that have a row for every cell
+
+
+def embed_input(
+    p: Core, cfg: ModelConfig, context: Context, batch: Batch, layout: Layout
+) -> tuple[Tensor, Rotary]:
+    """The injected embedding (N, D) of context and cells, and its rotary tables; every part enters
+    with std 1, their sum too."""
+    root, t, slots = math.sqrt(cfg.hidden), cfg.context_tokens, len(layout.tokens)
+    scale = root if p.context_gain is None else p.context_gain
+    cells, tokens = F.embedding(batch.inputs, p.embed) * root, context.tokens * scale
+    if context.cells is not None:
+        cells = math.sqrt(0.5) * (cells + context.cells * scale)
+    if p.position is not None:
+        learned = codes(cfg, p.position[t:], batch.at, batch.borders)
+        tokens = math.sqrt(0.5) * (tokens + root * p.position[:t].expand(slots, -1, -1))
+        cells = math.sqrt(0.5) * (cells + root * learned)
+    e = torch.cat((tokens.flatten(0, 1), cells))[layout.source]
+    position = position_of(cfg.positions, batch.at, cfg.raster)
+    if position is not None and position.ndim == 1:  # one line: context tokens, then cells
+        start = torch.arange(t, device=position.device).repeat(slots)
+        position = torch.cat((start, position + t))[layout.source]
+    elif position is not None:
+        position = torch.cat((position.new_zeros(slots * t, 2), position))[layout.source]
+    return e, rotary_of(position, cfg.heads, cfg.hidden // cfg.heads, e.dtype)
 
 
 # ---------------------------------------------------------------- the recursive core
 
 
+def block(p: Block, heads: int, x: Tensor, runs: Runs, rotary: Rotary) -> Tensor:
+    """Post-norm transformer block on packed tokens (N, D)."""
+    x = rms(x + self_attention(p.qkv, p.o, heads, x, runs, rotary))
+    return rms(x + swiglu(p.gate_up, p.down, x))
+
+
 def reason(
-    p: Core, cfg: ModelConfig, z_H: Tensor, z_L: Tensor, e: Tensor, runs: Runs, turn: Turn
+    p: Core, cfg: ModelConfig, z_H: Tensor, z_L: Tensor, e: Tensor, runs: Runs, rotary: Rotary
 ) -> tuple[Tensor, Tensor]:
-    """H_cycles of (L_cycles updates of z_L, one of z_H), all by the same blocks; only the last cycle has gradient."""
+    """H_cycles of (L_cycles updates of z_L, one of z_H), all by the same blocks; only the last
+    cycle has gradient."""
 
     def level(z: Tensor) -> Tensor:
         for b in p.blocks:
-            z = block(b, cfg.heads, z, runs, turn)
+            z = block(b, cfg.heads, z, runs, rotary)
         return z
 
     def cycle(z_H: Tensor, z_L: Tensor) -> tuple[Tensor, Tensor]:
-        given = z_H + e
+        injected = z_H + e
         for _ in range(cfg.L_cycles):
-            z_L = level(z_L + given)
+            z_L = level(z_L + injected)
         return level(z_H + z_L), z_L
 
     with torch.no_grad():
         for _ in range(cfg.H_cycles - 1):
             z_H, z_L = cycle(z_H, z_L)
     return cycle(z_H, z_L)
-
-
-def ragged(sizes: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """(total,) the owner of each place where owners of these sizes lie one after the other, and the place's number within it."""
-    owner = torch.arange(len(sizes), device=sizes.device).repeat_interleave(
-        sizes, output_size=total
-    )
-    return owner, torch.arange(total, device=sizes.device) - (sizes.cumsum(0) - sizes)[owner]
-
-
-class Layout(NamedTuple):
-    """Where the tokens of all slots lie."""
-
-    tokens: tuple[int, ...]  # of each slot
-    slot: Tensor  # (N,) whose token it is
-    first: Tensor  # (B,) each slot's first context token
-    cells: Tensor  # (M,) the tokens that are cells
-    source: Tensor  # (N,) row in (B * T context tokens, then M cells) that stands there
-
-
-def layout_of(cfg: ModelConfig, cells: Sequence[int], device: torch.device) -> Layout:
-    t, b, m = cfg.context_tokens, len(cells), sum(cells)
-    tokens = tuple(t + c for c in cells)
-    count = torch.tensor(cells, device=device)
-    slot, place = ragged(count + t, b * t + m)
-    source = torch.where(
-        place < t, slot * t + place, b * t - t + torch.arange(b * t + m, device=device) - slot * t
-    )
-    of_cell, _ = ragged(count, m)
-    return Layout(
-        tokens,
-        slot,
-        (count + t).cumsum(0) - count - t,
-        torch.arange(m, device=device) + t * (of_cell + 1),
-        source,
-    )
-
-
-def codes(cfg: ModelConfig, table: Tensor, at: Tensor, borders: Tensor) -> Tensor:
-    """(M, D) learned codes of cells: of their places on the raster or, "borders", half the sum of those of their distances to
-    the input's four borders, by which a mirrored place is found in a grid of any size."""
-    if cfg.positions == "borders":
-        return 0.5 * F.embedding(
-            borders + torch.arange(4, device=at.device) * (cfg.raster + 1), table
-        ).sum(1)
-    return F.embedding(at[:, 0] * cfg.raster + at[:, 1], table)
-
-
-def place(
-    p: Core, cfg: ModelConfig, said: Context, batch: Batch, layout: Layout
-) -> tuple[Tensor, Turn]:
-    """Context (B, T, D) and the cells' tokens to the injected embedding (N, D), and its rotary tables; tokens enter with std 1."""
-    root, t, context = math.sqrt(cfg.hidden), cfg.context_tokens, said.tokens
-    scale = root if p.context_gain is None else p.context_gain
-    cells = F.embedding(batch.inputs, p.embed) * root
-    if said.cells is not None:
-        cells = math.sqrt(0.5) * (cells + said.cells * scale)
-    slots = len(layout.tokens)
-    if p.position is not None:
-        ours = p.position[:t].expand(slots, -1, -1)
-        context = math.sqrt(0.5) * (context * scale + root * ours)
-        cells = math.sqrt(0.5) * (
-            cells + root * codes(cfg, p.position[t:], batch.at, batch.borders)
-        )
-    else:
-        context = context * scale
-    e = torch.cat((context.flatten(0, 1), cells))[layout.source]
-    position = position_of(cfg.positions, batch.at, cfg.raster)
-    if position is not None:
-        start = (
-            torch.arange(t, device=position.device).repeat(slots)
-            if position.ndim == 1
-            else position.new_zeros(slots * t, 2)
-        )
-        position = torch.cat((start, position + (t if position.ndim == 1 else 0)))[layout.source]
-    return e, turn_of(position, cfg.heads, cfg.hidden // cfg.heads, e.dtype)
 
 
 class Carry(NamedTuple):
@@ -413,22 +398,15 @@ class Carry(NamedTuple):
     steps: Tensor  # (B,) ACT steps spent on the episode
     halted: Tensor  # (B,) bool: the next step starts an episode
     n: Tensor  # (B,) episodes the slot has finished or begun
-    z_E: Tensor  # (B, S, T, D) states of a recurrent encoder, detached; (B, 1, 1, 1) where there is none
+    z_E: Tensor  # (B, S, T, D) states of a recurrent encoder, detached; else (B, 1, 1, 1)
     tokens: tuple[int, ...]  # of each slot
-
-
-class Output(NamedTuple):
-    logits: Tensor  # (M, V)
-    q_halt: Tensor  # (B,) float32
-    q_continue: Tensor  # (B,) float32
-    kl: Tensor | None = None  # (B,) float32, of a variational encoder
-    context: Tensor | None = None  # (B, T, D), to be watched
 
 
 def fresh_carry(
     cfg: ModelConfig, cells: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> Carry:
-    """The carry before the first step on canvases of so many cells: all halted, so that nothing in it is ever read."""
+    """The carry before the first step on canvases of so many cells: all halted, so that none of its
+    states is ever read."""
     tokens = tuple(cfg.context_tokens + c for c in cells)
     zeros = torch.zeros(len(cells), dtype=torch.int64, device=device)
     z = torch.zeros(sum(tokens), 10 if cfg.feedback else cfg.hidden, dtype=dtype, device=device)
@@ -437,7 +415,7 @@ def fresh_carry(
 
 
 def relaid(cfg: ModelConfig, carry: Carry, halted: Sequence[bool], cells: Sequence[int]) -> Carry:
-    """The carry on the canvases to come: slots that go on keep their states, those that halted get room."""
+    """The carry on the next canvases: slots that go on keep their states, others get room."""
     tokens = tuple(cfg.context_tokens + c for c in cells)
     if tokens == carry.tokens:
         return carry
@@ -448,46 +426,43 @@ def relaid(cfg: ModelConfig, carry: Carry, halted: Sequence[bool], cells: Sequen
     return carry._replace(z_H=states[0], z_L=states[1], tokens=tokens)
 
 
-class Context(NamedTuple):
-    """What an encoder says to the core."""
-
-    tokens: Tensor  # (B, T, D)
-    kl: Tensor | None = None  # (B,) float32: how far a variational encoder is from its prior
-    z_E: Tensor | None = None  # (B, S, T, D) states of a recurrent encoder
-    cells: Tensor | None = None  # (M, D) what it says of each cell of the test inputs
+# ---------------------------------------------------------------- the ACT step
 
 
 class Encode(NamedTuple):
-    """An encoder as ACT steps take it. What is read of a batch stays the same while its slots think; a recurrent encoder goes
-    on from that, and its states, in every step."""
+    """An encoder as ACT steps take it. What is read of a batch stays the same while its slots
+    think; a recurrent encoder continues from it, and from its states, in every step.
 
-    read: Callable[
-        [Any, Batch], Any
-    ]  # encoder parameters, batch -> Context, or what `recur` is given; slot by slot
-    recur: Callable[[Any, Any, Tensor, Tensor], Context] | None = (
-        None  # its parameters, what was read, z_E, slots that begin
-    )
-    step: Callable[..., tuple[Carry, Output]] | None = (
-        None  # another core, as `act_step` without encoder
-    )
+    recur: of its parameters, what was read, z_E, (B,) slots that begin."""
+
+    read: Callable[[Any, Batch], Any]  # parameters, batch -> Context, or what `recur` takes
+    recur: Callable[[Any, Any, Tensor, Tensor], Context] | None = None
+    step: Callable[..., tuple[Carry, Output]] | None = None  # another core, without encoder
+
+
+class Output(NamedTuple):
+    logits: Tensor  # (M, V)
+    q_halt: Tensor  # (B,) float32
+    q_continue: Tensor  # (B,) float32
+    kl: Tensor | None = None  # (B,) float32, of a variational encoder
+    context: Tensor | None = None  # (B, T, D), detached: for diagnostics
 
 
 SURE = math.log(9)  # the logit of 0.9
 
 
 def sure(cfg: ModelConfig, q: Tensor) -> Tensor:
-    """Whether the halting head ends a slot's thought: above 0, in the argmax-feedback TRM from 0.9 on."""
+    """(B,) whether q ends a slot's episode: above 0, in the argmax-feedback TRM from 0.9 on."""
     return q >= SURE if cfg.feedback else q > 0
 
 
 def halts(cfg: ModelConfig, q: Tensor, steps: Tensor, min_steps: Tensor | None) -> Tensor:
-    """(B,) bool: slots that end here, by their number of steps or by q; without `min_steps`, and in FCT, never by q."""
+    """(B,) bool: slots that end here, by their number of steps or by q; without `min_steps`, and
+    with fixed steps, never by q."""
     last = steps >= cfg.halt_max_steps
-    return (
-        last
-        if min_steps is None or cfg.fixed_steps
-        else (last | sure(cfg, q)) & (steps >= min_steps)
-    )
+    if min_steps is None or cfg.fixed_steps:
+        return last
+    return (last | sure(cfg, q)) & (steps >= min_steps)
 
 
 def act_step(
@@ -497,26 +472,27 @@ def act_step(
     carry: Carry,
     batch: Batch,
     min_steps: Tensor | None,
+    read: Any = None,
 ) -> tuple[Carry, Output]:
     """One ACT step of every slot; halted slots start from the initial states.
 
-    min_steps (B,): exploration, no slot halts before it (0: free); None at evaluation: halts at halt_max_steps only.
+    min_steps (B,): exploration, no slot halts before it (0: free); None, at evaluation: slots halt
+    at halt_max_steps only. read: what encode.read has given before; by default it is read anew.
     No gradient reaches the carry that came in; the one returned is detached.
     """
     if encode.step:
         return encode.step(params, cfg, carry, batch, min_steps)
     p, layout = params.core, layout_of(cfg, batch.cells, carry.z_H.device)
-    context = encode.read(params.encoder, batch)
+    context = encode.read(params.encoder, batch) if read is None else read
     if encode.recur:
         context = encode.recur(params.encoder, context, carry.z_E.detach(), carry.halted)
-    e, turn = place(p, cfg, context, batch, layout)
-    reset = carry.halted[layout.slot][:, None]
-    z_H = torch.where(reset, p.H_init, carry.z_H.detach())
-    z_L = torch.where(reset, p.L_init, carry.z_L.detach())
-    z_H, z_L = reason(p, cfg, z_H, z_L, e, runs_of(layout.tokens), turn)
+    e, rotary = embed_input(p, cfg, context, batch, layout)
+    begins = carry.halted[layout.slot][:, None]
+    z_H = torch.where(begins, p.H_init, carry.z_H.detach())
+    z_L = torch.where(begins, p.L_init, carry.z_L.detach())
+    z_H, z_L = reason(p, cfg, z_H, z_L, e, runs_of(layout.tokens), rotary)
 
-    z = z_H[layout.cells]
-    logits = z @ (p.embed if p.head is None else p.head).T
+    logits = z_H[layout.cells] @ (p.embed if p.head is None else p.head).T
     q = (z_H[layout.first] @ p.q_weight.T + p.q_bias).float()
     steps = torch.where(carry.halted, 0, carry.steps) + 1
     halted = halts(cfg, q[:, 0], steps, min_steps)
@@ -529,7 +505,8 @@ def act_step(
 
 
 def log_stable(x: Tensor) -> Tensor:
-    """log s(x) with s(x) = x + 1 for x >= 0, 1 / (1 - x) below (stablemax, Prieto et al. 2025), through log1p."""
+    """log s(x) through log1p, with s(x) = x + 1 for x >= 0 and 1 / (1 - x) below (stablemax,
+    Prieto et al. 2025)."""
     return torch.where(x < 0, -torch.log1p(-x.clamp(max=0)), torch.log1p(x.clamp(min=0)))
 
 
@@ -540,7 +517,7 @@ def log_prob(cfg: ModelConfig, logits: Tensor) -> Tensor:
 
 
 class Loss(NamedTuple):
-    """Per slot (B,), float32 and on the graph where it says so; means and masks are the caller's."""
+    """Per slot (B,), float32; all but the total detached. Means and masks are the caller's."""
 
     total: Tensor  # on the graph: lm + q_weight * q + kl_weight * kl
     lm: Tensor  # mean over the slot's valid cells
@@ -554,31 +531,27 @@ class Loss(NamedTuple):
 
 def per_slot(x: Tensor, cells: Sequence[int]) -> Tensor:
     """(M,) to (B,): the float32 sum over each slot's cells."""
-    return torch.segment_reduce(
-        x.float(), "sum", lengths=torch.tensor(cells, device=x.device), unsafe=True
-    )
+    lengths = torch.tensor(cells, device=x.device)
+    return torch.segment_reduce(x.float(), "sum", lengths=lengths, unsafe=True)
 
 
 def act_loss(cfg: ModelConfig, out: Output, labels: Tensor, cells: Sequence[int]) -> Loss:
-    """Loss and scores of one ACT step, per slot, in float32; labels (M,), cells of each slot. A negative label is not
-    asked for, nor is the mark of a grid's end where no logit stands for it."""
-    valid, x, log_p = (
-        labels >= (2 if cfg.feedback else 0),
-        out.logits.float(),
-        log_prob(cfg, out.logits),
-    )
+    """Loss and scores of one ACT step in float32; labels (M,), cells of each slot. A negative label
+    is not asked for, nor is the mark of a grid's end where no logit stands for it."""
+    valid = labels >= (2 if cfg.feedback else 0)
+    log_p = log_prob(cfg, out.logits)
     ce = -log_p.gather(-1, labels.clamp(min=0)[:, None]).squeeze(-1)
     asked = per_slot(valid, cells)
-    hits = per_slot((x.argmax(-1) == labels) & valid, cells)
+    hits = per_slot((out.logits.float().argmax(-1) == labels) & valid, cells)
     lm = per_slot(torch.where(valid, ce, 0.0), cells) / asked.clamp(min=1)
     exact, labelled = hits == asked, asked > 0
     q = F.binary_cross_entropy_with_logits(out.q_halt, exact.float(), reduction="none")
     if not cfg.published_faults:
         q = torch.where(labelled, q, 0.0)
     kl = torch.zeros_like(lm) if out.kl is None else out.kl
-    each = cfg.encoder.kl_weight / (len(cells) if cfg.published_faults else 1)
+    kl_weight = cfg.encoder.kl_weight / (len(cells) if cfg.published_faults else 1)
     return Loss(
-        total=lm + cfg.q_weight * q + each * kl,
+        total=lm + cfg.q_weight * q + kl_weight * kl,
         lm=lm.detach(),
         q=q.detach(),
         cell_accuracy=hits / asked.clamp(min=1),
@@ -592,99 +565,67 @@ def act_loss(cfg: ModelConfig, out: Output, labels: Tensor, cells: Sequence[int]
 # ---------------------------------------------------------------- evaluation
 
 
-def part_of(x: Tensor, sizes: Sequence[int], slots: Sequence[int]) -> Tensor:
-    """The rows of some slots, of x in which slots of these sizes lie one after the other."""
-    pieces = x.split(list(sizes))
-    return torch.cat([pieces[i] for i in slots])
-
-
-def only(batch: Batch, read: Any, carry: Carry, slots: Sequence[int]) -> tuple[Batch, Any, Carry]:
-    """Some slots alone, as if the others had never been there; demos are not taken along, what was read stands for them."""
-    rows = torch.tensor(slots, device=batch.inputs.device)
-    cells, tokens = [batch.cells[i] for i in slots], [carry.tokens[i] for i in slots]
-    inputs, labels, at, borders = (
-        part_of(x, batch.cells, slots)
-        for x in (batch.inputs, batch.labels, batch.at, batch.borders)
+def select_slots(
+    batch: Batch, read: Any, carry: Carry, slots: Sequence[int]
+) -> tuple[Batch, Any, Carry]:
+    """Some slots alone, in their order, without their demos: what was read replaces these."""
+    keep = torch.zeros(len(batch.cells), dtype=torch.bool)
+    keep[list(slots)] = True
+    slot, cell, token = (
+        keep.repeat_interleave(torch.tensor(sizes)).to(batch.inputs.device)
+        for sizes in ((1,) * len(keep), batch.cells, carry.tokens)
     )
-    own = batch._replace(inputs=inputs, labels=labels, at=at, borders=borders, cells=tuple(cells))
-    said: dict[str, Tensor] = {}
-    if isinstance(read, Context):
-        each = {k: x for k in ("cells",) if (x := getattr(read, k)) is not None}
-        said, read = (
-            {k: part_of(x, batch.cells, slots) for k, x in each.items()},
-            read._replace(cells=None),
-        )
-    states = {k: part_of(getattr(carry, k), carry.tokens, slots) for k in ("z_H", "z_L")}
-    kept = carry._replace(
-        **states,
-        **{k: getattr(carry, k)[rows] for k in ("steps", "halted", "n", "z_E")},
-        tokens=tuple(tokens),
-    )
-    read = tree_map(lambda x: x[rows], read)
-    return own, read._replace(**said) if said else read, kept
+    fields = {k: getattr(batch, k)[cell] for k in ("inputs", "labels", "at", "borders")}
+    batch = batch._replace(**fields, cells=tuple(batch.cells[i] for i in slots))
+    per_cell = {k: x[cell] for k in PER_CELL if (x := getattr(read, k, None)) is not None}
+    read = read._replace(**dict.fromkeys(per_cell)) if per_cell else read
+    read = tree_map(lambda x: x[slot], read)
+    fields = {k: getattr(carry, k)[token] for k in ("z_H", "z_L")}
+    fields |= {k: getattr(carry, k)[slot] for k in ("steps", "halted", "n", "z_E")}
+    carry = carry._replace(**fields, tokens=tuple(carry.tokens[i] for i in slots))
+    return batch, read._replace(**per_cell) if per_cell else read, carry
 
 
-Look = Callable[[int, Sequence[int], Output], None]  # (ACT step, slots that took it, their output)
+Look = Callable[[int, Sequence[int], Output], None]  # ACT step, slots that took it, their output
 
 
 def think(
-    params: Params, cfg: ModelConfig, encode: Encode, batch: Batch, dtype: torch.dtype, act_steps: int, leave: str = "never",
-    look: Look = lambda step, slots, out: None, before: Callable[[int, Sequence[int], Carry], Carry] = lambda step, slots, carry: carry,
-    stable: int = 3,
-) -> tuple[Output, Tensor]:  # fmt: skip
+    params: Params,
+    cfg: ModelConfig,
+    encode: Encode,
+    batch: Batch,
+    dtype: torch.dtype,
+    act_steps: int,
+    leave: str = "never",
+    look: Look | None = None,
+) -> tuple[Output, Tensor]:
     """Evaluation: (output, ACT steps spent (B,)) from the initial states; the demos are read once.
 
-    leave: "never" takes act_steps (published); "q" leaves when the halting head says so; "stable" when the answer was the
-    same after so many steps on end. What has left is computed no more. `look` sees each step; `before` may change its carry.
+    leave: "never" takes act_steps (published); "q" leaves when the halting head says so, and what
+    has left is computed no more. `look` sees each step.
     """
     with torch.no_grad():
         carry = fresh_carry(cfg, batch.cells, dtype, batch.inputs.device)
-        read, here, device = (
-            encode.read(params.encoder, batch),
-            list(range(len(batch.cells))),
-            batch.inputs.device,
-        )
-        found: list[tuple[Tensor, Tensor, Tensor, int]] = [
-            (batch.inputs, batch.inputs, batch.inputs, 0)
-        ] * len(here)
-        last, same = (
-            torch.zeros_like(batch.inputs),
-            torch.zeros(len(here), dtype=torch.int64, device=device),
-        )
+        read = encode.read(params.encoder, batch)
+        slots = list(range(len(batch.cells)))  # those that still think
+        answers: dict[int, tuple[Tensor, Tensor, Tensor, int]] = {}
         for step in range(1, act_steps + 1):
-            given = encode._replace(read=lambda *_, r=read: r)
-            carry, out = act_step(params, cfg, given, before(step, here, carry), batch, None)
-            carry = carry._replace(
-                halted=torch.zeros_like(carry.halted)
-            )  # also beyond halt_max_steps it thinks on
-            look(step, here, out)
-            going = torch.zeros(len(here), dtype=torch.bool, device=device)
-            if leave == "q":
-                going = sure(cfg, out.q_halt)
-            elif leave == "stable":
-                answer = out.logits.argmax(-1)
-                changed = per_slot(answer != last, batch.cells) > 0
-                last, same = answer, torch.where(changed, 0, same) + 1
-                going = same >= stable
-            gone = [
-                step == act_steps or g
-                for g in (going.tolist() if leave != "never" else [False] * len(here))
-            ]
-            logits = out.logits.split(batch.cells)
-            for i, slot in enumerate(here):
-                if gone[i]:
-                    found[slot] = (logits[i], out.q_halt[i], out.q_continue[i], step)
-            stay = [i for i, g in enumerate(gone) if not g]
+            carry, out = act_step(params, cfg, encode, carry, batch, None, read)
+            carry = carry._replace(halted=torch.zeros_like(carry.halted))  # until act_steps
+            if look:
+                look(step, slots, out)
+            ends = [step == act_steps] * len(slots)
+            if leave == "q" and step < act_steps:
+                ends = sure(cfg, out.q_halt).tolist()
+            for i, logits in enumerate(out.logits.split(batch.cells)):
+                if ends[i]:
+                    answers[slots[i]] = (logits, out.q_halt[i], out.q_continue[i], step)
+            stay = [i for i, end in enumerate(ends) if not end]
             if not stay:
                 break
-            if len(stay) < len(here):
-                last, same = (
-                    part_of(last, batch.cells, stay),
-                    same[torch.tensor(stay, device=device)],
-                )
-                batch, read, carry = only(batch, read, carry, stay)
-                here = [here[i] for i in stay]
-        logits, q_halt, q_continue, spent = zip(*found, strict=True)
-        return Output(
-            torch.cat(logits), torch.stack(q_halt), torch.stack(q_continue)
-        ), torch.tensor(spent)
+            if len(stay) < len(slots):
+                batch, read, carry = select_slots(batch, read, carry, stay)
+                slots = [slots[i] for i in stay]
+        logits, q_halt, q_continue, spent = zip(*(answers[i] for i in sorted(answers)), strict=True)
+    out = Output(torch.cat(logits), torch.stack(q_halt), torch.stack(q_continue))
+    return out, torch.tensor(spent)

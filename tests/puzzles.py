@@ -176,7 +176,7 @@ class World:
 
 
 def own(encoder):
-    return encoder.own if isinstance(encoder, Widened) else encoder
+    return encoder.inner if isinstance(encoder, Widened) else encoder
 
 
 def close(a, b, tolerance=1e-5):
