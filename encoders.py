@@ -23,9 +23,27 @@ from . import baselines
 from .config import ModelConfig, UserError, nearest
 from .data import Batch, Demos
 from .etrm import (
-    Context, Encode, Params, Rotary, Runs, attention, codes, init_block, init_core, inner_width,
-    layout_of, normal, position_of, ragged, rms, rotary_of, rotate, runs_of, self_attention, swiglu,
-)  # fmt: skip
+    Context,
+    Encode,
+    Params,
+    Rotary,
+    Runs,
+    attention,
+    codes,
+    init_block,
+    init_core,
+    inner_width,
+    layout_of,
+    normal,
+    position_of,
+    ragged,
+    rms,
+    rotary_of,
+    rotate,
+    runs_of,
+    self_attention,
+    swiglu,
+)
 
 # ---------------------------------------------------------------- blocks
 

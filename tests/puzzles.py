@@ -1,4 +1,4 @@
-"""Random tasks and small models for the property tests: everything is made from a torch.Generator, so a seed says it all.
+"""Random tasks and small models for the property tests, made from a torch.Generator alone.
 
 And the tasks of tests/data/set, with what was predicted of them.
 """
@@ -52,8 +52,8 @@ def tasks(
 
 def symmetry(g: torch.Generator, *shape: int) -> Symmetry:
     """Uniform over the group; a single one or a batch."""
-    drawn = data.draw_symmetry(torch.rand(max(1, *shape, 1), 11, generator=g), True, "all")
-    return drawn if shape else Symmetry(drawn.dihedral[0], drawn.colours[0])
+    s = data.draw_symmetry(torch.rand(max(1, *shape, 1), 11, generator=g), True, "all")
+    return s if shape else Symmetry(s.dihedral[0], s.colours[0])
 
 
 def moved(s: Symmetry, pair: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -63,35 +63,27 @@ def moved(s: Symmetry, pair: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray,
 # ---------------------------------------------------------------- small models
 
 SLOTS = 5
-KINDS = {kind: {"kind": kind} for kind in encoders.ENCODERS}
-OTHER = {
-    "standard, pre": {"kind": "standard", "pooling": "max", "norm": "pre", "layer_scale": 0.5},
+KINDS = list(encoders.ENCODERS)
+VARIANTS = {
     "standard, attention": {"kind": "standard", "pooling": "attention", "set_layers": 2},
+    "standard, max, pre": {"kind": "standard", "pooling": "max", "norm": "pre", "layer_scale": 0.5},
     "standard, weighted": {"kind": "standard", "pooling": "weighted"},
     "perceiver, pre": {"kind": "perceiver", "norm": "pre", "layer_scale": 0.5},
-    "perceiver, wide": {"kind": "perceiver", "width": 48},
     "matching, wide": {"kind": "matching", "width": 48, "set_layers": 2},
     "lpn_variational, wide": {"kind": "lpn_variational", "width": 16, "latent": 8},
     "recurrent, wide": {"kind": "recurrent", "width": 16, "norm": "pre", "set_layers": 2},
 }
-ENCODERS = list({**KINDS, **OTHER})
-VARIATIONAL = [kind for kind, e in encoders.ENCODERS.items() if e.variational]
+# one of each family: what holds for encoders in general is tested on these
+SOME = ["standard, attention", "lpn_variational, wide", "hybrid_variational", "hierarchical"]
+SOME += ["recurrent, wide", "trm_style", "set_transformer", "matching, wide"]
 RECURRENT = [kind for kind, e in encoders.ENCODERS.items() if e.recur]
 
 
-def config(encoder="perceiver", published=False, **options):
-    e = EncoderConfig(**{"layers": 1, **{**KINDS, **OTHER}[encoder]})
-    small = {
-        "hidden": 32,
-        "heads": 2,
-        "expansion": 1.0,
-        "layers": 1,
-        "H_cycles": 2,
-        "L_cycles": 1,
-        "context_tokens": 4,
-    }
+def config(encoder="perceiver", **options):
+    e = EncoderConfig(**{"layers": 1, **VARIANTS.get(encoder, {"kind": encoder})})
+    small = dict(hidden=32, heads=2, expansion=1.0, layers=1, H_cycles=2, L_cycles=1)
     return ModelConfig(
-        **{**small, "halt_max_steps": 4, "published_faults": published, "encoder": e, **options}
+        **{**small, "context_tokens": 4, "halt_max_steps": 4, "encoder": e, **options}
     )
 
 
@@ -103,24 +95,40 @@ class World:
         self.params = init_params(cfg, integer(g, 0, 10**6))
         # Some demos and queries small, some large; no output larger than what its task shows.
         some = [task(g, low=high - 1, high=high) for high in (2, 3, 4, 6, 7, 7)]
-        self.packed = data.pack(some)
-        self.data = DataConfig(**options)
+        self.packed, self.data = data.pack(some), DataConfig(**options)
         self.deck = data.deck(data.queries(self.packed, "leave_one_out", self.data), SLOTS)
-        self.episodes = self.draw(torch.zeros(SLOTS, dtype=torch.int64))
+        zeros = torch.zeros(SLOTS, dtype=torch.int64)
+        self.episodes = data.draw(self.packed, self.deck, self.data, 7, torch.arange(SLOTS), zeros)
         self.batch = self.paint(self.episodes)
-
-    def draw(self, n):
-        return data.draw(self.packed, self.deck, self.data, 7, torch.arange(SLOTS), n)
 
     def paint(self, episodes):
         return data.batch(self.packed, episodes, self.cfg.raster)
 
+    def roomy(self, side):
+        """The batch, every demo of it on a canvas of that side."""
+        e, d = self.episodes, self.batch.demos
+        sym = Symmetry(*(x[d.owner] for x in e.symmetry))
+        canvas = torch.full((len(d.owner), 2), side)
+        shift, pair = e.shift[d.owner, 1 + d.number], e.demos[d.owner, d.number]
+        shown = data.paint(self.packed, pair, sym, shift, canvas, self.cfg.raster)
+        count = torch.bincount(d.owner, minlength=SLOTS) * side**2
+        demos = d._replace(
+            **shown._asdict(),
+            cells=(side**2,) * len(pair),
+            gaps=(1,) * len(pair),
+            by_slot=torch.argsort(d.owner.repeat_interleave(side**2), stable=True),
+            slot_cells=tuple(count.tolist()),
+        )
+        return self.batch._replace(demos=demos)
+
     def context(self, batch=None, params=None):
-        """What is said to slots that begin: each slot's context tokens (T, D), then, where there are, each one's cells (c, D)."""
+        """Of slots that begin, the context tokens (T, D), then, if any, those of cells (c, D)."""
         p, batch = (params or self.params).encoder, batch or self.batch
-        said, carry = self.encode.read(p, batch), self.start(batch)
-        said = self.encode.recur(p, said, carry.z_E, carry.halted) if self.encode.recur else said
-        return [*said.tokens, *(() if said.cells is None else said.cells.split(batch.cells))]
+        context, carry = self.encode.read(p, batch), self.start(batch)
+        if self.encode.recur:
+            context = self.encode.recur(p, context, carry.z_E, carry.halted)
+        cells = () if context.cells is None else context.cells.split(batch.cells)
+        return [*context.tokens, *cells]
 
     def trainable(self):
         return tree_map(lambda x: x.clone().requires_grad_(), self.params)
@@ -129,19 +137,13 @@ class World:
         return fresh_carry(self.cfg, (batch or self.batch).cells, torch.float32)
 
     def step(self, carry, params=None, batch=None, min_steps=None):
-        return act_step(
-            params or self.params, self.cfg, self.encode, carry, batch or self.batch, min_steps
-        )
+        p, batch = params or self.params, batch or self.batch
+        return act_step(p, self.cfg, self.encode, carry, batch, min_steps)
 
     def noise(self, step):
         lanes, zeros = encoders.latent_of(self.cfg), torch.zeros(SLOTS, dtype=torch.int64)
-        return (
-            None
-            if lanes is None
-            else train.noise(
-                lanes, self.batch.demos.most + 1, 7, torch.arange(SLOTS), zeros, zeros + step
-            )
-        )
+        most, slots = self.batch.demos.most + 1, torch.arange(SLOTS)
+        return None if lanes is None else train.noise(lanes, most, 7, slots, zeros, zeros + step)
 
     def owner(self, batch=None):
         """(N,) whose token it is."""
@@ -149,33 +151,28 @@ class World:
         return torch.arange(len(tokens)).repeat_interleave(tokens)
 
     def running(self, g):
-        """A carry in the midst of things: some slots halted, some not."""
+        """A carry in which some slots have halted, some not."""
         fresh = self.start()
         z = torch.randn(2, *fresh.z_H.shape, generator=g)
         steps = torch.randint(1, self.cfg.halt_max_steps, (SLOTS,), generator=g)
         halted = torch.rand(SLOTS, generator=g) < 0.5
-        start = getattr(own(self.params.encoder), "start", None)
+        start = getattr(inner(self.params.encoder), "start", None)
         z_E = fresh.z_E if start is None else torch.randn(SLOTS, *start.shape, generator=g)
         return fresh._replace(
             z_H=z[0], z_L=z[1], steps=steps, halted=halted, n=torch.zeros_like(steps), z_E=z_E
         )
 
-    def of(self, slot, out, batch=None):
-        """What one slot gets: its logits, q and KL, its states."""
-        (carry, out), batch = out, batch or self.batch
+    def of(self, slot, result, batch=None):
+        """One slot's logits, q and KL, and its states."""
+        (carry, out), batch = result, batch or self.batch
         token = self.owner(batch) == slot
-        states = carry.z_H[token], carry.z_L[token], carry.z_E[slot]
         kl = () if out.kl is None else (out.kl[slot],)
-        return (
-            out.logits.split(batch.cells)[slot],
-            out.q_halt[slot],
-            out.q_continue[slot],
-            *kl,
-            *states,
-        )
+        q = out.q_halt[slot], out.q_continue[slot]
+        states = carry.z_H[token], carry.z_L[token], carry.z_E[slot]
+        return out.logits.split(batch.cells)[slot], *q, *kl, *states
 
 
-def own(encoder):
+def inner(encoder):
     return encoder.inner if isinstance(encoder, Widened) else encoder
 
 
@@ -186,7 +183,7 @@ def close(a, b, tolerance=1e-5):
 
 
 def apart(a, b):
-    """(1 or 2, B) how far two contexts are from each other, slot by slot: their tokens and, where there are, their cells."""
+    """(1 or 2, B) distance of two contexts, slot by slot: of their tokens and, if any, cells."""
     return torch.stack([(x - y).norm() for x, y in zip(a, b, strict=True)]).view(-1, SLOTS)
 
 

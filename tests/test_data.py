@@ -3,7 +3,6 @@
 from fractions import Fraction
 
 import hypothesis.strategies as st
-import msgspec
 import numpy as np
 import pytest
 import torch
@@ -16,7 +15,6 @@ from etrm_arc.tests import puzzles
 from etrm_arc.tests.puzzles import generators
 
 RULES = ("leave_one_out", "test")
-CANVASES = (3, 4, 6)
 
 
 def same(a, b):
@@ -41,19 +39,15 @@ def test_symmetries_are_a_group(g):
 
 @given(generators)
 def test_compose_is_apply_after_apply(g):
-    a, b, x = puzzles.symmetry(g), puzzles.symmetry(g), puzzles.grid(g)
-    assert np.array_equal(data.apply(data.compose(a, b), x), data.apply(b, data.apply(a, x)))
-    assert np.array_equal(data.apply(data.inverse(a), data.apply(a, x)), x)
-    assert np.array_equal(data.apply(data.identity(), x), x)
-
-
-@given(generators)
-def test_batched_symmetries_are_single_ones(g):
-    a, b = puzzles.symmetry(g, 5), puzzles.symmetry(g, 5)
+    """Of single symmetries; those of a batch are the single ones."""
+    a, b, x = puzzles.symmetry(g, 5), puzzles.symmetry(g, 5), puzzles.grid(g)
     both, back = data.compose(a, b), data.inverse(a)
     for i in range(5):
-        assert same(one(both, i), data.compose(one(a, i), one(b, i)))
-        assert same(one(back, i), data.inverse(one(a, i)))
+        first, then = one(a, i), one(b, i)
+        assert same(one(both, i), data.compose(first, then))
+        assert np.array_equal(data.apply(one(both, i), x), data.apply(then, data.apply(first, x)))
+        assert np.array_equal(data.apply(one(back, i), data.apply(first, x)), x)
+    assert np.array_equal(data.apply(data.identity(), x), x)
 
 
 @given(generators, st.booleans(), st.sampled_from(["fixed", "keep_black", "all"]))
@@ -69,8 +63,7 @@ def test_every_symmetry_is_drawn():
     u = torch.rand(1000, 11, generator=torch.Generator().manual_seed(0))
     s = data.draw_symmetry(u, True, "keep_black")
     assert len(s.dihedral.unique()) == 8
-    for colour in range(1, 10):
-        assert len(s.colours[:, colour].unique()) == 9
+    assert all(len(s.colours[:, colour].unique()) == 9 for colour in range(1, 10))
     assert len(data.draw_symmetry(u, True, "all").colours[:, 0].unique()) == 10
 
 
@@ -93,127 +86,90 @@ def test_a_colour_on_the_border_is_no_answer(g, side, below):
     at = (h, puzzles.integer(g, 0, w - 1)) if below else (puzzles.integer(g, 0, h - 1), w)
     tokens[at] = puzzles.integer(g, 2, 11)
     assert data.untokenise(tokens) is None
-
-
-def test_an_empty_canvas_is_no_answer():
-    for token in (data.PAD, data.EOS):
-        assert data.untokenise(np.full((4, 4), token, np.uint8)) is None
+    for empty in (data.PAD, data.EOS):
+        assert data.untokenise(np.full((4, 4), empty, np.uint8)) is None
 
 
 # The ends of the range too: the last share of the room must not leave the canvas.
 shares = st.one_of(st.sampled_from([0.0, 0.5, 1 - 2.0**-53]), st.floats(0, 1, exclude_max=True))
+placed = st.tuples(st.integers(6, 30), st.integers(6, 30), shares, shares)
 
 
-sizes = st.tuples(st.integers(6, 30), st.integers(6, 30))
-
-
-@given(
-    generators,
-    st.lists(sizes, min_size=8, max_size=8),
-    st.lists(st.tuples(shares, shares), min_size=8, max_size=8),
-)
+@given(generators, st.lists(placed, min_size=8, max_size=8))
 @settings(max_examples=50)
-def test_painting_is_apply_then_tokenise(g, canvas, shift):
+def test_painting_is_apply_then_tokenise(g, places):
     some = puzzles.tasks(g, 4, hidden=True)
     packed, pairs = data.pack(some), [p for t in some for p in (*t.demos, *t.queries)]
-    pair = torch.randint(0, len(pairs), (8,), generator=g)
-    s = puzzles.symmetry(g, 8)
+    pair, s = torch.randint(0, len(pairs), (8,), generator=g), puzzles.symmetry(g, 8)
+    canvas, shift = torch.tensor([p[:2] for p in places]), [p[2:] for p in places]
     share = torch.tensor(shift, dtype=torch.float64)
-    further = torch.randint(0, 8, (8,), generator=g) if puzzles.integer(g, 0, 1) else None
-    *painted, at, borders = data.paint(packed, pair, s, share, torch.tensor(canvas), 30, further)
-    cells = [h * w for h, w in canvas]
-    for i, (h, w) in enumerate(canvas):
+    painted = data.paint(packed, pair, s, share, canvas, 30)
+    cells = [h * w for h, w, *_ in places]
+    rows = zip(*(x.split(cells) for x in painted), strict=True)
+    for i, (inputs, outputs, at, borders) in enumerate(rows):
+        h, w = places[i][:2]
         grids = [None if x is None else data.apply(one(s, i), x) for x in pairs[pair[i]]]
-        if further is not None and grids[1] is not None:
-            grids[1] = data.apply(data.identity()._replace(dihedral=further[i]), grids[1])
         size = np.max([x.shape for x in grids if x is not None], axis=0)
         room = [int(c - n) for c, n in zip((h, w), size, strict=True)]
         offset = tuple(int(u * (r + 1)) for u, r in zip(shift[i], room, strict=True))
         assert all(0 <= o <= r for o, r in zip(offset, room, strict=True))
-        for tokens, x in zip(painted, grids, strict=True):
+        for tokens, x in zip((inputs, outputs), grids, strict=True):
             want = np.zeros((h, w), np.uint8) if x is None else data.tokenise(x, (h, w), offset)
-            mine = tokens.split(cells)[i]
-            assert np.array_equal(mine.view(h, w).numpy(), want)
-            assert (mine >= data.FIRST_COLOUR).sum() == (0 if x is None else x.size)
-        origin = torch.tensor(
-            [int(u * (30 - c + 1)) for u, c in zip(shift[i], (h, w), strict=True)]
-        )
-        places = torch.stack(
-            torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"), -1
-        ).flatten(0, 1)
-        assert torch.equal(at.split(cells)[i], origin + places) and at.max() < 30
-        ends = torch.tensor(offset) + torch.tensor(grids[0].shape)
-        want = torch.cat(
-            (places - torch.tensor(offset) + 1, ends - places), 1
-        )  # 1 where a cell touches that border from within
-        assert torch.equal(borders.split(cells)[i], want.clamp(0, 30))
+            assert np.array_equal(tokens.view(h, w).numpy(), want)
+        origin = [int(u * (30 - c + 1)) for u, c in zip(shift[i], (h, w), strict=True)]
+        place = torch.cartesian_prod(torch.arange(h), torch.arange(w))
+        assert torch.equal(at, torch.tensor(origin) + place) and at.max() < 30
+        begin, end = place - torch.tensor(offset), torch.tensor(offset) + torch.tensor(size)
+        end = torch.tensor(offset) + torch.tensor(grids[0].shape)
+        want = torch.cat((begin + 1, end - place), 1)  # 1 where a cell touches it from within
+        assert torch.equal(borders, want.clamp(0, 30))
 
 
 @given(generators)
-@settings(max_examples=50)
+@settings(max_examples=30)
 def test_a_batch_paints_each_episode_on_its_canvas(g):
-    packed = data.pack(puzzles.tasks(g, 6))
-    cfg = DataConfig(demo_canvases=(3, 6), canvases=CANVASES, turn_outputs=puzzles.integer(g, 0, 1))
-    made = data.deck(data.queries(packed, "leave_one_out", CANVASES), 8)
-    e = data.draw(packed, made, cfg, 1, torch.arange(8), torch.arange(8))
-    b = data.batch(packed, e, cfg)
-    canvas = dict(zip(made.pair.tolist(), made.canvas.tolist(), strict=True))
-    assert len(b.cells) == 8 and sum(b.cells) == len(b.inputs) == len(b.labels)
-    for slot, (x, y) in enumerate(
-        zip(b.inputs.split(b.cells), b.labels.split(b.cells), strict=True)
-    ):
-        s, at = Symmetry(*(v[slot : slot + 1] for v in e.symmetry)), e.shift[slot : slot + 1, 0]
-        further = None if e.further is None else e.further[slot : slot + 1]
-        h, w = canvas[int(e.query[slot])]
-        square = further is not None and data.SWAP[further]
-        assert e.canvas[slot].tolist() == (
-            [max(h, w)] * 2 if square else [w, h] if data.SWAP[s.dihedral] else [h, w]
-        )
-        want = data.paint(
-            packed, e.query[slot : slot + 1], s, at, e.canvas[slot : slot + 1], further=further
-        )
-        assert torch.equal(x, want[0])
-        assert torch.equal(y, torch.where(want[1] == data.PAD, data.IGNORE, want[1]))
-    d, seen = b.demos, set()
-    assert (
-        list(d.cells) == sorted(d.cells)
-        and sum(d.cells) == len(d.inputs)
-        and d.most == e.demos.shape[1]
-    )
-    rows = zip(
-        d.inputs.split(d.cells),
-        d.outputs.split(d.cells),
-        d.gaps,
-        d.owner.tolist(),
-        d.place.tolist(),
-        strict=True,
-    )
-    for x, y, gap, owner, place in rows:
-        pair = e.demos[owner, place]
-        s, at = (
-            Symmetry(*(v[owner : owner + 1] for v in e.symmetry)),
-            e.shift[owner : owner + 1, 1 + place],
-        )
-        further = None if e.further is None else e.further[owner : owner + 1]
-        sizes = data.turned_size(data.both_sides(s, further), packed.grids[pair[None], :, 1:])
-        size = torch.tensor([[3 if n <= 3 else 6 for n in sizes[0].amax(0)]])
-        assert same((x, y), data.paint(packed, pair[None], s, at, size, further=further)[:2])
-        assert gap or bool(((x != data.PAD) | (y != data.PAD)).all())
-        seen.add((owner, place))
-    assert seen == {tuple(at) for at in torch.nonzero(e.demos >= 0).tolist()}
+    packed, cfg = data.pack(puzzles.tasks(g, 6)), DataConfig()
+    deck = data.deck(data.queries(packed, "leave_one_out", cfg), 8)
+    e = data.draw(packed, deck, cfg, 1, torch.arange(8), torch.arange(8))
+    b = data.batch(packed, e)
+
+    def painted(pair, slot, shift, canvas):
+        s = Symmetry(*(x[slot : slot + 1] for x in e.symmetry))
+        return data.paint(packed, pair[None], s, shift[None], torch.tensor(canvas)[None])
+
+    canvas_of = dict(zip(deck.pair.tolist(), deck.canvas.tolist(), strict=True))
+    parts = [x.split(b.cells) for x in (b.inputs, b.labels, b.at, b.borders)]
+    for slot, (x, y, at, borders) in enumerate(zip(*parts, strict=True)):
+        h, w = canvas_of[int(e.query[slot])]
+        canvas = [w, h] if data.SWAP[e.symmetry.dihedral[slot]] else [h, w]
+        want = painted(e.query[slot], slot, e.shift[slot, 0], canvas)
+        assert same((x, at, borders), (want.inputs, want.at, want.borders))
+        assert torch.equal(y, want.outputs.masked_fill(want.outputs == data.PAD, data.IGNORE))
+    d, places = b.demos, set()
+    assert list(d.cells) == sorted(d.cells) and d.most == e.demos.shape[1]
+    parts = (x.split(d.cells) for x in (d.inputs, d.outputs, d.at, d.borders))
+    for *tokens, gap, slot, number in zip(*parts, d.gaps, d.owner, d.number, strict=True):
+        pair = e.demos[slot, number]
+        size = data.turned_size(e.symmetry.dihedral[slot], packed.grids[pair, :, 1:].amax(0))
+        want = painted(pair, int(slot), e.shift[slot, 1 + number], size.tolist())
+        assert same(tokens, want)
+        assert gap or bool(((tokens[0] != data.PAD) | (tokens[1] != data.PAD)).all())
+        places.add((int(slot), int(number)))
+    assert places == {tuple(at) for at in torch.nonzero(e.demos >= 0).tolist()}
     owner = d.owner.repeat_interleave(torch.tensor(d.cells))
     assert torch.equal(owner[d.by_slot], owner.sort().values)
-    assert list(d.cells_of) == torch.bincount(owner, minlength=8).tolist()
+    assert list(d.slot_cells) == torch.bincount(owner, minlength=8).tolist()
 
 
 # ---------------------------------------------------------------- queries and bands
 
 
-@given(generators, st.sampled_from(RULES), st.sampled_from([(3, 4, 6), (4,), (2, 5), (6,), ()]))
-def test_a_canvas_is_the_smallest_for_demos_and_input(g, rule, canvases):
+@given(generators, st.sampled_from(RULES), st.integers(2, 8), st.sampled_from([0, 0, 4, 7]))
+def test_a_canvas_is_the_smallest_for_demos_and_input(g, rule, max_side, canvas):
+    """Or, of a given side, the only one, for what is no larger than `max_side` and fits it."""
     some = puzzles.tasks(g, 5, hidden=True)
     packed = data.pack(some)
-    asked = data.queries(packed, rule, canvases)
+    asked = data.queries(packed, rule, DataConfig(max_side=max_side, canvas=canvas))
     pairs = [(t, p) for t in range(5) for p in (*some[t].demos, *some[t].queries)]
     expected = []
     for q, (t, (x, y)) in enumerate(pairs):
@@ -222,83 +178,71 @@ def test_a_canvas_is_the_smallest_for_demos_and_input(g, rule, canvases):
         else:
             demos = [p for i, (u, p) in enumerate(pairs) if u == t and i != q and p[1] is not None]
             is_query = y is not None
-        if is_query and demos:
-            size = np.max(
-                [grid.shape for grid in (x, *(grid for p in demos for grid in p))], axis=0
-            )
-            foretold = size.copy()
-            for axis in (0, 1):  # by a ratio that all demos share
-                ratios = {Fraction(b.shape[axis], a.shape[axis]) for a, b in demos}
-                if len(ratios) == 1:
-                    foretold[axis] = max(
-                        size[axis], min(30, round(float(ratios.pop() * x.shape[axis])))
-                    )
-            tried = [
-                [min((c for c in canvases or range(31) if c >= n), default=0) for n in s]
-                for s in (foretold, size)
-            ]
-            canvas = next((c for c in tried if all(c)), [0, 0])
-            fits = y is None or all(n <= c for n, c in zip(y.shape, canvas, strict=True))
-            expected.append((q, t, canvas, canvas[0] > 0 and fits))
-    found = zip(
+        if not is_query or not demos:
+            continue
+        size = np.max([z.shape for z in (x, *(z for p in demos for z in p))], axis=0)
+        foretold = size.copy()
+        for axis in (0, 1):  # by a ratio that all demos share
+            ratios = {Fraction(b.shape[axis], a.shape[axis]) for a, b in demos}
+            if len(ratios) == 1:
+                want = min(30, round(float(ratios.pop() * x.shape[axis])))
+                foretold[axis] = max(size[axis], want)
+        largest = min(max_side, canvas or 30)
+        tried = [s.tolist() for s in (foretold, size) if (s <= largest).all()]
+        best = [canvas, canvas] if tried and canvas else [*tried, [0, 0]][0]
+        fits = y is None or all(n <= c for n, c in zip(y.shape, best, strict=True))
+        expected.append((q, t, best, best[0] > 0 and fits))
+    rows = zip(
         *(v.tolist() for v in (asked.pair, asked.task, asked.canvas, asked.fits)), strict=True
     )
-    assert list(found) == expected
+    assert list(rows) == expected
 
 
 @given(generators, st.sampled_from(RULES))
 def test_a_canvas_knows_nothing_of_the_output(g, rule):
-    some = puzzles.tasks(g, 4)
-    before = data.queries(data.pack(some), rule, CANVASES)
+    some, cfg = puzzles.tasks(g, 4), DataConfig(max_side=6)
+    packed = data.pack(some)
+    before = data.queries(packed, rule, cfg)
     which = puzzles.integer(g, 0, len(before.pair) - 1)
     t = int(before.task[which])
-    place = int(before.pair[which] - data.pack(some).first[t])
+    number, n = int(before.pair[which] - packed.first[t]), len(some[t].demos)
     pairs = [*some[t].demos, *some[t].queries]
-    others = [puzzles.grid(g, 1, 2), puzzles.grid(g, 1, 30)] + [None] * (rule == "test")
-    for output in others:
-        changed = [*pairs[:place], (pairs[place][0], output), *pairs[place + 1 :]]
-        n = len(some[t].demos)
-        after = data.queries(
-            data.pack([*some[:t], Task("t", changed[:n], changed[n:]), *some[t + 1 :]]),
-            rule,
-            CANVASES,
-        )
+    for output in [puzzles.grid(g, 1, 2), puzzles.grid(g, 1, 30)] + [None] * (rule == "test"):
+        changed = [*pairs[:number], (pairs[number][0], output), *pairs[number + 1 :]]
+        task = Task("t", changed[:n], changed[n:])
+        after = data.queries(data.pack([*some[:t], task, *some[t + 1 :]]), rule, cfg)
         assert torch.equal(after.pair, before.pair)
-        assert torch.equal(after.canvas[which], before.canvas[which])
+        canvas = after.canvas[which]
+        assert torch.equal(canvas, before.canvas[which])
         size = [0, 0] if output is None else output.shape
-        fits = all(n <= int(c) for n, c in zip(size, after.canvas[which], strict=True))
-        assert bool(after.fits[which]) == (bool(after.canvas[which].all()) and fits)
+        fits = all(n <= int(c) for n, c in zip(size, canvas, strict=True))
+        assert bool(after.fits[which]) == (bool(canvas.all()) and fits)
 
 
 @given(generators, st.sampled_from(RULES), st.integers(1, 64))
 def test_every_task_has_the_same_share_of_a_batch(g, rule, slots):
-    """Bands: a slot draws from its own part of the deck, from small to large; together they are the whole deck."""
+    """A slot draws from its own part of the deck, from small to large; together they are all."""
     packed = data.pack([*puzzles.tasks(g, 7, high=4), puzzles.task(g, high=3)])
-    asked = data.queries(packed, rule, CANVASES[:2])  # 3 and 4: some outputs do not fit
-    made = data.deck(asked, slots)
-    assert torch.equal(made.pair.sort().values, asked.pair[asked.fits]) and made.cdf[-1] == 1
-    cells = made.canvas.prod(1)
+    asked = data.queries(packed, rule, DataConfig(max_side=4))  # some outputs do not fit
+    deck = data.deck(asked, slots)
+    assert torch.equal(deck.pair.sort().values, asked.pair[asked.fits]) and deck.cdf[-1] == 1
+    cells, weight = deck.canvas.prod(1), torch.diff(deck.cdf, prepend=torch.zeros(1))
     assert torch.equal(cells, cells.sort().values)
-    share = torch.zeros(8, dtype=torch.float64).scatter_add_(
-        0, packed.task_of[made.pair], torch.diff(made.cdf, prepend=torch.zeros(1))
-    )
-    there = asked.task[asked.fits].unique()
-    torch.testing.assert_close(share[there], torch.full_like(share[there], 1 / len(there)))
+    share = torch.zeros(8, dtype=torch.float64).index_add_(0, packed.task_of[deck.pair], weight)
+    tasks = asked.task[asked.fits].unique()
+    torch.testing.assert_close(share[tasks], torch.full_like(share[tasks], 1 / len(tasks)))
     u = torch.tensor([0.0, 0.5, 1 - 2.0**-53], dtype=torch.float64)
-    rows = data.dealt(made, u, torch.arange(slots)[:, None])
+    rows = data.dealt(deck, u, torch.arange(slots)[:, None])
     assert torch.equal(rows.flatten(), rows.flatten().sort().values)
-    last = torch.searchsorted(made.cdf, (torch.arange(slots) + 1.0) / slots - 1e-12, right=True)
-    assert (
-        (rows[:, -1] <= last.clamp(max=len(cells) - 1) + 1).all()
-        and rows[0, 0] == 0
-        and rows[-1, -1] == len(cells) - 1
-    )
+    last = torch.searchsorted(deck.cdf, (torch.arange(slots) + 1.0) / slots - 1e-12, right=True)
+    assert (rows[:, -1] <= last.clamp(max=len(cells) - 1) + 1).all()
+    assert rows[0, 0] == 0 and rows[-1, -1] == len(cells) - 1
 
 
 def test_a_deck_without_a_query_is_refused():
-    g = torch.Generator().manual_seed(0)
+    packed = data.pack([puzzles.task(torch.Generator().manual_seed(0), low=5)])
     with pytest.raises(UserError, match="no query to train on"):
-        data.deck(data.queries(data.pack([puzzles.task(g, low=5)]), "test", (3,)), 3)
+        data.deck(data.queries(packed, "test", DataConfig(max_side=3)), 3)
 
 
 def chi_square(counts, expected):
@@ -308,17 +252,14 @@ def chi_square(counts, expected):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_queries_are_drawn_task_by_task(rule):
-    g = torch.Generator().manual_seed(3)
-    packed = data.pack(puzzles.tasks(g, 6))
-    made = data.deck(data.queries(packed, rule, (6,)), 3)
-    n = torch.arange(6000)
-    query = data.draw(packed, made, DataConfig(query=rule), 5, n % 3, n // 3).query
-    assert (
-        chi_square(torch.bincount(packed.task_of[query], minlength=6), torch.full((6,), 1000)) < 25
-    )  # 5 degrees
-    asked = torch.bincount(query, minlength=len(packed.task_of))[made.pair]
-    each = torch.diff(made.cdf, prepend=torch.zeros(1)) * 6000
-    assert chi_square(asked, each) < 3 * len(asked) + 15
+    packed, cfg = data.pack(puzzles.tasks(torch.Generator().manual_seed(3), 6)), DataConfig()
+    deck, n = data.deck(data.queries(packed, rule, cfg), 3), torch.arange(6000)
+    query = data.draw(packed, deck, DataConfig(query=rule), 5, n % 3, n // 3).query
+    tasks = torch.bincount(packed.task_of[query], minlength=6)
+    assert chi_square(tasks, torch.full((6,), 1000)) < 25  # 5 degrees of freedom
+    counts = torch.bincount(query, minlength=len(packed.task_of))[deck.pair]
+    each = torch.diff(deck.cdf, prepend=torch.zeros(1)) * 6000
+    assert chi_square(counts, each) < 3 * len(counts) + 15
 
 
 # ---------------------------------------------------------------- randomness
@@ -333,9 +274,9 @@ def test_a_lane_ignores_how_many_there_are(seed, n, few, many):
     assert u.dtype == torch.float64 and (u >= 0).all() and (u < 1).all()
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2, 12345])
+@pytest.mark.parametrize("seed", [0, 12345])
 def test_uniform_is_uniform(seed):
-    """Each counter, each lane and neighbouring pairs fill their bins evenly: 15 or 63 degrees of freedom."""
+    """Each counter, each lane and neighbouring pairs fill their bins evenly: 15 or 63 degrees."""
     line = torch.arange(8192)
     for u in (
         data.uniform(1, seed, 0, line, 0)[:, 0],
@@ -343,9 +284,8 @@ def test_uniform_is_uniform(seed):
         data.uniform(1, line, 0, 0, 0)[:, 0],
         data.uniform(8192, seed, 0, 0, 0),
     ):
-        assert (
-            chi_square(torch.bincount((u * 16).long(), minlength=16), torch.full((16,), 512)) < 50
-        )
+        counts = torch.bincount((u * 16).long(), minlength=16)
+        assert chi_square(counts, torch.full((16,), 512)) < 50
         both = (u[:-1] * 8).long() * 8 + (u[1:] * 8).long()
         assert chi_square(torch.bincount(both, minlength=64), torch.full((64,), 8191 / 64)) < 120
 
@@ -356,137 +296,72 @@ def test_uniform_is_uniform(seed):
 def drawn(g, rule, **options):
     """Tasks and six episodes of a batch of 36."""
     some = [*puzzles.tasks(g, 5, hidden=True), puzzles.task(g, "known")]
-    packed, cfg = data.pack(some), DataConfig(query=rule, canvases=CANVASES, **options)
-    asked = data.queries(packed, rule, (6,))
-    deck = data.deck(asked, 36)
-    slot, n = torch.arange(6) * 7, torch.randint(0, 10**9, (6,), generator=g)
-    return some, packed, deck, cfg, slot, n
+    packed, cfg = data.pack(some), DataConfig(query=rule, **options)
+    deck = data.deck(data.queries(packed, rule, cfg), 36)
+    return some, packed, deck, cfg, torch.arange(6) * 7, torch.randint(0, 10**9, (6,), generator=g)
 
 
 @given(generators, st.sampled_from(RULES), st.integers(1, 6))
 def test_an_episode_never_shows_its_query(g, rule, most):
-    """Its demos are other pairs of the task, known, none twice, and all of them where `max_demos` allows."""
+    """Its demos are other known pairs of the task, none twice, all where `max_demos` allows."""
     some, packed, deck, cfg, slot, n = drawn(g, rule, max_demos=most)
     e = data.draw(packed, deck, cfg, 11, slot, n)
     for query, row in zip(e.query.tolist(), e.demos.tolist(), strict=True):
-        shown = [d for d in row if d >= 0]
-        task = int(packed.task_of[query])
+        shown, task = [d for d in row if d >= 0], int(packed.task_of[query])
         assert query in deck.pair.tolist()
         assert row[: len(shown)] == shown and len(set(shown)) == len(shown)
         first, t = int(packed.first[task]), some[task]
-        pairs = [*t.demos, *t.queries]
-        allowed = (
-            range(len(t.demos))
-            if rule == "test"
-            else [i for i, p in enumerate(pairs) if p[1] is not None]
-        )
-        allowed = {first + i for i in allowed} - {query}
+        pairs = t.demos if rule == "test" else [*t.demos, *t.queries]
+        allowed = {first + i for i, p in enumerate(pairs) if p[1] is not None} - {query}
         assert set(shown) <= allowed and len(shown) == min(most, len(allowed))
 
 
-@given(generators, st.sampled_from(RULES), st.integers(1, 4), st.integers(1, 4))
-def test_demo_subsets_have_the_size_asked_for(g, rule, least, most):
-    least, most = sorted((least, most))
-    _, packed, deck, cfg, slot, n = drawn(g, rule, max_demos=most, min_demos=least)
-    e = data.draw(packed, deck, cfg, 2, slot, n)
-    there = (data.candidates(packed, e.query, rule) >= 0).sum(-1).clamp(max=most)
-    shown = (e.demos >= 0).sum(-1)
-    assert (shown <= there).all() and (shown >= there.clamp(max=least)).all()
-
-
-def test_every_size_order_and_demo_occurs():
+def test_every_order_of_demos_occurs():
     possible = torch.tensor([[10, 11, 12, -1]]).expand(600, 4)
-    u = data.uniform(5, 1, torch.arange(600))
-    subsets = {
-        tuple(d for d in row if d >= 0) for row in data.choose_demos(possible, u, 10, 1).tolist()
-    }
-    assert len(subsets) == 3 + 6 + 6  # ordered choices of one, two and three of three
-    assert len({tuple(row) for row in data.choose_demos(possible, u, 2).tolist()}) == 6
+    u = data.uniform(4, 1, torch.arange(600))
+    for k, orders in ((10, 6), (2, 6), (1, 3)):
+        demos = data.choose_demos(possible, u, k)
+        assert len({tuple(row) for row in demos.tolist()}) == orders
 
 
 @given(generators, st.sampled_from(RULES))
 def test_episodes_are_a_pure_function_of_seed_slot_and_n(g, rule):
     """Whoever asks, and with whomever: the slots of two ranks are the rows of the whole."""
-    _, packed, deck, cfg, slot, n = drawn(g, rule, min_demos=1)
+    _, packed, deck, cfg, slot, n = drawn(g, rule)
     whole = data.draw(packed, deck, cfg, 3, slot, n)
-    order = torch.randperm(6, generator=g)
-    cut = puzzles.integer(g, 1, 5)
+    order, cut = torch.randperm(6, generator=g), puzzles.integer(g, 1, 5)
     for part in (order[:cut], order[cut:]):
         e = data.draw(packed, deck, cfg, 3, slot[part], n[part])
         k = e.demos.shape[1]
         assert same((e.query, *e.symmetry), (whole.query[part], *(v[part] for v in whole.symmetry)))
         assert torch.equal(e.demos, whole.demos[part, :k]) and (whole.demos[part, k:] == -1).all()
         assert torch.equal(e.shift, whole.shift[part, : 1 + k])
-    for other in (
-        data.draw(packed, deck, cfg, 4, slot, n),
-        data.draw(packed, deck, cfg, 3, slot + 1, n),
-    ):
-        assert not torch.equal(other.shift[:, 0], whole.shift[:, 0])
+    for seed, other in ((4, slot), (3, slot + 1)):
+        shift = data.draw(packed, deck, cfg, seed, other, n).shift
+        assert not torch.equal(shift[:, 0], whole.shift[:, 0])
+    still = DataConfig(query=rule, translate=False)
+    assert not data.draw(packed, deck, still, 0, slot, n).shift.any()
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_one_demo_and_one_query_are_enough(rule):
-    g = torch.Generator().manual_seed(0)
+    g, cfg, slots = torch.Generator().manual_seed(0), DataConfig(query=rule), torch.arange(20)
     packed = data.pack([Task("t", [puzzles.pair(g)], [puzzles.pair(g)])])
-    made = data.deck(data.queries(packed, rule, (6,)), 20)
-    e = data.draw(
-        packed,
-        made,
-        DataConfig(query=rule),
-        0,
-        torch.arange(20),
-        torch.zeros(20, dtype=torch.int64),
-    )
+    deck = data.deck(data.queries(packed, rule, cfg), 20)
+    e = data.draw(packed, deck, cfg, 0, slots, slots * 0)
     assert set(e.query.tolist()) == ({0, 1} if rule == "leave_one_out" else {1})
-    assert [[d for d in row if d >= 0] for row in e.demos.tolist()] == (
-        1 - e.query[:, None]
-    ).tolist()
-    assert len(data.batch(packed, e, DataConfig()).demos.owner) == 20
+    shown = [[d for d in row if d >= 0] for row in e.demos.tolist()]
+    assert shown == (1 - e.query[:, None]).tolist()
+    assert len(data.batch(packed, e).demos.owner) == 20
 
 
 @given(generators)
-@settings(max_examples=20)
-def test_outputs_alone_are_turned_further_and_all_of_an_episode_alike(g):
-    some, packed, deck, cfg, _, _ = drawn(g, "leave_one_out", translate=False)
-    pairs = [p for t in some for p in (*t.demos, *t.queries)]
-    slot, n = torch.arange(6).repeat(100), torch.arange(100).repeat_interleave(6)
-    plain, e = (
-        data.draw(packed, deck, msgspec.structs.replace(cfg, turn_outputs=x), 0, slot, n)
-        for x in (0.0, 0.5)
-    )
-    assert plain.further is None and 0.3 < float((e.further > 0).double().mean()) < 0.6  # 7 of 16
-    assert same(
-        (plain.query, plain.demos, plain.shift, *plain.symmetry),
-        (e.query, e.demos, e.shift, *e.symmetry),
-    )
-    first = data.Episodes(
-        *(
-            data.Symmetry(*(y[:8] for y in x))
-            if isinstance(x, tuple)
-            else x
-            if x is None
-            else x[:8]
-            for x in e
-        )
-    )
-    b = data.batch(packed, first, cfg)
-    for i, (x, y) in enumerate(
-        zip(b.demos.inputs.split(b.demos.cells), b.demos.outputs.split(b.demos.cells), strict=True)
-    ):
-        owner = int(b.demos.owner[i])
-        x_in, x_out = pairs[int(first.demos[owner, b.demos.place[i]])]
-        s = Symmetry(first.symmetry.dihedral[owner], first.symmetry.colours[owner])
-        want = (
-            data.apply(s, x_in),
-            data.apply(
-                data.identity()._replace(dihedral=first.further[owner]), data.apply(s, x_out)
-            ),
-        )
-        canvas = tuple(np.max([grid.shape for grid in want], axis=0))
-        for tokens, grid in zip((x, y), want, strict=True):
-            assert np.array_equal(tokens.view(*canvas).numpy(), data.tokenise(grid, canvas))
-
-
-def test_without_translation_grids_lie_at_the_corner():
-    _, packed, deck, cfg, slot, n = drawn(torch.Generator().manual_seed(0), "test", translate=False)
-    assert not data.draw(packed, deck, cfg, 0, slot, n).shift.any()
+def test_donors_are_other_tasks_that_have_a_canvas(g):
+    asked = data.queries(data.pack(puzzles.tasks(g, 5)), "test", DataConfig(max_side=5))
+    if len(asked.task[asked.canvas[:, 0] > 0].unique()) < 2:
+        with pytest.raises(UserError, match="two tasks that fit a canvas"):
+            data.donors(asked, 3)
+        return
+    rows = data.donors(asked, 3)
+    assert (asked.task[rows] != asked.task).all() and (asked.canvas[rows] > 0).all()
+    assert torch.equal(rows, data.donors(asked, 3))

@@ -86,7 +86,7 @@ def test_core(golden):
     batch = batch_of(t["batch.inputs"], t["batch.labels"])
     layout = etrm.layout_of(cfg, batch.cells, context.device)
     close(
-        etrm.place(p, cfg, etrm.Context(context), batch, layout)[0],
+        etrm.embed_input(p, cfg, etrm.Context(context), batch, layout)[0],
         t["input_embeddings"].flatten(0, 1),
     )
     carry = fresh_carry(cfg, batch.cells, torch.float32)

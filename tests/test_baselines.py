@@ -260,7 +260,7 @@ def naive(p, cfg, grid, reset):
     """One grid by itself, all calls of the net one after the other, as described, until it is surer than 0.9."""
     x = torch.where(grid >= 2, grid - 2, 10).flatten()
     at = torch.cartesian_prod(torch.arange(grid.shape[0]), torch.arange(grid.shape[1]))
-    turn = etrm.turn_of(at + 1, cfg.heads, cfg.hidden // cfg.heads, p.embed.dtype)
+    turn = etrm.rotary_of(at + 1, cfg.heads, cfg.hidden // cfg.heads, p.embed.dtype)
 
     def net(s):
         for b in p.blocks:
