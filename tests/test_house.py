@@ -9,7 +9,8 @@ import pytest
 from etrm_arc import solve, sources
 
 ROOT = Path(__file__).parent.parent
-HOUSE = "config data sources etrm baselines encoders optim checkpoint train score solve show cli".split()
+HOUSE = ["config", "data", "sources", "etrm", "baselines", "encoders", "optim", "checkpoint"]
+HOUSE += ["train", "score", "solve", "show", "cli"]
 EXTRAS = sorted(path.stem for path in (ROOT / "extras").glob("*.py") if path.stem != "__init__")
 
 
