@@ -11,7 +11,6 @@ import io
 import itertools
 import json
 import math
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
@@ -342,20 +341,7 @@ def failure_marks(run: Run) -> list[dict[str, Any]]:
     return spans
 
 
-PANELS = (  # title, pattern of the keys of metrics.jsonl, logarithmic
-    ("loss", "all/lm_loss|.*/(own|foreign)/loss", False),
-    ("cell accuracy", "all/cell_accuracy|.*/(own|foreign)/cell_accuracy", False),
-    ("exact match", "all/exact|.*/(own|foreign)/exact", False),
-    ("halting: ACT steps", "halted/steps", False),
-    ("halting head: right, loss, explored", "all/(q_right|q_loss|explored)", False),
-    ("samples/s", "samples_per_s", False),
-    ("gradient norms", "grad_norm|(encoder|core)/grad_norm", True),
-    ("encoder / core gradient", "encoder/grad_ratio", True),
-    ("context variance: across tasks, within", "encoder/context_var_.*", True),
-    ("context mean and std", "encoder/context_(mean|std)", False),
-    ("KL (nats)", "all/kl", True),
-    ("learning rate", "lr", False),
-)
+SILENT = {"step", "samples", "seconds", "n", "count"}  # keys that are no curve
 POINTS = 600  # of a curve; beyond that, means of neighbouring rows
 
 
@@ -369,11 +355,19 @@ def curve(rows: Sequence[Row], key: str) -> dict[str, Any]:
 
 
 def curves(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The panels that have anything to show."""
-    keys = list(dict.fromkeys(k for r in rows for k in r))
-    series = [[curve(rows, k) for k in keys if re.fullmatch(p, k)] for _, p, _ in PANELS]
-    panels = zip(PANELS, series, strict=True)
-    return [{"title": title, "log": log, "series": s} for (title, _, log), s in panels if s]
+    """A panel for each measure: all/lm_loss is drawn with dev/ema/own/loss."""
+    panels: dict[str, list[dict[str, Any]]] = {}
+    for key in dict.fromkeys(k for r in rows for k in r):
+        measure = key.rpartition("/")[2].removeprefix("lm_")
+        measure = f"gap: {measure}" if key.startswith("gap/") else measure
+        if measure not in SILENT:
+            panels.setdefault(measure, []).append(curve(rows, key))
+    shown = []
+    for title, series in panels.items():
+        values = [y for s in series for y in s["y"] if math.isfinite(y)]
+        log = bool(values) and 0 < 100 * min(values) < max(values)
+        shown.append({"title": title, "log": log, "series": series})
+    return shown
 
 
 # ---------------------------------------------------------------- the report
@@ -557,16 +551,17 @@ def csv_of(table: Sequence[dict[str, Any]]) -> str:
 
 def plotted(runs: Sequence[Run]) -> Any:
     """A figure: the curves of several runs overlaid, a colour for each run."""
-    drawn = [{panel["title"]: panel["series"] for panel in curves(run.rows)} for run in runs]
-    titles = [(title, log) for title, _, log in PANELS if any(title in d for d in drawn)]
-    rows = math.ceil(len(titles) / 3) or 1
-    figure = new_figure(15, 3.2 * rows)
-    for i, (title, log) in enumerate(titles, 1):
-        axis = figure.add_subplot(rows, 3, i, title=title, yscale="log" if log else "linear")
-        for number, run in enumerate(runs):
-            styles = itertools.cycle(("-", "--", ":", "-."))
-            for s, style in zip(drawn[number].get(title, []), styles, strict=False):
-                look = {"color": f"C{number}", "label": f"{run.folder}: {s['name']}", "lw": 1}
-                axis.plot(s["x"], s["y"], style, marker=".", ms=2, **look)
+    panels: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+    for number, run in enumerate(runs):
+        for panel in curves(run.rows):
+            panels.setdefault(panel["title"], []).extend((number, s) for s in panel["series"])
+    figure = new_figure(15, 3.2 * (math.ceil(len(panels) / 3) or 1))
+    for i, (title, series) in enumerate(panels.items(), 1):
+        axis = figure.add_subplot(math.ceil(len(panels) / 3), 3, i, title=title)
+        names = list(dict.fromkeys(s["name"] for _, s in series))
+        for number, s in series:
+            style = ("-", "--", ":", "-.")[names.index(s["name"]) % 4]
+            label = f"{runs[number].folder}: {s['name']}"
+            axis.plot(s["x"], s["y"], style, marker=".", ms=2, color=f"C{number}", label=label)
         axis.legend(fontsize=5)
     return figure
