@@ -197,8 +197,9 @@ def joined(tasks: Sequence[Task], predictions: Iterable[Prediction]) -> list[Pre
         for i, (x, _) in enumerate(task.queries):
             parts = list(groups.get((key, i), ()))
             for p in groups.get((task.name, i), ()):
-                copies = len(p.votes) == 1 and np.array_equal(p.votes[0].grid, x)
-                parts += [] if copies else [p]
+                only = p.votes[0].grid if len(p.votes) == 1 else None
+                if only is None or not np.array_equal(only, x):
+                    parts.append(p)
             joint.append(union(Prediction(task.name, i, key, []), parts))
     return joint
 
@@ -447,11 +448,11 @@ def read_submission(path: Path) -> list[Prediction]:
             where = f"{path}: task {name}, query {i}"
             if not isinstance(both, dict) or set(both) != set(ATTEMPTS):
                 raise UserError(f"{where}: needs exactly attempt_1 and attempt_2")
-            grids = [sources.check_grid(both[key], f"{where}, {key}") for key in ATTEMPTS]
-            votes = [Vote(grid, view=n, source=str(path)) for n, grid in enumerate(grids)]
-            if np.array_equal(*grids):
-                votes = [] if np.array_equal(grids[0], PLACEHOLDER) else votes[:1]
-            canvas = tokenise(grids[0], (MAX_SIDE, MAX_SIDE)) if votes else None
+            first, second = (sources.check_grid(both[k], f"{where}, {k}") for k in ATTEMPTS)
+            votes = [Vote(x, view=n, source=str(path)) for n, x in enumerate((first, second))]
+            if np.array_equal(first, second):
+                votes = [] if np.array_equal(first, PLACEHOLDER) else votes[:1]
+            canvas = tokenise(first, (MAX_SIDE, MAX_SIDE)) if votes else None
             predictions.append(Prediction(name, i, "", votes, canvas, source=str(path)))
     return predictions
 
