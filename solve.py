@@ -403,13 +403,15 @@ def answer(
         key, queries = score.task_hash(t), range(len(t.queries))
         if any((key, i, v) not in done for i in queries for v in views):
             todo.append(t)
+    if not todo or time.monotonic() > deadline:
+        return
     if isinstance(solver, HandMade):
         for part in solver.predict(todo, views):
             yield part
             if time.monotonic() > deadline:
                 return
     elif solver.cfg.solve.adapt != "full":
-        yield from predictions(solver, todo, views, done, deadline) if todo else ()
+        yield from predictions(solver, todo, views, done, deadline)
     else:
         cells = [max(x.size for x in grids_of(t)) for t in todo]
         for n, task in enumerate(todo):

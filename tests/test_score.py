@@ -286,19 +286,6 @@ def test_a_placeholder_outvotes_no_answer(tmp_path, stand_in):
     assert score.score([task], joint)["pass@1"] == 1 and len(joint[0].votes) == 1
 
 
-def test_a_submission_is_scored_as_kaggle_and_as_published(tmp_path):
-    file = tmp_path / "submission.json"
-    right = {"attempt_1": ONE.tolist(), "attempt_2": TWO.tolist()}
-    late = {"attempt_1": TWO.tolist(), "attempt_2": ONE.tolist()}
-    wrong = {"attempt_1": [[3]], "attempt_2": [[4]]}
-    file.write_text(json.dumps({"a": [right, late], "b": [wrong]}))
-    tasks = [SINGLE._replace(name="a", queries=[(ONE, ONE)] * 2), SINGLE._replace(name="b")]
-    scores = score.score(tasks, score.joined(tasks, score.read(file)))
-    assert (scores["pass@1"], scores["pass@2"]) == (0.25, 0.5)
-    outputs = scores["per_output/pass@1"], scores["per_output/pass@2"]
-    assert outputs == pytest.approx((1 / 3, 2 / 3))
-
-
 @pytest.mark.parametrize(
     ("raw", "phrase"),
     [

@@ -121,15 +121,6 @@ def test_evaluation_agrees_with_what_training_watches(run):
     assert probed["cell_accuracy"] > 0 and scores["exact_match"] == probed["exact"]
 
 
-def test_symmetries_of_views_are_a_function_of_the_task_alone(run):
-    cfg, task = solve.opened(run).cfg.data, tasks_of_all()[1]
-    views = [score.view(task, 0, k, cfg) for k in range(20)]
-    assert len({(int(s.dihedral), tuple(s.colours.tolist())) for s, _ in views}) > 10
-    assert int(views[0][0].dihedral) == 0
-    spoilt = task._replace(name="x", queries=[(x, 9 - y) for x, y in task.queries])
-    assert all(torch.equal(score.view(spoilt, 0, k, cfg)[1], u) for k, (_, u) in enumerate(views))
-
-
 @pytest.mark.parametrize("fixed", [False, True])
 def test_act_steps_of_an_answer_are_a_choice_of_their_own(run, fixed):
     """In every regime; more than in training, too. Their mean is reported."""
@@ -290,11 +281,6 @@ def test_a_tiny_pair_in_common_is_chance_and_all_demos_are_not(side):
     assert score.held_out(digests[:0], [task])
 
 
-def test_the_second_evaluation_set_is_without_what_it_shares_with_the_first():
-    tasks = score.load_by_source(["arc1:evaluation", "arc2:evaluation"])
-    assert [len(ts) for ts in tasks.values()] == [400, 114]
-
-
 def test_predictions_lie_in_the_run_folder_and_nowhere_else_of_the_products(run, tmp_path):
     for name, place in ((run, run), (copy_of(run, "loose.safetensors"), Path("runs/loose"))):
         result = solve.evaluate([name], ALL)
@@ -307,34 +293,26 @@ def test_predictions_lie_in_the_run_folder_and_nowhere_else_of_the_products(run,
     (run / "predictions.jsonl").unlink()
 
 
-@pytest.mark.parametrize("kind", ["link", "pipe", "nowhere"])
-def test_an_output_replaces_nothing_but_a_regular_file(run, tmp_path, monkeypatch, kind):
+def test_an_output_replaces_nothing_but_a_regular_file(run, tmp_path):
     evaluate(run)
-    output, target = tmp_path / "out" / "sub.json", tmp_path / "target.json"
-    output.parent.mkdir()
-    if kind == "link":
-        target.write_text("old")
-        output.symlink_to(target)
-    elif kind == "pipe":
-        os.mkfifo(output)
-        read: list[str] = []
-        reader = threading.Thread(target=lambda: read.extend(output.read_text() for _ in "ab"))
-        reader.daemon = True
-        reader.start()
-    else:
-        output = tmp_path / "nowhere" / "sub.json"
-        monkeypatch.setattr(etrm, "think", None)  # found before anything is asked
-        with pytest.raises(UserError, match="nowhere/sub.json"):
-            evaluate(run, "new.jsonl", submit=str(output))
-        return
-    evaluate(run, submit=str(output))
-    assert output.is_symlink() if kind == "link" else output.is_fifo()
-    if kind == "link":
-        assert json.loads(target.read_text()).keys() == {t.name for t in tasks_of_all()}
+    link, target, pipe = tmp_path / "link", tmp_path / "target.json", tmp_path / "pipe"
+    target.write_text("old")
+    link.symlink_to(target)
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: [pipe.read_text() for _ in "ab"], daemon=True)
+    reader.start()
+    for output in (link, pipe):
+        evaluate(run, submit=str(output))
+    assert link.is_symlink() and pipe.is_fifo()
+    assert json.loads(target.read_text()).keys() == {t.name for t in tasks_of_all()}
 
 
-@pytest.mark.parametrize("case", ["grid", "solutions", "query", "weights"])
-def test_what_cannot_be_scored_is_found_before_a_view_is_asked(run, tmp_path, monkeypatch, case):
+CASES = {"grid": "list of rows", "solutions": "no solution", "query": "no query"}
+CASES |= {"weights": "NaN", "output": "cannot be written"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_cannot_end_well_is_found_before_a_view_is_asked(run, tmp_path, monkeypatch, case):
     monkeypatch.setattr(etrm, "think", None)
     name, folder = run, tmp_path / "tasks"
     written(folder, tasks_of_all(), lambda y: [[1], [2, 3]] if case == "grid" else y)
@@ -348,9 +326,8 @@ def test_what_cannot_be_scored_is_found_before_a_view_is_asked(run, tmp_path, mo
         (tmp_path / "x_solutions.json").write_text(json.dumps({"flip": [[[1]]]}))
     if case == "weights":
         name = copy_of(run, "nan.safetensors", lambda x: x * float("nan"))
-    phrase = {"grid": "list of rows", "solutions": "no solution", "query": "no query", "weights": "NaN"}
-    with pytest.raises(UserError, match=phrase[case]):
-        evaluate(name, sources=[str(folder)])
+    with pytest.raises(UserError, match=CASES[case]):
+        evaluate(name, sources=[str(folder)], submit="no/s.json" if case == "output" else "")
     assert not Path("p.jsonl").exists()
 
 
@@ -365,6 +342,8 @@ def test_a_task_of_an_earlier_source_is_left_out_and_another_of_its_id_is_not(ru
     tasks = score.load_by_source(chosen, hide=True)
     assert [t.name for t in tasks[chosen[1]]] == ["flip#2", "new"]
     assert [len(ts) for ts in score.load_by_source(chosen, 7).values()] == [6, 1]
+    both = score.load_by_source(["arc1:evaluation", "arc2:evaluation"])
+    assert [len(ts) for ts in both.values()] == [400, 114]
 
 
 def test_tasks_without_solutions_are_predicted_and_take_no_score_from_others(run, tmp_path):
