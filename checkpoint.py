@@ -672,7 +672,9 @@ def meaning(cfg: ModelConfig) -> dict[str, Any]:
 def source_of(path: str | Path, cfg: ModelConfig, like: dict[str, Tensor]) -> Source:
     """A checkpoint of ours (.safetensors, a run folder, a shipped one; its average) or a published one (any other file)."""
     file = find(path)
-    if file.suffix == ".safetensors" or not file.is_file():
+    if not file.exists():
+        raise UserError(f"init_from.path: {path}: no such checkpoint; an empty path: from scratch")
+    if file.suffix == ".safetensors":
         c = load(file)
         tensors, finding = leaves(c.ema), msgspec.convert(c.meta["finding"], Finding)
         demos = f"{file.name}: trained on DEMOS of held-out tasks" if finding.admitted else ""
