@@ -183,9 +183,9 @@ def progress(total: int, warning: str) -> Iterator[Callable[[dict[str, Any]], No
     def say(row: dict[str, Any]) -> None:
         if live and "all/lm_loss" in row:
             return live.update(training_line(row, total))
-        line = f"skipped {row['skipped']}" if "skipped" in row else ""
-        line = line or ("all/lm_loss" in row and training_line(row, total)) or ""
-        console.print(printable(line or evaluation_line(row, warning)), soft_wrap=True)
+        line = f"skipped {row['skipped']}" if "skipped" in row else evaluation_line(row, warning)
+        line = training_line(row, total) if "all/lm_loss" in row else line
+        console.print(printable(line), soft_wrap=True)
 
     with live or contextlib.nullcontext():
         yield say
@@ -297,9 +297,10 @@ def scores(result: dict[str, Any]) -> list[str]:
         lines.append(f"{name}: {percents(result, [f'{name}/pass@1', f'{name}/pass@2'], n)}")
     views = percents(result, ("exact_match", "cell_accuracy", "shape_accuracy"), queries)
     lines += [f"some vote right: {percents(result, ['oracle'], queries)}", f"one view: {views}"]
-    groups = result["by_side"].items()
-    by_side = (f"{side} {percents(row, ['pass@2'], row['n_tasks'])}" for side, row in groups)
-    lines.append(f"by largest side: {'; '.join(by_side)}")
+    for kind in ("by_side", "by_source", "by_solver"):
+        for name, row in result.get(kind, {}).items():
+            keys = [key for key in ("pass@1", "pass@2") if key in row]
+            lines.append(f"{kind} {name}: {percents(row, keys, row['n_tasks'])}")
     if "held_out_evaluation" in result:
         count = result["held_out_evaluation"]
         number = "not counted (state folder not writable)" if count is None else f"number {count}"
@@ -357,22 +358,19 @@ def eval_command(
         say=share_done("views"),
     )
     names = ", ".join(result["data"])
-    facts = f"{result['views']} views, {result['adaptation']}"
-    facts += f", {result['act_steps']:.1f} ACT steps a view" * bool(result["act_steps"])
-    facts += f", {result['seconds_per_task']:.3g} s a task; {result['votes']} votes in "
-    facts += result["predictions"]
-    if "pass@2" not in result:
-        echo(f"{names}: no output is known, so nothing is scored; {facts}")
-    else:
-        held_out = "hand-made, no weights"
-        if "held_out" in result:
-            shared = "NOT held out: shares pairs with the training data"
-            held_out = "held out" if result["held_out"] else shared
+    facts = f"{result['views']} views, {result['adaptation']}, {result['votes']} votes"
+    if result["act_steps"]:  # not where all solvers are made by hand
+        facts += f", {result['act_steps']:.1f} ACT steps a view"
+    facts += f", {result['seconds_per_task']:.3g} s a task; in {result['predictions']}"
+    held_out = "hand-made, no weights"
+    if "held_out" in result:
+        shared = "NOT held out: shares pairs with the training data"
+        held_out = "held out" if result["held_out"] else shared
+    if "pass@2" in result:
         guard = f"; guard: {result['guard']}" if result["guard"] else ""
         echo(f"{names}: {held_out}; {facts}{guard}", *scores(result))
-        parts = [*result.get("by_source", {}).items(), *result.get("by_solver", {}).items()]
-        for part, row in parts:
-            echo(f"{part}: {percents(row, ['pass@1', 'pass@2'], row['n_tasks'])}")
+    else:
+        echo(f"{names}: no output is known, so nothing is scored; {facts}")
     if result["too_large"]:
         echo(f"{result['too_large']} queries need a canvas larger than any trained on: no answer")
     if left := result["unanswered"] - result["too_large"]:
@@ -460,12 +458,8 @@ def show(
     chosen = pictures.find_task(sources or [*s.cfg.data.dev, *s.cfg.data.train], task or None)
     timeline = pictures.timeline(s.params, s.cfg, chosen, query, pair_index)
     path = Path(output or f"{chosen.name.replace('/', '-')}.png")
-    pair = f" --query {query}" * (query > 0)
-    pair = pair if pair_index is None else f" --pair-index {pair_index}"
-    words = f"etrm show {checkpoint} --task {chosen.name}{pair}"
-    caption = f"{words}: weights {s.source}, step {s.meta.get('step', 'unknown')}"
-    figure = pictures.picture(timeline, printable(caption))
-    pictures.save(figure, path)
+    caption = f"{checkpoint}, step {s.meta.get('step', 'unknown')}, weights {s.source}"
+    pictures.save(pictures.picture(timeline, printable(caption)), path)
     echo(f"{path}: {len(timeline.steps)} steps; checkpoint {s.path}, weights {s.source}")
     facts = {"task": chosen.name, "steps": len(timeline.steps), "output": str(path)}
     last_line(as_json, facts | {"weights": s.source})
@@ -530,11 +524,10 @@ def runs_command(
     for module, shapes in facts["modules"].items():
         echo(f"{module}: {facts['sizes'][module]:,}")
         echo(*(f"  {name:40} {' x '.join(map(str, shape))}" for name, shape in shapes.items()))
-    for name, fields in facts["config"].items():
-        echo(f"[{name}] " + ", ".join(f"{k} = {json.dumps(v)}" for k, v in fields.items()))
+    echo(*(f"[{name}] {json.dumps(fields)[1:-1]}" for name, fields in facts["config"].items()))
     size = f"{facts['parameters']:,} parameters, step {facts['step']}, {facts['dtype']}"
-    echo(f"{facts['checkpoint']}: {size}")
-    echo(f"trained on {facts['tasks']} tasks, hash {facts['data']}; guard: {facts['finding']}")
+    trained = f"trained on {facts['tasks']} tasks, hash {facts['data']}; guard: {facts['finding']}"
+    echo(f"{facts['checkpoint']}: {size}", trained)
     last_line(as_json, facts)
 
 
