@@ -52,6 +52,7 @@ FEEDBACK = {
 }
 FEEDBACK_DEEP = {"model.unrolled": 16, "model.halt_max_steps": 16}
 TEN_TASKS = {"data.max_train_tasks": 10, "train.batch": 10, "eval.every": 100, "eval.on": "train"}
+FROZEN = {r"core\.[HL]_init": 0, r"core\..*": 1000}
 HYBRID = {"layers": 4, "norm": "pre", "set_layers": 2}
 
 
@@ -99,8 +100,7 @@ PUBLISHED = {
     "experiments/H16": ETRM,
     "experiments/H32": ETRM | {"model.halt_max_steps": 32},
     "experiments/scratch": ETRM | {"init_from.path": ""},
-    "experiments/frozen": ETRM
-    | {"optimizer.freeze": {r"core\.[HL]_init": 0, r"core\..*": 1000}},
+    "experiments/frozen": ETRM | {"optimizer.freeze": FROZEN},
     **{f"encoders/{kind}": ETRM | encoder(kind) for kind in ENCODERS if kind != "table"},
     "encoders/lpn_standard": ETRM | encoder("lpn_standard", layers=4),
     "encoders/lpn_variational": ETRM | encoder("lpn_variational", layers=4),
@@ -204,15 +204,11 @@ def decoder(tmp_path_factory):
     return folder
 
 
-LEARNING = [
-    "experiments/combined",
-    "experiments/E11",
-    "experiments/frozen",
-]  # others differ in size
 SYSTEMS = [name for name in SHIPPED if not name.startswith("experiments/")]
+ROWS = [f"experiments/{row}" for row in ("combined", "E11", "frozen")]  # others differ in size
 
 
-@pytest.mark.parametrize("name", [*SYSTEMS, *LEARNING])
+@pytest.mark.parametrize("name", [*SYSTEMS, *ROWS])
 def test_every_system_takes_three_steps(name, tmp_path, decoder):
     sets = [f"init_from.path={decoder}"] if config.load_config(name).init_from.path else []
     if name == "cpu-plain":
