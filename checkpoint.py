@@ -1,8 +1,9 @@
-"""Files of a run: checkpoints, full states, the run folder, and weights that training starts from.
+"""Files: checkpoints, full states, the run folder, and weights that training starts from.
 
-A checkpoint (best, last) is what users share: weights, their average and the digests of the training pairs; its
-metadata holds the config and the held-out guard's finding. A state is all that a run needs to continue bit for bit.
-Both are whole or absent: written aside, synced, renamed, with a checksum.
+A checkpoint (best, last) is what users share: weights, their average and the digests of the
+training pairs; its metadata holds the config and the held-out guard's finding. A state is all that
+a run needs to continue bit for bit. Both are whole or absent: written aside, synced, renamed, with
+a checksum.
 """
 
 from __future__ import annotations
@@ -69,28 +70,26 @@ def sync(path: Path) -> None:
 
 
 def commit(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write aside, sync, rename: a reader sees the old file or the new one, whole. Links are followed; what exists
-    and is no regular file (a device, a pipe) is written to directly. Raises UserError where that fails."""
+    """Write aside, sync, rename: a reader sees the old file or the new one, whole. Links are
+    followed; a device or a pipe is written to directly. Raises UserError where that fails."""
+    path = Path(os.path.realpath(path))
+    aside = path.with_name(f".{path.name}.writing")
     try:
-        path = path.resolve()
         if path.exists() and not path.is_file():
             write(path)
             return
-        aside = path.with_name(f".{path.name}.writing")
-        try:
-            aside.touch()
-            mode = aside.stat().st_mode  # as the umask has it; safetensors creates its files 0600
-            write(aside)
-            aside.chmod(mode)
-            sync(aside)
-            aside.replace(path)
-            sync(path.parent)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                aside.unlink()
-            raise
+        aside.touch()
+        mode = aside.stat().st_mode  # as the umask has it; safetensors creates its files 0600
+        write(aside)
+        aside.chmod(mode)
+        sync(aside)
+        aside.replace(path)
+        sync(path.parent)
     except (OSError, RuntimeError, safetensors.SafetensorError) as e:
-        raise UserError(f"{path}: cannot be written: {getattr(e, 'strerror', None) or e}") from None
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        reason = getattr(e, "strerror", None) or e
+        raise UserError(f"{path}: cannot be written: {reason}") from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -99,7 +98,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the host that share no memory with each other or with what training changes next."""
+    """Copies on the host that share no memory with each other or with the originals."""
     return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
 
 
@@ -114,7 +113,7 @@ def digest_of(tensors: dict[str, Tensor], text: str) -> str:
 
 
 def save(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-    """Write tensors that share no memory, and what is to be said of them, so that `read` gives both back bit for bit."""
+    """Write tensors that share no memory, and their metadata, so that `read` gives both back."""
     text = json.dumps({"format": FORMAT, **meta})
     about = {"etrm": text, "sha256": digest_of(tensors, text)}
     commit(path, lambda aside: save_file(tensors, aside, metadata=about))
@@ -125,7 +124,7 @@ def save(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[tuple[Any, dict[str, Any], str]]:
-    """(safetensors file, metadata, its text). Raises UserError when the file is missing, truncated or not ours."""
+    """(safetensors file, metadata, its text). Raises UserError when absent, cut or not ours."""
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:
@@ -177,7 +176,7 @@ class Checkpoint(NamedTuple):
     ema: Params
     model: ModelConfig
     meta: dict[str, Any]  # see About
-    pairs: Tensor  # (N, 16) uint8, digests of the training pairs and of those of what it was initialised from
+    pairs: Tensor  # (N, 16) uint8 digests of its training pairs, and of those it started from
 
 
 class WithoutDraws(TorchFunctionMode):
@@ -190,7 +189,7 @@ class WithoutDraws(TorchFunctionMode):
 
 
 def shapes_of(cfg: ModelConfig, tensors: int) -> Params:
-    """The tree of parameters without memory. Raises UserError where a file of so many tensors cannot hold that model."""
+    """The tree of parameters, on no device. Raises UserError on more layers than tensors."""
     layers = max(cfg.layers, cfg.encoder.layers, cfg.encoder.set_layers)
     if layers > max(tensors, 2) or max(cfg.H_cycles, cfg.L_cycles, cfg.halt_max_steps) > LONGEST:
         raise UserError("a model of that depth is not in this file")
@@ -199,15 +198,14 @@ def shapes_of(cfg: ModelConfig, tensors: int) -> Params:
 
 
 def same_shape(shape: Iterable[int], like: Tensor) -> bool:
-    """Whether the shapes agree; a table without rows (its config does not know them) agrees with any number of rows."""
+    """Whether the shapes agree; a table without rows agrees with any number of rows."""
     shape = tuple(shape)
-    return shape == like.shape or (
-        like.ndim > 0 and len(like) == 0 and shape[1:] == like.shape[1:] and len(shape) == like.ndim
-    )
+    rows = like.ndim > 0 and len(like) == 0 and shape[:1] + like.shape[1:] == shape
+    return shape == like.shape or rows
 
 
 def find(path: str | Path) -> Path:
-    """The checkpoint meant by a file, a run folder (its best, else its last) or the name of a shipped one."""
+    """The checkpoint of a file, a run folder (its best, else its last) or a shipped one's name."""
     shipped = SHIPPED / f"{path}.safetensors"
     path = shipped if not Path(path).exists() and shipped.is_file() else Path(path)
     if not path.is_dir():
@@ -219,10 +217,9 @@ def find(path: str | Path) -> Path:
 
 
 def load(path: str | Path) -> Checkpoint:
-    """Read a checkpoint, or the best one of a run folder; the only weights of a lean one are its average, too.
+    """Read a checkpoint, or the best one of a run folder. A lean one has a single set of weights.
 
-    Shapes are compared with the config before anything of that size is allocated. Raises UserError.
-    """
+    Shapes are compared with the config before anything of that size is allocated."""
     file = find(path)
     with opened(file) as (header, meta, _):
         try:
@@ -255,22 +252,21 @@ def load(path: str | Path) -> Checkpoint:
 
 
 def warned(meta: dict[str, Any]) -> str:
-    """The warning of the guard's finding in the metadata of a run or checkpoint; "" where there is no finding."""
+    """The warning of the guard's finding in the metadata of a run or checkpoint; "" for none."""
     return msgspec.convert(meta["finding"], Finding).warning if meta.get("finding") else ""
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
-    """What a checkpoint holds: shapes and numbers of its parameters by module, config, training data, finding."""
+    """What a checkpoint holds: shapes and numbers of its parameters by module, and its metadata."""
     c = load(path)
     modules: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, x in leaves(c.params).items():
         modules.setdefault(name.partition(".")[0], {})[name] = tuple(x.shape)
     sizes = {m: sum(math.prod(shape) for shape in named.values()) for m, named in modules.items()}
     about = {k: c.meta[k] for k in ("step", "data", "tasks", "dtype", "config", "score")}
-    return {
-        "checkpoint": str(c.path), "parameters": sum(sizes.values()), "sizes": sizes, "modules": modules, **about,
-        "pairs": len(c.pairs), "finding": str(msgspec.convert(c.meta["finding"], Finding)),
-    }  # fmt: skip
+    finding = str(msgspec.convert(c.meta["finding"], Finding))
+    about |= {"checkpoint": str(c.path), "parameters": sum(sizes.values()), "finding": finding}
+    return {**about, "sizes": sizes, "modules": modules, "pairs": len(c.pairs)}
 
 
 # ---------------------------------------------------------------- full states
@@ -278,7 +274,9 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
 def states(folder: Path) -> list[Path]:
     """The states of a run folder, oldest first."""
-    files = (p for p in folder.glob("state-*") if re.fullmatch(r"state-\d{8,}\.safetensors", p.name))
+    files = (
+        p for p in folder.glob("state-*") if re.fullmatch(r"state-\d{8,}\.safetensors", p.name)
+    )
     return sorted(files, key=step_of)
 
 
@@ -310,11 +308,12 @@ def load_state(folder: Path) -> SavedState:
             return SavedState(facts, tensors, skipped)
         except UserError as e:
             skipped.append(str(e))
-    raise UserError(f"--resume: {folder} holds no whole state: {'; '.join(skipped) or 'none at all'}")
+    reasons = "; ".join(skipped) or "none at all"
+    raise UserError(f"--resume: {folder} holds no whole state: {reasons}")
 
 
 def newest_facts(folder: Path) -> dict[str, Any]:
-    """The facts of the newest state that can be opened, whose tensors are not read; {} where there is none."""
+    """The facts of the newest state that can be opened; its tensors are not read. {} for none."""
     for path in reversed(states(folder)):
         with contextlib.suppress(UserError), opened(path) as (_, facts, _):
             return facts
@@ -328,18 +327,17 @@ def origin() -> dict[str, Any]:
     """Versions, and the git state of the folder in which the command was given."""
 
     def git(*words: str) -> str | None:
-        command, options = ["git", *words], {"capture_output": True, "text": True, "timeout": 10}
+        command = ["git", *words]
+        options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 10}
         try:
-            return subprocess.run(command, check=True, **options).stdout.strip()  # type: ignore[call-overload]
+            return str(subprocess.run(command, check=True, **options).stdout).strip()
         except (OSError, subprocess.SubprocessError):
             return None
 
     head, changes = git("rev-parse", "HEAD"), git("status", "--porcelain")
     repository = {"git": head, "git_changes": bool(changes)} if head else {}
-    threads = torch.get_num_threads()
-    return {
-        "python": platform.python_version(), "torch": torch.__version__, "threads": threads, **repository
-    }  # fmt: skip
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    return {**versions, "threads": torch.get_num_threads(), **repository}
 
 
 class Track(NamedTuple):
@@ -397,7 +395,7 @@ def rows_of(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
 
 
 def reached(folder: Path) -> int:
-    """The step up to which a run without states has been; 0 where it may have been killed before its first state."""
+    """The step that a run without states has reached; 0 where it may have ended before any."""
     steps = [row["step"] for row in rows_of(folder / "metrics.jsonl")[0]]
     every = 0
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -409,7 +407,7 @@ def reached(folder: Path) -> int:
 
 
 class Run:
-    """A run folder held by one process (or one group of processes): its lock, its metrics, and who ends it early."""
+    """A run folder held by one group of processes: its lock, its metrics, what ends it early."""
 
     def __init__(self, folder: Path, rank: int, resume: bool) -> None:
         self.folder, self.rank, self.stop = folder, rank, ""
@@ -425,18 +423,14 @@ class Run:
             raise UserError(f"run.dir: {folder}: {e.strerror}") from None
         begun = bool(states(folder))
         if not begun and (step := reached(folder)):
-            raise UserError(
-                f"run.dir: {folder} was at step {step}, but its states are gone: choose another run.dir"
-            )
+            raise UserError(f"run.dir: {folder} was at step {step}, but its states are gone")
         if begun and not resume:
-            raise UserError(
-                f"run.dir: {folder} holds a run already: continue it with --resume, or choose another run.dir"
-            )
+            raise UserError(f"run.dir: {folder} holds a run already: --resume, or another run.dir")
         self.writer = ThreadPoolExecutor(1)
         self.writing: Future[None] | None = None
 
     def begin(self, step: int, about: dict[str, Any], track: str) -> list[str]:
-        """Rank 0: drop what was written after `step`; what is lost of the metrics up to it, in words."""
+        """Drop what was written after `step`; in words, what is lost of the metrics up to it."""
         for aside in self.folder.glob(".*.writing"):
             aside.unlink()
         for state in states(self.folder):
@@ -492,9 +486,7 @@ class Run:
 
 def finite(row: dict[str, Any]) -> dict[str, Any]:
     """The same row with null in the place of NaN and infinity, which JSON does not have."""
-    return {
-        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
-    }
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
 def is_held(folder: Path) -> bool:
@@ -567,7 +559,7 @@ PUBLISHED = (
 
 
 def published_names(path: str, cfg: ModelConfig) -> tuple[str, ...]:
-    """The names of one leaf of ours in a published checkpoint; several are stacked in ours; () where it has none."""
+    """The names of one leaf of ours in a published checkpoint; several are stacked in ours."""
     kind, (module, *rest) = cfg.encoder.kind, path.split(".")
     first, last, number = rest[0], rest[-1], rest[1] if len(rest) > 2 else ""
     if module == "core":
@@ -603,7 +595,7 @@ def published_names(path: str, cfg: ModelConfig) -> tuple[str, ...]:
 
 
 def read_published(path: Path) -> dict[str, Tensor]:
-    """A bare state dict with names inner.* and encoder.*, whatever wrapped the model when it was saved.
+    """A bare state dict with names inner.* and encoder.*, whatever wrapped the model.
 
     Nothing in the file is executed. Raises UserError on anything but a dict of dense real tensors.
     """
@@ -628,13 +620,14 @@ def read_published(path: Path) -> dict[str, Tensor]:
 def joined(
     state: dict[str, Tensor], like: dict[str, Tensor], cfg: ModelConfig
 ) -> tuple[dict[str, Tensor], set[str]]:
-    """(leaves of ours, float32, of whatever size, as far as a published state dict has them; the names they took)."""
+    """(leaves of ours, float32, as far as a published state dict has them; names they took)."""
     taken, used = {}, set[str]()
     for path, leaf in like.items():
         names = published_names(path, cfg)
         if names and all(k in state for k in names):
             x = torch.stack([state[k] for k in names]) if len(names) > 1 else state[names[0]]
-            taken[path] = (x.reshape(leaf.shape) if x.numel() == leaf.numel() else x).detach().float()
+            x = x.reshape(leaf.shape) if x.numel() == leaf.numel() else x
+            taken[path] = x.detach().float()
             used |= set(names)
     return taken, used
 
@@ -670,7 +663,7 @@ def meaning(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def source_of(path: str | Path, cfg: ModelConfig, like: dict[str, Tensor]) -> Source:
-    """A checkpoint of ours (.safetensors, a run folder, a shipped one; its average) or a published one (any other file)."""
+    """A checkpoint of ours (the average of its weights) or a published one (any other suffix)."""
     file = find(path)
     if not file.exists():
         raise UserError(f"init_from.path: {path}: no such checkpoint; an empty path: from scratch")
@@ -686,17 +679,16 @@ def source_of(path: str | Path, cfg: ModelConfig, like: dict[str, Tensor]) -> So
     ours = {"num_heads": "heads", "L_layers": "layers"}
     tensors, used = joined(state, like, cfg)
     unused = [k for k in state if k not in used]
-    started = f"{file.name}: published, unknown what it was trained on"
+    about = "published, unknown what it was trained on"
     if "inner.puzzle_emb.weights" in state:
-        started = (
-            f"{file.name}: a published table, trained on demos of evaluation tasks: NOT strictly held out"
-        )
+        about = "a published table, trained on demos of evaluation tasks: NOT strictly held out"
+    started = f"{file.name}: {about}"
     known = {ours.get(k, k): int(v) for k, v in fields}
     return Source(file, tensors, unused, known, started, torch.zeros(0, 16, dtype=torch.uint8))
 
 
 def other_meaning(source: Source, cfg: ModelConfig, taken: Iterable[str]) -> str:
-    """In words, what the checkpoint says otherwise of the modules that are taken; "" where nothing.
+    """What the checkpoint says otherwise of the modules that are taken; "" where nothing.
 
     Another kind of encoder shares no more than tables of embeddings with ours."""
     ours, modules = meaning(cfg), {k.split(".")[0] for k in taken}
@@ -719,8 +711,9 @@ def grouped(paths: Iterable[str]) -> str:
 
 
 def start(init: InitConfig, cfg: ModelConfig, like: dict[str, Tensor]) -> Start:
-    """The leaves of a checkpoint that match a pattern. Raises UserError on other cycles, heads, depths or sizes, unless
-    init.force; rows of a table are taken only where they are those of the same tasks."""
+    """The leaves of a checkpoint that match a pattern; rows of a table only for the same tasks.
+
+    Raises UserError on other cycles, heads, depths or sizes, unless init.force."""
     source = source_of(init.path, cfg, like)
     skipped = dict.fromkeys(source.unused, "no such parameter here")
     wanted = {path for pattern in init.take for path in matched("init_from.take", pattern, like)}
@@ -739,10 +732,8 @@ def start(init: InitConfig, cfg: ModelConfig, like: dict[str, Tensor]) -> Start:
         elif init.force:
             skipped[path] = f"{tuple(x.shape)}, here {tuple(like[path].shape)}"
         else:
-            raise UserError(
-                f"init_from: {path} is {tuple(x.shape)} in {source.path}, {tuple(like[path].shape)} here"
-                " (init_from.force leaves it out)"
-            )
+            sizes = f"{tuple(x.shape)} in {source.path}, {tuple(like[path].shape)} here"
+            raise UserError(f"init_from: {path} is {sizes} (init_from.force leaves it out)")
     if not taken:
         names = grouped((*source.tensors, *source.unused))
         raise UserError(f"init_from: nothing of {source.path} is taken; it holds {names}")

@@ -1,4 +1,4 @@
-"""Optimizers over a flat dict of parameters: AdamW, Muon beside AdamW, Adam-atan2; schedule, patterns, clipping."""
+"""Optimizers over a flat dict of parameters: AdamW, Muon, Adam-atan2; schedule, clipping."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .config import OptimizerConfig, UserError
 
 
 def learning_rate(cfg: OptimizerConfig, step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine to final_lr of it. The first step is 1 and already counts, as published."""
+    """Linear warm-up, then a cosine to final_lr of it. The first step is 1, as published."""
     if step < cfg.warmup:
         return cfg.lr * step / cfg.warmup
     done = min(1.0, (step - cfg.warmup) / max(1, steps - cfg.warmup))
@@ -25,10 +25,10 @@ BETAS = (0.9, 0.95)  # decay of both moments, in every published system
 
 
 class AdamAtan2(torch.optim.Optimizer):
-    """Adam-atan2 as adam-atan2 0.0.3 has it: p -= lr / (1 - b1^t) * atan2(m, sqrt(v / (1 - b2^t))), decoupled decay.
+    """Adam-atan2 as adam-atan2 0.0.3 has it, with decoupled decay and no epsilon:
+    p -= lr / (1 - b1^t) * atan2(m, sqrt(v / (1 - b2^t)))
 
-    The bias correction of the first moment scales the step instead of m inside the arctangent; there is no epsilon.
-    """
+    The bias correction of the first moment scales the step, not m inside the arctangent."""
 
     def __init__(self, params: Any, lr: float, weight_decay: float) -> None:
         super().__init__(params, {"lr": lr, "betas": BETAS, "weight_decay": weight_decay})
@@ -53,11 +53,8 @@ class AdamAtan2(torch.optim.Optimizer):
 
 
 def orthogonal(m: Tensor, dtype: torch.dtype) -> Tensor:
-    """Five Newton-Schulz steps towards U V^T of each matrix of (n, a, b), which torch.optim.Muon takes one by one in bf16.
-
-    The singular values end within some 0.3 of 1 (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural
-    networks").
-    """
+    """Five Newton-Schulz steps towards U V^T of each matrix of (n, a, b); the singular values end
+    within some 0.3 of 1 (Jordan et al. 2024, "Muon: an optimizer for hidden layers")."""
     wide = m.shape[1] <= m.shape[2]
     x = (m if wide else m.mT).to(dtype)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -70,11 +67,11 @@ def orthogonal(m: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon with Nesterov momentum and steps of AdamW's size (0.2 sqrt(max(a, b)), Liu et al. 2025, arXiv 2502.16982).
+    """Muon with Nesterov momentum and steps of AdamW's size (0.2 sqrt(max(a, b)), Liu et al. 2025,
+    arXiv 2502.16982).
 
-    torch's own always multiplies in bf16, which a CPU without bf16 products does at a twentieth of its speed (2.1 s of
-    a 6 s step); here it is the dtype of the run, and matrices of one shape are taken together.
-    """
+    torch.optim.Muon always multiplies in bf16, which a CPU without such products does at a
+    twentieth of its speed; here it is the dtype of the run, and matrices of one shape are taken together."""
 
     def __init__(self, params: Any, lr: float, dtype: torch.dtype, momentum: float = 0.95) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum})
@@ -106,8 +103,8 @@ REPEATS = 6  # repetitions in a pattern; each multiplies the time of a match tha
 
 
 def matched(where: str, pattern: str, paths: Iterable[str]) -> list[str]:
-    """The paths that a pattern matches as a whole. Raises UserError where it is malformed, matches none, or may
-    backtrack for ever (patterns come from checkpoints, too)."""
+    """The paths that a pattern matches as a whole. Raises UserError where it is malformed, matches
+    none, or may backtrack for ever (patterns come from checkpoints, too)."""
     paths = list(paths)
     if len(re.findall(r"[*+{]", pattern)) > REPEATS or re.search(r"\)[*+{]", pattern):
         raise UserError(f"{where}: {pattern[:80]!r} has too many repetitions")
@@ -136,7 +133,7 @@ def is_frozen(cfg: OptimizerConfig, path: str) -> bool:
 
 
 def check_patterns(cfg: OptimizerConfig, params: Iterable[str]) -> None:
-    """Raises UserError when a pattern is malformed or matches no parameter, or when everything is frozen."""
+    """Raises UserError when a pattern matches no parameter, or when everything is frozen."""
     params = list(params)
     for name in ("freeze", "lr_scale"):
         for pattern in getattr(cfg, name):
@@ -149,7 +146,7 @@ def check_patterns(cfg: OptimizerConfig, params: Iterable[str]) -> None:
 
 
 def is_matrix(path: str, p: Tensor) -> bool:
-    """What Muon orthogonalises: products inside blocks; not embeddings, queries, heads and positions."""
+    """What Muon orthogonalises: products inside blocks, not embeddings, heads and positions."""
     return p.ndim == 2 and not re.search(
         r"embed|queries|head|halt|q_weight|position|pool\.0$", path
     )
@@ -158,9 +155,9 @@ def is_matrix(path: str, p: Tensor) -> bool:
 def optimizers(
     cfg: OptimizerConfig, params: dict[str, Tensor], dtype: torch.dtype = torch.float32
 ) -> list[torch.optim.Optimizer]:
-    """Optimizers over the trained leaves; each group carries `scale`, its share of the learning rate.
+    """Optimizers over the trained leaves; each group carries `scale`, its share of the rate.
 
-    dtype: of the run. In it Muon multiplies where it is bf16, else in float32."""
+    dtype: of the run. Muon multiplies in bf16 where it is bf16, else in float32."""
     groups: dict[bool, dict[float, list[Tensor]]] = {True: {}, False: {}}
     for path, p in params.items():
         if p.requires_grad:
@@ -194,7 +191,7 @@ def update(
 ) -> Tensor:
     """Clip by the global norm, then step, in place; the norm before clipping.
 
-    Nothing changes where it is not finite, or where `others`, gradients that no optimizer has, are not."""
+    Nothing changes where it, or `others` (gradients that no optimizer has), is not finite."""
     if not all(bool(x.isfinite().all()) for x in others):
         return torch.tensor(math.inf)
     if not grads:

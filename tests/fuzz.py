@@ -1,8 +1,9 @@
 """Mutated files: python -m tests.fuzz --mutations 1000 [--json]
 
-Bytes of checkpoints, states, metrics, published checkpoints, configs, task files, predictions and submissions are
-changed, cut out, doubled, nested deeply or cut off at random. A mutated checkpoint or state must be refused (or be,
-byte for byte, what it was); the others are refused or valid. Anything but a UserError of one line is a finding.
+Bytes of checkpoints, states, metrics, published checkpoints, configs, task files, predictions and
+submissions are changed, cut out, doubled, nested deeply or cut off at random. A mutated checkpoint
+or state must be refused (or be, byte for byte, what it was); the others are refused or valid.
+Anything but a UserError of one line is a finding.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ def mutate(content: bytes, draw: random.Random) -> bytes:
         at = draw.randrange(max(1, len(changed)))
         kind = draw.choice(("flip", "set", "cut", "double", "end", "digit", "nest"))
         if kind == "flip":
-            changed[at : at + 1] = bytes([changed[at] ^ (1 << draw.randrange(8))]) if changed else b"x"
+            changed[at : at + 1] = (
+                bytes([changed[at] ^ (1 << draw.randrange(8))]) if changed else b"x"
+            )
         elif kind == "set":
             changed[at : at + 1] = bytes([draw.randrange(256)])
         elif kind == "cut":

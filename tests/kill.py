@@ -1,11 +1,12 @@
-"""Kill a training run with SIGKILL at random instants, resume it, and compare it with the unbroken run.
+"""Kill a training run with SIGKILL at random instants, resume it, compare it with the unbroken run.
 
     python -m tests.kill --kills 20 [--seed 0] [--json]
 
-fp32 and bf16, one and two processes in turn; Muon and EMA; canvases from 1 x 1 to a side of 30; a state after every
-step. A tenth of the kills falls at start-up, half in the middle of a write, the others at any instant of training. A
-kill is identical when the newest whole state that it left, and the metrics up to it, were to the bit the unbroken
-run's at that step, and its run in the end left the same weights, average, state and metrics (the clock aside).
+fp32 and bf16, one and two processes in turn; canvases from 1 x 1 to a side of 30; a state after
+every step. A tenth of the kills falls at start-up, half in the middle of a write, the others at any
+instant of training. A kill is identical when the newest whole state that it left, and the metrics
+up to it, were to the bit the unbroken run's at that step, and its run in the end left the same
+weights, average, state and metrics (the clock aside).
 """
 
 import argparse
@@ -33,7 +34,7 @@ from etrm_arc.config import UserError
 STEPS = 32
 RECIPE = f"""
 data = {{ train = ["tasks"], dev = [], held_out = [] }}
-model = {{ hidden = 16, heads = 2, expansion = 1.0, H_cycles = 2, L_cycles = 1, halt_max_steps = 4 }}
+model = {{ hidden = 16, heads = 2, H_cycles = 2, L_cycles = 1, halt_max_steps = 4 }}
 optimizer = {{ kind = "muon", warmup = 5, lr = 3e-3 }}
 train = {{ batch = 8, shards = 2, steps = {STEPS}, save_every = 1, log_every = 3, ema = 0.9 }}
 eval = {{ on = "train", every = 10 }}
@@ -99,7 +100,7 @@ def kill(run: subprocess.Popen[bytes], folder: Path) -> None:
 
 
 def outcome(folder: Path, step: float = math.inf) -> Outcome:
-    """Metrics up to a step (a line that a kill has cut off is after it), and every tensor that the run leaves."""
+    """Metrics up to a step (a line that was cut off is after it), and every tensor that is left."""
     lines = (folder / "metrics.jsonl").read_text().split("\n")[:-1]
     rows = [row for row in map(json.loads, lines) if row["step"] <= step]
     rows = [{k: v for k, v in row.items() if k not in WALL_CLOCK} for row in rows]
@@ -129,7 +130,7 @@ def states(folder: Path) -> dict[int, str]:
 
 
 def left_whole(folder: Path, whole: Whole) -> bool:
-    """Whether the newest whole state, and the metrics up to it, are those of the unbroken run at that step."""
+    """Whether the newest state, and the metrics up to it, are those of the unbroken run."""
     if not checkpoint.states(folder):
         return True
     saved = checkpoint.load_state(folder)

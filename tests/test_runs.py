@@ -1,4 +1,4 @@
-"""The folder of a run: stopping, crashing and resuming to the same bits; checkpoints and their damage."""
+"""Runs that stop, crash and resume to the same bits; checkpoints and their damage."""
 
 import itertools
 import json
@@ -180,7 +180,10 @@ def test_a_state_remembers_what_it_was_initialised_from(tmp_path):
     train.fit(tiny(tmp_path / "b", **options), resume=True)
     resumed = checkpoint.load(tmp_path / "b" / "last.safetensors")
     assert "DEMOS of held-out tasks" in checkpoint.warned(resumed.meta)
-    assert {*map(bytes, resumed.pairs.tolist())} == {*map(bytes, c.pairs.tolist()), bytes(range(16))}
+    assert {*map(bytes, resumed.pairs.tolist())} == {
+        *map(bytes, c.pairs.tolist()),
+        bytes(range(16)),
+    }
 
 
 # ---------------------------------------------------------------- crashes
@@ -245,7 +248,7 @@ def failing(real, left):
 
 
 def test_a_crash_at_any_point_of_a_write_leaves_a_whole_state(tmp_path, monkeypatch):
-    """Every write, sync, rename and removal of the later saves fails once; what is left resumes to the same bits."""
+    """Every write, sync, rename and removal of a save fails once; what is left resumes."""
     options = {**SMALL, "train__steps": 2, "eval__every": 2, "train__log_every": 2}
     train.fit(tiny(tmp_path / "whole", **options))
     train.fit(tiny(tmp_path / "begun", **options), limit=-1)
@@ -256,7 +259,8 @@ def test_a_crash_at_any_point_of_a_write_leaves_a_whole_state(tmp_path, monkeypa
         left = iter(range(points - 1, -1, -1))
         with monkeypatch.context() as patch:
             for owner, name in (
-                (checkpoint, "sync"), (checkpoint, "save_file"), (Path, "replace"), (Path, "unlink"),
+                (checkpoint, "sync"), (checkpoint, "save_file"), (Path, "replace"),
+                (Path, "unlink"),
             ):  # fmt: skip
                 patch.setattr(owner, name, failing(getattr(owner, name), left))
             try:
@@ -296,7 +300,7 @@ def forked(work):
 
 @forks
 def test_killed_outright_again_and_again_ends_in_the_same_bits(tmp_path, monkeypatch):
-    """SIGKILL at the n-th write, sync, rename, row or step of each life, what was being written torn."""
+    """SIGKILL at the n-th write, sync, rename, row or step of each life, that write torn."""
     options = {**SMALL, "train__steps": 6, "train__save_every": 1, "train__log_every": 2}
     options["eval__every"] = 4
     train.fit(tiny(tmp_path / "whole", **options))
@@ -472,7 +476,9 @@ def test_a_truncated_checkpoint_is_refused(saved, tmp_path, cut):
         ({}, {"config": {"model": {"L_cycles": 2**30}}}, "depth"),
     ],
 )
-def test_a_checkpoint_that_does_not_fit_its_config_is_refused(saved, tmp_path, tensors, meta, words):
+def test_a_checkpoint_that_does_not_fit_its_config_is_refused(
+    saved, tmp_path, tensors, meta, words
+):
     """Before anything of the size that it claims is allocated."""
     before, about = checkpoint.read(saved)
     changed = {k: v for k, v in {**before, **tensors}.items() if v is not None}

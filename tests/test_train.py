@@ -481,9 +481,8 @@ def test_fit_learns_logs_and_leaves_a_checkpoint(tmp_path):
 def test_the_average_follows_the_weights_and_a_scaled_loss_leaves_no_trace(tmp_path):
     norms = {}
     for dtype in ("fp32", "fp16"):
-        cfg, rows = tiny(
-            tmp_path / dtype, train__dtype=dtype, train__steps=1, train__ema=0.75, train__log_every=1
-        ), []  # fmt: skip
+        options = {"train__dtype": dtype, "train__steps": 1, "train__log_every": 1}
+        cfg, rows = tiny(tmp_path / dtype, train__ema=0.75, **options), []
         start = {k: v.detach().clone() for k, v in train.setup(cfg).params.items()}
         train.fit(cfg, rows.append)
         c = checkpoint.load(tmp_path / dtype / "last.safetensors")
@@ -494,7 +493,7 @@ def test_the_average_follows_the_weights_and_a_scaled_loss_leaves_no_trace(tmp_p
 
 
 LIMITS = {
-    "eval.patience": ([0.9, 0.75, 0.6, 0.55, 0.53], {"eval__min_gain": 0.1, "eval__patience": 2}, 3),
+    "eval.patience": ([0.9, 0.7, 0.5, 0.45, 0.41], {"eval__min_gain": 0.1, "eval__patience": 2}, 3),
     "done": ([1.0, 0.4, 0.6], {"train__steps": 3}, 2),
     "nan": ([math.nan, 0.4, math.nan], {"train__steps": 3}, 2),  # never the best
 }  # fmt: skip
@@ -511,9 +510,7 @@ def test_the_lowest_loss_is_best_and_patience_ends_a_run(tmp_path, monkeypatch, 
     monkeypatch.setattr(train, "watch", watch)
     options = {"train__steps": 9, "eval__every": 1, "train__save_every": 99, **options}
     train.fit(tiny(tmp_path, **options))
-    steps = [
-        checkpoint.load(tmp_path / f"{k}.safetensors").meta["step"] for k in ("best", "last")
-    ]
+    steps = [checkpoint.load(tmp_path / f"{k}.safetensors").meta["step"] for k in ("best", "last")]
     assert steps == [best, len(losses)]
     [row] = checkpoint.listing(tmp_path)
     expected = ("done" if name == "nan" else name, len(losses), losses[best - 1])
@@ -542,7 +539,7 @@ def test_a_diverged_run_stops_and_names_the_step(tmp_path, dtype):
         tmp_path, optimizer__kind="adamw", train__dtype=dtype, train__steps=60, eval__every=99,
         train__save_every=1, **options,
     )  # fmt: skip
-    with pytest.raises(UserError, match=r"step \d+: the (loss|gradient) is not finite \((tasks|every)"):
+    with pytest.raises(UserError, match=r"step \d+: the (loss|gradient) is not finite"):
         train.fit(cfg)
     assert not (tmp_path / "best.safetensors").exists()
 
@@ -557,19 +554,6 @@ def test_a_loss_that_is_no_number_stops_the_run_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "train_step", spoilt)
     with pytest.raises(UserError, match="step 1: the loss is not finite"):
         train.fit(tiny(tmp_path, train__dtype="fp16"))
-
-
-def test_culprits_are_named_by_task_and_canvas(tmp_path):
-    cfg = tiny(tmp_path, train__shards=1)
-    s = train.setup(cfg)
-    [carry] = train.one_step(s, cfg, first_carries(s, cfg)).carries
-    assert train.culprits(s, cfg, [carry]) == "every state is"
-    z = carry.z_H.clone()
-    z[carry.tokens[0] + 2] = math.nan  # of the second slot
-    e = data.draw(s.tasks, s.deck, cfg.data, 0, s.shards[0], carry.n)
-    name = s.puzzles[int(s.tasks.task_of[e.query[1]])].name
-    expected = "tasks {} on {} x {}".format(name, *e.canvas[1].tolist())
-    assert train.culprits(s, cfg, [carry._replace(z_H=z)]) == expected
 
 
 def test_fp16_halves_its_scale_on_overflow_and_goes_on(tmp_path, monkeypatch):
@@ -597,11 +581,12 @@ def test_a_plan_counts_slots_and_times_real_steps(tmp_path):
 
 
 def test_a_dead_process_ends_the_others_with_its_own_error(tmp_path, capfd, monkeypatch):
-    """Through torch's launcher; a random.py in the working folder is not imported instead of Python's."""
+    """Through torch's launcher; a random.py in the working folder does no harm."""
     (tmp_path / "random.py").write_text("raise ImportError('the wrong random')")
     monkeypatch.chdir(tmp_path)
-    kill = "import os, etrm_arc.train as t; step = t.one_step\n" + (
-        "def one_step(*a): return os.kill(os.getpid(), 9) if os.environ['RANK'] == '1' else step(*a)\n"
+    kill = "import os, etrm_arc.train as t\nstep = t.one_step\n" + (
+        "def one_step(*a):\n"
+        "    return os.kill(os.getpid(), 9) if os.environ['RANK'] == '1' else step(*a)\n"
         "t.one_step = one_step\n"
     )
     (tmp_path / "lib").mkdir()

@@ -40,7 +40,9 @@ def initialised(folder, path, **options):
 
 @pytest.mark.parametrize("name", checkpoint.PUBLISHED)
 def test_a_published_encoder_is_read_bit_for_bit(golden, tmp_path, name):
-    state = sub(golden("enc_recurrent_standard" if name == "recurrent" else f"enc_{name}")[0], "sd.")
+    state = sub(
+        golden("enc_recurrent_standard" if name == "recurrent" else f"enc_{name}")[0], "sd."
+    )
     model = encoder_config(name, **({"set_layers": 2} if name == "trm_style" else {}))
     file = written(tmp_path / "x", {f"module.encoder.{k}": v for k, v in state.items()})
     like = leaves(init_params(model, 1))
@@ -57,7 +59,9 @@ def test_a_published_encoder_gives_the_published_context_from_a_file(golden, tmp
     file = written(tmp_path / "x", sub(t, "sd."))
     like = init_params(model, 1)
     leaf = checkpoint.source_of(file, model, leaves(like)).tensors
-    tree = checkpoint.rebuild(like.encoder, {k.removeprefix("encoder."): v for k, v in leaf.items()})
+    tree = checkpoint.rebuild(
+        like.encoder, {k.removeprefix("encoder."): v for k, v in leaf.items()}
+    )
     close(encoder_of(model).read(tree, asked(*demos)).tokens, t["eval.context"])
 
 
@@ -199,7 +203,9 @@ def test_every_checkpoint_down_the_line_knows_what_training_started_from(golden,
         c = checkpoint.load(tmp_path / name)
         words = str(msgspec.convert(c.meta["finding"], sources.Finding))
         assert ("STARTED FROM step_9: a published table" in words) is not clean
-    before, after = ({*map(bytes, checkpoint.load(x).pairs.tolist())} for x in (ours, tmp_path / "c"))
+    before, after = (
+        {*map(bytes, checkpoint.load(x).pairs.tolist())} for x in (ours, tmp_path / "c")
+    )
     cfg = config.parse_config(c.meta["config"], "")
     tasks = sources.prepare(cfg.data)[0]
     pairs = [p for t in tasks for p in (*t.demos, *t.queries)]
