@@ -362,12 +362,7 @@ def curves(rows: Sequence[Row]) -> list[dict[str, Any]]:
         measure = f"gap: {measure}" if key.startswith("gap/") else measure
         if measure not in SILENT:
             panels.setdefault(measure, []).append(curve(rows, key))
-    shown = []
-    for title, series in panels.items():
-        values = [y for s in series for y in s["y"] if math.isfinite(y)]
-        log = bool(values) and 0 < 100 * min(values) < max(values)
-        shown.append({"title": title, "log": log, "series": series})
-    return shown
+    return [{"title": title, "series": series} for title, series in panels.items()]
 
 
 # ---------------------------------------------------------------- the report
