@@ -1,7 +1,4 @@
-"""A TOML file is a recipe: read, overridden and checked strictly, one place for every default.
-
-The model's and the data's own tables are described beside their consumers, in etrm.py and data.py.
-"""
+"""A TOML file is a recipe: read, overridden and checked strictly; one place for every default."""
 
 from __future__ import annotations
 
@@ -108,7 +105,7 @@ UNTRAINED = {r"core\.[HL]_init": 0}  # the initial states are drawn and stay
 
 
 class OptimizerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Patterns are regular expressions that match a whole parameter path, e.g. "encoder\\..*"; the first match counts."""
+    """Patterns match a whole parameter path, e.g. "encoder\\..*"; the first match counts."""
 
     kind: Literal["adamw", "muon", "adam_atan2"] = "muon"  # muon: matrices only, AdamW beside it
     lr: Rate = 1e-3
@@ -120,7 +117,7 @@ class OptimizerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     clip: NonNegative = 1.0  # of the global norm, after the all-reduce; 0: none
     lr_scale: dict[str, Rate] = {}
     table_lr: Rate = 1e-2  # of the rows of a table of tasks, with lr's schedule
-    freeze: dict[str, Optional] = msgspec.field(default_factory=UNTRAINED.copy)  # steps; 0: for ever
+    freeze: dict[str, Optional] = msgspec.field(default_factory=UNTRAINED.copy)  # for steps; 0: all
 
 
 class InitConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -134,7 +131,7 @@ class InitConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     batch: Count = 64  # slots of all processes together
     steps: Count = 2000
-    shards: Count = 4  # parts of a step, worked on one after the other (less memory) or by 1, 2 or 4 processes: the same bits
+    shards: Count = 4  # parts of a step, one after the other or by 1, 2 or 4 processes: same bits
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     ema: Beta = 0.999
@@ -143,7 +140,7 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class EvalConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is watched during training, on the dev split (official queries) or on the training set (its own rule)."""
+    """What is watched in training: the dev split (official queries) or the training set."""
 
     every: Count = 500
     on: Literal["dev", "train"] = "dev"
@@ -180,7 +177,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def parse_config(raw: dict[str, Any], where: str) -> Config:
-    """A strict config. Raises UserError naming the path of an unknown key (and the nearest) or of a wrong type."""
+    """A strict config. Raises UserError naming an unknown key (and the nearest) or a wrong type."""
     try:
         return msgspec.convert(raw, Config)
     except msgspec.ValidationError as e:
@@ -270,10 +267,7 @@ def read_recipe(path: Path, names: Sequence[str], above: tuple[Path, ...] = ()) 
     if base is None:
         return raw
     if not isinstance(base, str) or path.resolve() in above:
-        raise UserError(
-            f"{path}: extends must name one TOML file"
-            + ", none that extends this one" * (path.resolve() in above)
-        )
+        raise UserError(f"{path}: extends must name one TOML file, none that extends this one")
     inherited = read_recipe(path.parent / base, names, (*above, path.resolve()))
     if isinstance(fast := inherited.get("fast"), dict):
         inherited["fast"] = {k: v for k, v in fast.items() if not is_set(raw, k)}
@@ -281,7 +275,7 @@ def read_recipe(path: Path, names: Sequence[str], above: tuple[Path, ...] = ()) 
 
 
 def load_config(path: str | Path, sets: Sequence[str] = (), fast: bool = False) -> Config:
-    """Read a TOML recipe, ours by name; --fast applies its [fast] table, then each 'a.b=value' (TOML, else a plain string)."""
+    """A TOML recipe, ours by name, then its [fast] table if asked for, then each 'a.b=value'."""
     shipped = {
         p.relative_to(SHIPPED).with_suffix("").as_posix(): p
         for p in sorted(SHIPPED.rglob("*.toml"))
@@ -292,13 +286,11 @@ def load_config(path: str | Path, sets: Sequence[str] = (), fast: bool = False) 
     raw = read_recipe(path, [k for k in shipped if "/" not in k])
     quick = raw.get("fast")
     if isinstance(quick, dict):
-        faster, usual = copy.deepcopy(raw), parse_config(raw, str(path))
-        for key, value in {"run.dir": f"{usual.run.dir}-fast", **quick}.items():
-            override(faster, key, value, f"{path}, [fast], {key}")
-        parse_config(
-            faster, f"{path}, [fast]"
-        )  # what is wrong there is said before it is asked for
-        raw = faster if fast else raw
+        quick_raw, folder = copy.deepcopy(raw), parse_config(raw, str(path)).run.dir
+        for key, value in {"run.dir": f"{folder}-fast", **quick}.items():
+            override(quick_raw, key, value, f"{path}, [fast], {key}")
+        parse_config(quick_raw, f"{path}, [fast]")  # a mistake there is found without --fast, too
+        raw = quick_raw if fast else raw
     elif fast:
         raise UserError(f"{path}: has no [fast] table, so --fast means nothing")
     cfg = parse_config(raw, str(path))
