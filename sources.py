@@ -32,7 +32,7 @@ BESIDE = re.compile(  # names of files that lie beside tasks in a folder
     r"^predictions|(^|[_-])(solutions|submission|predictions|looks|metadata)$"
 )
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-SEQUENCE = (list, tuple, np.ndarray)
+SEQUENCE, NUMBER = (list, tuple, np.ndarray), (int, float, np.integer, np.floating)
 
 Pair = tuple[np.ndarray, np.ndarray]
 
@@ -50,12 +50,6 @@ class Reading(NamedTuple):
     large: list[str]  # gets the name of the task for each pair that is left out
 
 
-def is_colour(cell: Any) -> bool:
-    """Whether it is 0..9, also as 1.0 or a number of numpy's."""
-    is_number = isinstance(cell, (int, float, np.integer, np.floating))
-    return is_number and not isinstance(cell, bool) and cell in range(10)
-
-
 def check_grid(grid: Any, where: str) -> np.ndarray:
     """The grid as uint8 (h, w). Raises UserError unless rectangular, 1..30 a side, colours 0..9."""
     rows = grid.tolist() if isinstance(grid, np.ndarray) else grid
@@ -69,7 +63,7 @@ def check_grid(grid: Any, where: str) -> np.ndarray:
     cells = [cell for row in rows for cell in row]
     if not (set(map(type, cells)) == {int} and min(cells) >= 0 and max(cells) <= 9):
         for cell in cells:
-            if not is_colour(cell):
+            if isinstance(cell, bool) or not isinstance(cell, NUMBER) or cell not in range(10):
                 raise UserError(f"{where}: colour {cell!r:.50}, must be a whole number, 0..9")
     return np.array(cells, np.uint8).reshape(h, w)
 
@@ -199,12 +193,10 @@ def named_tasks(raw: Any, name: str, where: str, depth: int = 2) -> Iterator[tup
     is_task = isinstance(raw, dict) and any(isinstance(raw.get(key), list) for key in of_task)
     if is_task or (isinstance(raw, list) and raw and is_pair(raw[0])):
         yield name, raw
-    elif isinstance(raw, dict) and depth:
-        for key, value in raw.items():
+    elif isinstance(raw, (dict, list)) and depth:
+        numbered = ((id_of(x, f"{name}:{n}"), x) for n, x in enumerate(raw, 1))
+        for key, value in raw.items() if isinstance(raw, dict) else numbered:
             yield from named_tasks(value, key, where, depth - 1)
-    elif isinstance(raw, list) and depth:
-        for number, value in enumerate(raw, 1):
-            yield from named_tasks(value, id_of(value, f"{name}:{number}"), where, depth - 1)
     else:
         raise UserError(f"{where}: {name}: neither a task, nor tasks by id or in a list, nor pairs")
 
@@ -357,15 +349,11 @@ class Finding(msgspec.Struct, frozen=True):
     """What the guard found: stored in every checkpoint, printed with every score."""
 
     policy: str
-    dropped: tuple[
-        tuple[str, str], ...
-    ] = ()  # (training task, held-out task it shares a pair with)
+    dropped: tuple[tuple[str, str], ...] = ()  # (training task, held-out task with an equal pair)
     set_aside: int = 0  # training tasks that are dev tasks
-    tiny: int = 0  # equal pairs below the size threshold, taken for chance
+    tiny: int = 0  # equal pairs of too few cells, taken for chance
     admitted: int = 0  # held-out tasks whose demos were trained on (policy "demos")
-    started: str = (
-        ""  # the weights that training started from, if they may have seen held-out tasks
-    )
+    started: str = ""  # what is known of the weights that training started from
 
     def __str__(self) -> str:
         parts = [f"{self.set_aside} dev tasks set aside"]
@@ -441,11 +429,10 @@ def guard(
                 for name in names.get(digest, set()) - own:
                     shared[name].append((digest, pair[0].size + pair[1].size))
         # One tiny pair is equal by chance, all pairs are not: some tasks have only 3 x 3 grids.
-        hits = {
-            name
-            for name, equal in shared.items()
-            if sum(dict(equal).values()) >= MIN_SHARED_CELLS or len(equal) == len(pairs)
-        }
+        hits = set()
+        for name, equal in shared.items():
+            if sum(dict(equal).values()) >= MIN_SHARED_CELLS or len(equal) == len(pairs):
+                hits.add(name)
         if not hits:
             kept.append(task)
             n_admitted += i >= len(train)
@@ -455,10 +442,8 @@ def guard(
         else:
             dropped.append((task.name, min(hits)))
     if dropped and policy == "refuse":
-        train_name, other = dropped[0]
-        raise UserError(
-            f"data.train: task {train_name} shares a pair with held-out task {other} (data.policy)"
-        )
+        equal_tasks = "task {} shares a pair with held-out task {}".format(*dropped[0])
+        raise UserError(f"data.train: {equal_tasks} (data.policy)")
     if not kept:
         raise UserError("data.train: no task is left after the held-out guard")
     return kept, Finding(policy, tuple(dropped), set_aside, tiny, n_admitted)
@@ -504,13 +489,13 @@ def describe(tasks: Sequence[Task], cfg: DataConfig | None = None) -> dict[str, 
     packed = pack(tasks)
     sides = packed.grids[:, :, 1:].amax((1, 2))
     asked = {rule: queries(packed, rule, cfg or DataConfig()) for rule in ("leave_one_out", "test")}
-    demos = np.unique(packed.n_demos.numpy(), return_counts=True)
+    n_demos = packed.n_demos.tolist()
     return {
         "tasks": len(tasks),
         "pairs": len(packed.task_of),
         "queries": sum(len(t.queries) for t in tasks),
         "hidden_outputs": int((packed.grids[:, 1, 1] == 0).sum()),
-        "demos_per_task": dict(zip(*(x.tolist() for x in demos), strict=True)),
+        "demos_per_task": {n: n_demos.count(n) for n in sorted(set(n_demos))},
         "side": {"median": int(sides.median()), "max": int(sides.max())},
         "canvases": {
             rule: histogram(q.canvas[q.fits].amax(1)) | {"too_large": int((~q.fits).sum())}

@@ -1,9 +1,9 @@
 """Hand-made experts: a solver without weights that answers each cell from itself and one feature.
 
-A feature gives each cell of a canvas a token or a small number: its mirror image, its neighbour, the
-size of its object (Chollet 2019, arXiv 1911.01547, "core knowledge"). An expert is a feature and a
-rule. Each demo is predicted from the other demos, and the experts that do this best are mixed. There
-are two rounds: the second also has the features of the first round's answer.
+A feature gives each cell of a canvas a token or a small number: its mirror image, its neighbour,
+the size of its object (Chollet 2019, arXiv 1911.01547, "core knowledge"). An expert is a feature
+and a rule. Each demo is predicted from the other demos, and the experts that do this best are
+mixed. There are two rounds: the second also has the features of the first round's answer.
 Axes: H x W a canvas, h x w the grid on it, M cells of all demos, N demos, K features, C classes,
 V = 12 tokens (0 nothing, 1 end of the grid, 2 black, 3 to 11 the other colours).
 """
@@ -16,21 +16,25 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .. import data, score
 from ..config import DataConfig
-from ..data import Task
+from ..data import EOS, Task
 from .scenes import Grid, box, crop, enclosed, enlarged, mirror_tiled, parts
 
 SOURCE = "experts-" + hashlib.blake2b(Path(__file__).read_bytes(), digest_size=4).hexdigest()
-TOKENS, EOS, BLACK = 12, data.EOS, data.FIRST_COLOUR
+TOKENS, BLACK = 12, data.FIRST_COLOUR
 ROUNDS, MIXED = 2, 4  # MIXED experts answer in each round
 SHARPNESS = 60.0  # an expert weighs exp(SHARPNESS * its mean log-likelihood of a demo's cell)
 PRIOR = 0.2  # weight of the prior in every count, in cells
-FITTED, FIT_COST, ROUND_COST = 12, 0.01, 0.02  # off the log-likelihood: fitted features, round 2
+FITTED, FIT_COST, ROUND_COST = (
+    7,
+    0.01,
+    0.02,
+)  # taken off the log-likelihood: the last features, round 2
 REACH = 9  # largest period, and largest distance of a mirror from the middle, in half cells
 
 # ---------------------------------------------------------------- features
@@ -66,14 +70,6 @@ def quarter(x: Grid, row: int, column: int) -> Grid:
     return piece(piece(x, 0, row, 2), 1, column, 2)
 
 
-def mirrored_in_box(x: Grid, down: bool, across: bool) -> Grid:
-    """Mirrored within the bounding box of all that is not black."""
-    cells, (i, j) = np.flatnonzero(x > BLACK).tolist(), map(np.arange, x.shape)
-    rows, columns = box(cells, x.shape[1]) if cells else (slice(0, 0), slice(0, 0))
-    i = rows.start + rows.stop - 1 - i if down else i
-    return take(x, i, columns.start + columns.stop - 1 - j if across else j)
-
-
 def fallen(x: Grid) -> Grid:
     """All that is not black falls to the bottom of its column."""
     order = np.argsort(x > BLACK, 0, kind="stable")
@@ -83,9 +79,6 @@ def fallen(x: Grid) -> Grid:
 
 FRAMES: dict[str, Callable[[Grid], Grid]] = {
     **{f"turned by D8's {k}": partial(data.turn, k) for k in range(8)},
-    "box upside down": partial(mirrored_in_box, down=True, across=False),
-    "box left to right": partial(mirrored_in_box, down=False, across=True),
-    "box half turn": partial(mirrored_in_box, down=True, across=True),
     "2 x 2 tiles": lambda x: np.tile(x, (2, 2)),
     "3 x 3 tiles": lambda x: np.tile(x, (3, 3)),
     "h x w tiles": lambda x: np.tile(x, x.shape),
@@ -180,7 +173,7 @@ def agreement(x: Grid, rows: np.ndarray, columns: np.ndarray) -> float:
 
 
 def fitted(x: Grid, canvas: tuple[int, int]) -> dict[str, Grid]:
-    """(H, W) the images in the mirrors and periods that suit the grid best, and cut to its patch."""
+    """(H, W) images in the mirrors and at the periods that suit the grid best."""
     (h, w), (i, j), (down, across) = x.shape, map(np.arange, x.shape), map(np.arange, canvas)
 
     def best(offers: Sequence[int], other: Callable[[int], tuple[np.ndarray, np.ndarray]]) -> int:
@@ -198,21 +191,21 @@ def fitted(x: Grid, canvas: tuple[int, int]) -> dict[str, Grid]:
         count[..., BLACK + 1 :] <<= 10
         return take(count.argmax(-1).astype(np.uint8), down % rows, across % columns)
 
-    images = {"mirrored down": take(x, up, across), "mirrored across": take(x, down, back)}
-    images |= {"mirrored": take(x, up, back), "repeated": repeated(p, q)}
-    rest = {"repeated down": repeated(p, max(canvas)), "repeated across": repeated(max(canvas), q)}
-    rest |= {"a period on": take(x, down + p, across + q)}
-    rest |= {"a period back": take(x, down - p, across - q)}
     area = np.zeros(x.size, np.int64)  # of solid rectangles of one colour; the patch is the largest
     for part in parts(x):
-        high, wide = (s.stop - s.start for s in box(part, w))
+        high, wide = (side.stop - side.start for side in box(part, w))
         area[part] = len(part) * (len(part) == high * wide and min(high, wide) > 1)
     patch = ((area > 0) & (area == area.max())).reshape(h, w)
-    return (
-        images
-        | rest
-        | {f"patch {k}": laid(crop(y[:h, :w], patch), canvas) for k, y in images.items()}
-    )
+    mirrored = take(x, up, back)
+    return {
+        "mirrored down": take(x, up, across),
+        "mirrored across": take(x, down, back),
+        "mirrored": mirrored,
+        "mirrored, in the patch": laid(crop(mirrored[:h, :w], patch), canvas),
+        "repeated": repeated(p, q),
+        "repeated down": repeated(p, max(canvas)),
+        "repeated across": repeated(max(canvas), q),
+    }
 
 
 def features(tokens: Grid) -> dict[str, np.ndarray]:
@@ -264,8 +257,7 @@ RULES = {
     "copy the feature": Rule(
         2, (11 / 12, 1 / 12), lambda own, f: f == 0, lambda own, f, y: f == y
     ),
-    "look up the feature": Rule(TOKENS, EVEN, lambda own, f: f, lambda own, f, y: y),
-    "look up both": Rule(TOKENS**2, EVEN, lambda own, f: own * TOKENS + f, lambda own, f, y: y),
+    "look up": Rule(TOKENS**2, EVEN, lambda own, f: own * TOKENS + f, lambda own, f, y: y),
     "copy either": Rule(
         32, (10 / 12, 1 / 12, 1 / 12), lambda own, f: (brief(own) * 4 + brief(f)) * 2 + (own == f),
         lambda own, f, y: np.where(f == y, 2, own == y),
@@ -277,12 +269,6 @@ RULES = {
 }  # fmt: skip
 
 
-class Cells(NamedTuple):
-    own: np.ndarray  # (M,) tokens
-    features: np.ndarray  # (M, K)
-    demo: np.ndarray  # (M,) 0 .. N - 1
-
-
 class Table(NamedTuple):
     """What the demos taught the experts of one rule."""
 
@@ -291,106 +277,94 @@ class Table(NamedTuple):
     worth: np.ndarray  # (K,) mean log-likelihood of a demo's cell, predicted from the other demos
 
 
-def learn(rule: Rule, cells: Cells, outputs: np.ndarray, demos: int) -> Table:
-    """Count the answers of the demos and predict each demo from the others."""
-    k, c, prior = cells.features.shape[1], len(rule.prior), np.array(rule.prior)
-    own, y, demo = cells.own[:, None], outputs[:, None], cells.demo[:, None]
-    key = rule.key(own, cells.features) + np.arange(k) * rule.keys
-    answer = np.broadcast_to(rule.classed(own, cells.features, y), key.shape).astype(np.int64)
-    shape = demos, k * rule.keys, c
-    at = np.ravel_multi_index((demo, key, answer), shape)
-    count = np.bincount(at.ravel(), minlength=math.prod(shape)).reshape(shape)
+def learn(rule: Rule, own: np.ndarray, seen: np.ndarray, demo: np.ndarray, y: np.ndarray) -> Table:
+    """Count the demos' answers y (M,), and predict each demo from the others.
+
+    own (M,) tokens, seen (M, K) features, demo (M,) 0 .. N - 1."""
+    n, k, c, prior = demo.max() + 1, seen.shape[1], len(rule.prior), np.array(rule.prior)
+    key = rule.key(own[:, None], seen) + np.arange(k) * rule.keys
+    answer = np.zeros_like(key) + rule.classed(own[:, None], seen, y[:, None])
+    at = demo[:, None], key, answer
+    shape = n, k * rule.keys, c
+    flat = np.ravel_multi_index(at, shape).ravel()
+    count = np.bincount(flat, minlength=math.prod(shape)).reshape(shape)
     total = count.sum(2)
-    right = count.sum(0)[key, answer] - count[demo, key, answer]
-    p = (right + prior[answer] * PRIOR) / (total.sum(0)[key] - total[demo, key] + PRIOR)
-    p = np.where((answer == 0) & (c < TOKENS), p / (TOKENS + 1 - c), p)
-    return Table(rule, count.reshape(demos, k, rule.keys, c), np.log(p).mean(0))
+    right = count.sum(0)[key, answer] - count[at]
+    p = (right + prior[answer] * PRIOR) / (total.sum(0)[key] - total[at[:2]] + PRIOR)
+    if c < TOKENS:
+        p = np.where(answer == 0, p / (TOKENS + 1 - c), p)
+    return Table(rule, count.reshape(n, k, rule.keys, c), np.log(p).mean(0))
 
 
-def mixture(tables: Sequence[Table], worth: np.ndarray, cells: Cells, alone: bool) -> np.ndarray:
-    """(M, V) what the best experts predict together; alone: each demo without its own counts.
-
-    worth (rules * K,): of all experts, costs taken off."""
+def mixture(
+    tables: Sequence[Table], worth: np.ndarray, own: np.ndarray, seen: np.ndarray, demo: Any = None
+) -> np.ndarray:
+    """(M, V) what the MIXED experts of most worth (rules * K,) predict; demo: without its counts."""
     best = np.argsort(-worth, kind="stable")[:MIXED]
     weight = np.exp(SHARPNESS * (worth[best] - worth[best[0]]))
-    total, m = np.zeros((len(cells.own), TOKENS)), np.arange(len(cells.own))
-    for expert, share in zip(best.tolist(), weight / weight.sum(), strict=True):
-        number, k = divmod(expert, cells.features.shape[1])
-        rule, feature, prior = (
-            tables[number].rule,
-            cells.features[:, k],
-            np.array(tables[number].rule.prior),
-        )
-        key, count = rule.key(cells.own, feature).astype(np.int64), tables[number].count[:, k]
-        seen = count.sum(0)[key] - (count[cells.demo, key] if alone else 0)
-        p = share * (seen + prior * PRIOR) / (seen.sum(1, keepdims=True) + PRIOR)
+    mixed, m = np.zeros((len(own), TOKENS)), np.arange(len(own))
+    for expert, share in zip(best, weight / weight.sum(), strict=True):
+        rule, count, _ = tables[expert // seen.shape[1]]
+        feature, count = seen[:, expert % seen.shape[1]], count[:, expert % seen.shape[1]]
+        key, prior = rule.key(own, feature) + 0, np.array(rule.prior)
+        right = count.sum(0)[key] - (0 if demo is None else count[demo, key])
+        p = share * (right + prior * PRIOR) / (right.sum(1, keepdims=True) + PRIOR)
         if len(prior) >= TOKENS:
-            total += p[:, :TOKENS]
-            total[m, cells.own] += p[:, TOKENS:].sum(1)
+            mixed += p[:, :TOKENS]
+            mixed[m, own] += p[:, TOKENS:].sum(1)
         else:
-            total += p[:, :1] / (TOKENS + 1 - len(prior))
-            total[m, feature] += p[:, -1]
-            total[m, cells.own] += p[:, 1:-1].sum(1)
-    return total
+            mixed += p[:, :1] / (TOKENS + 1 - len(prior))
+            mixed[m, own] += p[:, 1:-1].sum(1)
+            mixed[m, feature] += p[:, -1]
+    return mixed
 
 
-class Answer(NamedTuple):
-    tokens: Grid  # (H, W)
-    worth: float  # mean log-likelihood of a demo's cell under the best expert
+def answer(
+    demos: Sequence[tuple[Grid, Grid]], query: Grid, canvas: tuple[int, int]
+) -> tuple[Grid, float]:
+    """(tokens (H, W) of the answer, mean log-likelihood of a demo's cell under the best expert).
 
-
-def answer(demos: Sequence[tuple[Grid, Grid]], query: Grid, canvas: tuple[int, int]) -> Answer:
-    """What the experts answer to a query on its canvas; a demo's canvas is as large as its grids."""
+    The canvas of a demo is as large as its grids."""
     sizes = [tuple(np.maximum(x.shape, y.shape).tolist()) for x, y in demos] + [canvas]
-    inputs = [*(x for x, _ in demos), query]
+    inputs, outputs = [*(x for x, _ in demos), query], [*(y for _, y in demos), query]
     grids = [data.tokenise(x, size) for x, size in zip(inputs, sizes, strict=True)]
-    ends = np.cumsum([x.size for x in grids])
-    owner = np.repeat(np.arange(len(grids)), [x.size for x in grids])
-    outputs = [data.tokenise(y, size).ravel() for (_, y), size in zip(demos, sizes, strict=False)]
-    outputs = np.concatenate((*outputs, np.zeros(grids[-1].size, np.uint8)))
-    shown, asked = outputs > 0, owner == len(demos)
-    rows, cost = np.zeros((len(owner), 0), np.uint8), np.zeros(0)
+    labels = [data.tokenise(y, size).ravel() for y, size in zip(outputs, sizes, strict=True)]
+    y, demo = np.concatenate(labels), np.repeat(np.arange(len(grids)), [x.size for x in grids])
+    asked = demo == len(demos)
+    shown = (y > 0) & ~asked
+    seen, cost = np.zeros((len(y), 0), np.uint8), np.zeros(0)
     for number in range(ROUNDS):
-        found = [np.stack([*features(x).values()], -1).reshape(x.size, -1) for x in grids]
-        rows = np.hstack((rows, np.concatenate(found).astype(np.uint8)))
-        is_fitted = np.arange(found[0].shape[1]) >= found[0].shape[1] - FITTED
-        cost = np.append(cost, ROUND_COST * number + FIT_COST * is_fitted)
-        cells = Cells(np.concatenate([x.ravel() for x in grids]), rows, owner)
-        of_demos, of_query = (Cells(*(x[mask] for x in cells)) for mask in (shown, asked))
-        tables = [learn(rule, of_demos, outputs[shown], len(demos)) for rule in RULES.values()]
-        worth = np.concatenate([t.worth - cost for t in tables])
-        tokens = np.zeros(len(owner), np.uint8)
-        tokens[shown] = mixture(tables, worth, of_demos, True).argmax(1)
-        tokens[asked] = mixture(tables, worth, of_query, False).argmax(1)
-        grids = [x.reshape(s) for x, s in zip(np.split(tokens, ends[:-1]), sizes, strict=True)]
-    return Answer(grids[-1], float(worth.max()))
-
-
-def vote(task: Task, query: int, number: int) -> tuple[score.Vote, Grid]:
-    """The vote of one view of a query, and its tokens."""
-    cfg = DataConfig()
-    symmetry, lots = score.view(task, query, number, cfg)
-    order = lots[1:].argsort()[: cfg.max_demos].tolist()
-    demos = [tuple(data.apply(symmetry, x) for x in task.demos[i]) for i in order]
-    asked = data.apply(symmetry, task.queries[query][0])
-    packed = data.pack([Task("", demos, [(asked, None)])])
-    canvas = data.queries(packed, "test", cfg).canvas[0].tolist()
-    tokens, worth = answer(demos, asked, tuple(canvas))
-    grid, p = data.untokenise(tokens), min(math.exp(worth), 1 - 1e-6)
-    grid = None if grid is None else data.apply(data.inverse(symmetry), grid)
-    return score.Vote(grid, math.log(p / (1 - p)), view=number, source=SOURCE), tokens
+        new = [np.stack([*features(x).values()], -1).reshape(x.size, -1) for x in grids]
+        seen = np.hstack((seen, np.concatenate(new).astype(np.uint8)))
+        cost = np.append(cost, np.full(new[0].shape[1], ROUND_COST * number))
+        cost[-FITTED:] += FIT_COST
+        own = np.concatenate([x.ravel() for x in grids])
+        of_demos = own[shown], seen[shown], demo[shown]
+        tables = [learn(rule, *of_demos, y[shown]) for rule in RULES.values()]
+        worth = np.concatenate([table.worth - cost for table in tables])
+        tokens = np.zeros_like(own)
+        tokens[shown] = mixture(tables, worth, *of_demos).argmax(1)
+        tokens[asked] = mixture(tables, worth, own[asked], seen[asked]).argmax(1)
+        grids = [tokens[demo == n].reshape(size) for n, size in enumerate(sizes)]
+    return grids[-1], float(worth.max())
 
 
 def predict(tasks: Sequence[Task], views: Sequence[int]) -> Iterator[list[score.Prediction]]:
-    """Task by task, what these views say of every query; q is the log-odds of a demo's cell."""
-    for task in tasks:
-        predictions, key = [], score.task_hash(task)
-        for query in range(len(task.queries)):
-            begun = time.monotonic()
-            votes = {number: vote(task, query, number) for number in views}
-            predictions.append(score.Prediction(
-                task.name, query, key, [v for v, _ in votes.values()],
-                canvas=votes[0][1] if 0 in votes else None,
-                seconds=time.monotonic() - begun, source=SOURCE,
-            ))  # fmt: skip
-        yield predictions
+    """Task by task, the votes of these views for every query; q: log-odds of a demo's cell."""
+    cfg = DataConfig()
+    for task, query in ((t, q) for t in tasks for q in range(len(t.queries))):
+        begun, votes, first = time.monotonic(), [], None
+        for number in views:
+            symmetry, lots = score.view(task, query, number, cfg)
+            order = lots[1:].argsort()[: cfg.max_demos].tolist()
+            demos = [tuple(data.apply(symmetry, x) for x in task.demos[i]) for i in order]
+            asked = data.apply(symmetry, task.queries[query][0])
+            packed = data.pack([Task("", demos, [(asked, None)])])
+            canvas = data.queries(packed, "test", cfg).canvas[0].tolist()
+            tokens, worth = answer(demos, asked, tuple(canvas))
+            first = tokens if number == 0 else first
+            grid, p = data.untokenise(tokens), min(math.exp(worth), 1 - 1e-6)
+            grid = None if grid is None else data.apply(data.inverse(symmetry), grid)
+            votes.append(score.Vote(grid, math.log(p / (1 - p)), number, source=SOURCE))
+        seconds, key = time.monotonic() - begun, score.task_hash(task)
+        yield [score.Prediction(task.name, query, key, votes, first, 0, seconds, SOURCE)]
