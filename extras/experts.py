@@ -23,19 +23,14 @@ import numpy as np
 from .. import data, score
 from ..config import DataConfig
 from ..data import EOS, Task
-from .scenes import Grid, box, crop, enclosed, enlarged, mirror_tiled, parts
+from .grids import Grid, crop, enclosed, enlarged, mirror_tiled, parts
 
 SOURCE = "experts-" + hashlib.blake2b(Path(__file__).read_bytes(), digest_size=4).hexdigest()
 TOKENS, BLACK = 12, data.FIRST_COLOUR
 ROUNDS, MIXED = 2, 4  # MIXED experts answer in each round
 SHARPNESS = 60.0  # an expert weighs exp(SHARPNESS * its mean log-likelihood of a demo's cell)
 PRIOR = 0.2  # weight of the prior in every count, in cells
-FITTED, FIT_COST, ROUND_COST = (
-    7,
-    0.01,
-    0.02,
-)  # taken off the log-likelihood: the last features, round 2
-REACH = 9  # largest period, and largest distance of a mirror from the middle, in half cells
+ROUND_COST = 0.02  # taken off the log-likelihood of an expert with a feature of round 2
 
 # ---------------------------------------------------------------- features
 
@@ -62,14 +57,6 @@ def piece(x: Grid, axis: int, number: int, of: int) -> Grid:
     return x.take(range(start, start + size), axis)
 
 
-def shrunk(x: Grid, k: int) -> Grid:
-    return x[::k, ::k][: len(x) // k, : x.shape[1] // k]
-
-
-def quarter(x: Grid, row: int, column: int) -> Grid:
-    return piece(piece(x, 0, row, 2), 1, column, 2)
-
-
 def fallen(x: Grid) -> Grid:
     """All that is not black falls to the bottom of its column."""
     order = np.argsort(x > BLACK, 0, kind="stable")
@@ -94,12 +81,9 @@ FRAMES: dict[str, Callable[[Grid], Grid]] = {
     "enlarged h x w": lambda x: x.repeat(x.shape[0], 0).repeat(x.shape[1], 1),
     "stretched down": lambda x: x.repeat(2, 0),
     "stretched across": lambda x: x.repeat(2, 1),
-    "shrunk 2": partial(shrunk, k=2),
-    "shrunk 3": partial(shrunk, k=3),
     "box": lambda x: crop(x, x > BLACK),
     **{f"half {n} down": partial(piece, axis=0, number=n, of=2) for n in range(2)},
     **{f"half {n} across": partial(piece, axis=1, number=n, of=2) for n in range(2)},
-    **{f"quarter {r}, {c}": partial(quarter, row=r, column=c) for r in (0, 1) for c in (0, 1)},
     **{f"third {n} across": partial(piece, axis=1, number=n, of=3) for n in range(3)},
     **{f"third {n} down": partial(piece, axis=0, number=n, of=3) for n in range(3)},
     "start of the row": lambda x: x[:, :1].repeat(x.shape[1], 1),
@@ -163,53 +147,8 @@ def facts(x: Grid, near: dict[str, Grid], met: dict[str, Grid]) -> dict[str, np.
     }
 
 
-def agreement(x: Grid, rows: np.ndarray, columns: np.ndarray) -> float:
-    """Share of cells that equal the other cell at (rows, columns); 0 if less than half have one."""
-    (h, w), (i, j) = x.shape, map(np.arange, x.shape)
-    inside = ((rows >= 0) & (rows < h))[:, None] & (columns >= 0) & (columns < w)
-    compared = (x > 0) & inside & ((rows != i)[:, None] | (columns != j))
-    equal = compared & (take(x, rows, columns) == x)
-    return equal.sum() / compared.sum() if 2 * compared.sum() >= (x > 0).sum() > 0 else 0.0
-
-
-def fitted(x: Grid, canvas: tuple[int, int]) -> dict[str, Grid]:
-    """(H, W) images in the mirrors and at the periods that suit the grid best."""
-    (h, w), (i, j), (down, across) = x.shape, map(np.arange, x.shape), map(np.arange, canvas)
-
-    def best(offers: Sequence[int], other: Callable[[int], tuple[np.ndarray, np.ndarray]]) -> int:
-        return max(offers, key=lambda n: agreement(x, *other(n)) - 0.002 * abs(n))
-
-    mirrors, periods = sorted(range(1 - REACH, REACH), key=abs), range(1, REACH + 1)
-    up = h - 1 + best(mirrors, lambda n: (h - 1 - i + n, j)) - down
-    back = w - 1 + best(mirrors, lambda n: (i, w - 1 - j + n)) - across
-    p, q = best(periods, lambda n: (i + n, j)), best(periods, lambda n: (i, j + n))
-
-    def repeated(rows: int, columns: int) -> Grid:
-        """The commonest colour, black last, of all cells that lie whole periods apart."""
-        count = np.zeros((h, w, TOKENS), np.int64)
-        np.add.at(count, (i[:, None] % rows, j % columns, x), x > 0)
-        count[..., BLACK + 1 :] <<= 10
-        return take(count.argmax(-1).astype(np.uint8), down % rows, across % columns)
-
-    area = np.zeros(x.size, np.int64)  # of solid rectangles of one colour; the patch is the largest
-    for part in parts(x):
-        high, wide = (side.stop - side.start for side in box(part, w))
-        area[part] = len(part) * (len(part) == high * wide and min(high, wide) > 1)
-    patch = ((area > 0) & (area == area.max())).reshape(h, w)
-    mirrored = take(x, up, back)
-    return {
-        "mirrored down": take(x, up, across),
-        "mirrored across": take(x, down, back),
-        "mirrored": mirrored,
-        "mirrored, in the patch": laid(crop(mirrored[:h, :w], patch), canvas),
-        "repeated": repeated(p, q),
-        "repeated down": repeated(p, max(canvas)),
-        "repeated across": repeated(max(canvas), q),
-    }
-
-
 def features(tokens: Grid) -> dict[str, np.ndarray]:
-    """All features (H, W) of the grid whose tokens lie on a canvas (H, W); the FITTED ones last."""
+    """All features (H, W) of the grid whose tokens lie on a canvas (H, W)."""
     canvas, coloured = tokens.shape, np.nonzero(tokens >= BLACK)
     h, w = (1 + n.max(initial=0) for n in coloured)
     x = np.where(tokens >= BLACK, tokens, 0).astype(np.uint8)[:h, :w]
@@ -226,20 +165,18 @@ def features(tokens: Grid) -> dict[str, np.ndarray]:
     }
     images = {name: laid(frame(x), canvas) for name, frame in FRAMES.items()}
     images |= {f"box of the {k}": laid(crop(x, mask), canvas) for k, mask in boxes.items()}
-    images["tiles"] = take(x, down % h, across % w)
-    twice = mirror_tiled(x)
-    images["mirror tiles"] = take(twice, down % (2 * h), across % (2 * w))
+    for name, y in (("tiles", x), ("mirror tiles", mirror_tiled(x))):
+        images[name] = take(y, down % len(y), across % y.shape[1])
     cells = {f"next {k}": y for k, y in near.items()} | {f"met {k}": y for k, y in met.items()}
     cells |= {f"between {a} and {b}": met[a] * (met[a] == met[b]) for a, b in OPPOSITE} | known
-    on_canvas = {k: laid(np.where(x > 0, y, 0), canvas, end=0) for k, y in cells.items()}
-    return images | on_canvas | fitted(x, canvas)
+    return images | {k: laid(np.where(x > 0, y, 0), canvas, end=0) for k, y in cells.items()}
 
 
 # ---------------------------------------------------------------- experts
 
 
 class Rule(NamedTuple):
-    """How a feature is used: under a key it is counted how often each class of answers was right."""
+    """How a feature is used: each key has a count of the answers of each class."""
 
     keys: int
     prior: tuple[float, ...]  # of the C classes; where C < V, class 0 means any other token
@@ -248,8 +185,7 @@ class Rule(NamedTuple):
 
 
 def brief(x: np.ndarray) -> np.ndarray:
-    """Nothing, the end, black, a colour."""
-    return np.minimum(x, BLACK + 1)
+    return np.minimum(x, BLACK + 1)  # nothing, the end, black, a colour
 
 
 EVEN = (1 / TOKENS,) * TOKENS
@@ -257,7 +193,8 @@ RULES = {
     "copy the feature": Rule(
         2, (11 / 12, 1 / 12), lambda own, f: f == 0, lambda own, f, y: f == y
     ),
-    "look up": Rule(TOKENS**2, EVEN, lambda own, f: own * TOKENS + f, lambda own, f, y: y),
+    "look up the feature": Rule(TOKENS, EVEN, lambda own, f: f, lambda own, f, y: y),
+    "look up both": Rule(TOKENS**2, EVEN, lambda own, f: own * TOKENS + f, lambda own, f, y: y),
     "copy either": Rule(
         32, (10 / 12, 1 / 12, 1 / 12), lambda own, f: (brief(own) * 4 + brief(f)) * 2 + (own == f),
         lambda own, f, y: np.where(f == y, 2, own == y),
@@ -269,18 +206,11 @@ RULES = {
 }  # fmt: skip
 
 
-class Table(NamedTuple):
-    """What the demos taught the experts of one rule."""
-
-    rule: Rule
-    count: np.ndarray  # (N, K, keys, C) cells of each demo
-    worth: np.ndarray  # (K,) mean log-likelihood of a demo's cell, predicted from the other demos
-
-
-def learn(rule: Rule, own: np.ndarray, seen: np.ndarray, demo: np.ndarray, y: np.ndarray) -> Table:
-    """Count the demos' answers y (M,), and predict each demo from the others.
-
-    own (M,) tokens, seen (M, K) features, demo (M,) 0 .. N - 1."""
+def learn(
+    rule: Rule, own: np.ndarray, seen: np.ndarray, demo: np.ndarray, y: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(N, K, keys, C) how often each demo had a class of answers, and (K,) the mean log-likelihood
+    of a demo's cell, predicted from the other demos. own, demo, y: (M,), seen: (M, K)."""
     n, k, c, prior = demo.max() + 1, seen.shape[1], len(rule.prior), np.array(rule.prior)
     key = rule.key(own[:, None], seen) + np.arange(k) * rule.keys
     answer = np.zeros_like(key) + rule.classed(own[:, None], seen, y[:, None])
@@ -293,19 +223,23 @@ def learn(rule: Rule, own: np.ndarray, seen: np.ndarray, demo: np.ndarray, y: np
     p = (right + prior[answer] * PRIOR) / (total.sum(0)[key] - total[at[:2]] + PRIOR)
     if c < TOKENS:
         p = np.where(answer == 0, p / (TOKENS + 1 - c), p)
-    return Table(rule, count.reshape(n, k, rule.keys, c), np.log(p).mean(0))
+    return count.reshape(n, k, rule.keys, c), np.log(p).mean(0)
 
 
 def mixture(
-    tables: Sequence[Table], worth: np.ndarray, own: np.ndarray, seen: np.ndarray, demo: Any = None
+    counts: Sequence[np.ndarray],
+    worth: np.ndarray,
+    own: np.ndarray,
+    seen: np.ndarray,
+    demo: Any = None,
 ) -> np.ndarray:
-    """(M, V) what the MIXED experts of most worth (rules * K,) predict; demo: without its counts."""
+    """(M, V) what the experts of most worth (rules * K,) predict; demo (M,): without its counts."""
     best = np.argsort(-worth, kind="stable")[:MIXED]
     weight = np.exp(SHARPNESS * (worth[best] - worth[best[0]]))
     mixed, m = np.zeros((len(own), TOKENS)), np.arange(len(own))
     for expert, share in zip(best, weight / weight.sum(), strict=True):
-        rule, count, _ = tables[expert // seen.shape[1]]
-        feature, count = seen[:, expert % seen.shape[1]], count[:, expert % seen.shape[1]]
+        number, k = divmod(expert, seen.shape[1])
+        rule, count, feature = [*RULES.values()][number], counts[number][:, k], seen[:, k]
         key, prior = rule.key(own, feature) + 0, np.array(rule.prior)
         right = count.sum(0)[key] - (0 if demo is None else count[demo, key])
         p = share * (right + prior * PRIOR) / (right.sum(1, keepdims=True) + PRIOR)
@@ -337,14 +271,13 @@ def answer(
         new = [np.stack([*features(x).values()], -1).reshape(x.size, -1) for x in grids]
         seen = np.hstack((seen, np.concatenate(new).astype(np.uint8)))
         cost = np.append(cost, np.full(new[0].shape[1], ROUND_COST * number))
-        cost[-FITTED:] += FIT_COST
         own = np.concatenate([x.ravel() for x in grids])
         of_demos = own[shown], seen[shown], demo[shown]
-        tables = [learn(rule, *of_demos, y[shown]) for rule in RULES.values()]
-        worth = np.concatenate([table.worth - cost for table in tables])
+        counts, worths = zip(*(learn(r, *of_demos, y[shown]) for r in RULES.values()), strict=True)
+        worth = np.concatenate([w - cost for w in worths])
         tokens = np.zeros_like(own)
-        tokens[shown] = mixture(tables, worth, *of_demos).argmax(1)
-        tokens[asked] = mixture(tables, worth, own[asked], seen[asked]).argmax(1)
+        tokens[shown] = mixture(counts, worth, *of_demos).argmax(1)
+        tokens[asked] = mixture(counts, worth, own[asked], seen[asked]).argmax(1)
         grids = [tokens[demo == n].reshape(size) for n, size in enumerate(sizes)]
     return grids[-1], float(worth.max())
 

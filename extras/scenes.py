@@ -1,4 +1,4 @@
-"""What composed tasks are made on: the draws and the common traits of a task, tools for grids, and the scenes that draw inputs.
+"""What composed tasks are made on: the draws and traits of a task, and the scenes of its inputs.
 
 Black (0) is the background here; compose.py recolours it afterwards.
 """
@@ -10,14 +10,13 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-Grid = np.ndarray
-Fn = Callable[[Grid], Grid]
+from .grids import Grid, border, crop, enlarged, mirror_tiled, where
+
 T = TypeVar("T")
-NONE = np.zeros((0, 0), np.uint8)
 
 
 class Dice:
-    """All draws of one task, named by its key; of numpy's generator only uniform floats are used."""
+    """All draws of one task, named by its key, made of numpy's uniform floats alone."""
 
     def __init__(self, *key: int) -> None:
         self.rng = np.random.default_rng(key)
@@ -82,120 +81,6 @@ class World(NamedTuple):
         return d.some(
             [c for c in range(1, 10) if c not in self.new and c != self.mark], len(self.ink)
         )
-
-
-# ---------------------------------------------------------------- tools
-
-
-def padded(x: Grid) -> Grid:
-    """With a border of background."""
-    y = np.zeros((x.shape[0] + 2, x.shape[1] + 2), np.uint8)
-    y[1:-1, 1:-1] = x
-    return y
-
-
-def parts(x: Grid, mixed: bool = False) -> list[list[int]]:
-    """The objects: flat indices of the 8-connected cells of one colour (mixed: of any colours but the background)."""
-    flat, n, found = padded(x > 0 if mixed else x).reshape(-1).tolist(), x.shape[1] + 2, []
-    for start, colour in enumerate(flat):
-        if colour:
-            flat[start], stack, part = 0, [start], []
-            while stack:
-                i = stack.pop()
-                part.append(i - n - 1 - 2 * (i // n - 1))
-                for j in (i - n - 1, i - n, i - n + 1, i - 1, i + 1, i + n - 1, i + n, i + n + 1):
-                    if flat[j] == colour:
-                        flat[j] = 0
-                        stack.append(j)
-            found.append(part)
-    return found
-
-
-def enclosed(x: Grid) -> Grid:
-    """(h, w) bool: the background cells that no 4-connected way over background joins to the border."""
-    flat, n, stack = padded(x).reshape(-1).tolist(), x.shape[1] + 2, [0]
-    while stack:
-        i = stack.pop()
-        for j in (i - n, i - 1, i + 1, i + n):
-            if 0 <= j < len(flat) and flat[j] == 0:
-                flat[j] = 255
-                stack.append(j)
-    return np.array(flat, np.uint8).reshape(-1, n)[1:-1, 1:-1] == 0
-
-
-def around(x: Grid, diagonal: bool = False) -> list[Grid]:
-    """Each cell's 4 or 8 neighbours, background beyond the border."""
-    (h, w), p = x.shape, padded(x)
-    steps = [(0, 1), (1, 0), (1, 2), (2, 1)] + [(0, 0), (0, 2), (2, 0), (2, 2)] * diagonal
-    return [p[r : r + h, c : c + w] for r, c in steps]
-
-
-def painted(x: Grid, found: Sequence[list[int]], colours: Sequence[int]) -> Grid:
-    """A copy whose objects have these colours."""
-    y = x.copy()
-    flat = y.reshape(-1)
-    for part, colour in zip(found, colours, strict=True):
-        flat[part] = colour
-    return y
-
-
-def box(part: Sequence[int], w: int) -> tuple[slice, slice]:
-    """The bounding box of an object in a grid of width w."""
-    rows, columns = [i // w for i in part], [i % w for i in part]
-    return slice(min(rows), max(rows) + 1), slice(min(columns), max(columns) + 1)
-
-
-def crop(x: Grid, mask: Grid) -> Grid:
-    """To the bounding box of a mask."""
-    cells = np.flatnonzero(mask).tolist()
-    return x[box(cells, x.shape[1])] if cells else NONE
-
-
-def where(mask: Grid, colour: int, x: Grid) -> Grid:
-    return np.where(mask, np.uint8(colour), x)
-
-
-def border(x: Grid) -> Grid:
-    y = np.ones(x.shape, bool)
-    y[1:-1, 1:-1] = False
-    return y
-
-
-def enlarged(x: Grid, k: int) -> Grid:
-    return x.repeat(k, 0).repeat(k, 1)
-
-
-def mirror_tiled(x: Grid) -> Grid:
-    x = np.hstack([x, x[:, ::-1]])
-    return np.vstack([x, x[::-1]])
-
-
-def neighbours(x: Grid) -> Grid:
-    return np.sum([n > 0 for n in around(x)], 0)
-
-
-def inside(x: Grid) -> Grid:
-    return np.min(around(x, True), 0) > 0
-
-
-def outline(part: Sequence[int], w: int) -> tuple[int, ...]:
-    """The shape of an object, wherever it is."""
-    rows, columns = box(part, w)
-    return tuple(sorted(i - rows.start * w - columns.start for i in part))
-
-
-def on_border(x: Grid, p: list[int]) -> bool:
-    r, c = box(p, x.shape[1])
-    return r.start == 0 or c.start == 0 or r.stop == x.shape[0] or c.stop == x.shape[1]
-
-
-def has_hole(x: Grid, p: list[int]) -> bool:
-    return bool(enclosed(painted(np.zeros_like(x), [p], [1])).any())
-
-
-def is_tall(x: Grid, p: list[int]) -> bool:
-    r, c = box(p, x.shape[1])
-    return r.stop - r.start > c.stop - c.start
 
 
 # ---------------------------------------------------------------- scenes
@@ -442,30 +327,10 @@ def bands(d: Dice, w: World) -> Grid:
 
 
 Scene = Callable[[Dice, World], Grid]
-OBJECTS: tuple[Scene, ...] = (
-    boxes,
-    seeds,
-    dots,
-    links,
-    walled,
-    stamps,
-    twins,
-    odd_shapes,
-    keyed_corner,
-    framed,
-)
-PATTERNS: tuple[Scene, ...] = (
-    panels,
-    odd_panels,
-    even_panels,
-    lattice,
-    periodic,
-    strips,
-    bars,
-    bands,
-    ruled,
-    keyed_columns,
-)
+NAMED: tuple[Scene, ...] = (
+    boxes, seeds, dots, links, walled, stamps, twins, odd_shapes, keyed_corner, framed, panels,
+    odd_panels, even_panels, lattice, periodic, strips, bars, bands, ruled, keyed_columns,
+)  # fmt: skip
 SCENES: dict[str, Scene] = {
     "noise": lambda d, w: scatter(d, w.size(d), w.colours(d), 0.2 + 0.5 * w.p[0]),
     "mono": lambda d, w: scatter(d, w.size(d), w.colours(d)[:1], 0.3 + 0.35 * w.p[0]),
@@ -481,5 +346,5 @@ SCENES: dict[str, Scene] = {
     "mirrored": lambda d, w: covered(
         d, w, mirror_tiled(scatter(d, w.size(d, 3, 0.6), w.colours(d), 0.8))
     ),
-    **{draw.__name__: draw for draw in (*OBJECTS, *PATTERNS)},
+    **{draw.__name__: draw for draw in NAMED},
 }

@@ -1,0 +1,161 @@
+"""Laws of the hand-made experts: what features are, and that what one explains is solved."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from etrm_arc import data, score
+from etrm_arc.config import DataConfig
+from etrm_arc.data import EOS, FIRST_COLOUR, Task
+from etrm_arc.extras import compose, experts, grids
+from etrm_arc.tests import puzzles
+from etrm_arc.tests.puzzles import generators
+
+
+def features(x, canvas=(16, 16)):
+    """name -> (H, W) features of a grid of colours."""
+    return experts.features(data.tokenise(x, canvas))
+
+
+def colours(tokens):
+    return tokens.astype(int) - FIRST_COLOUR
+
+
+@given(generators)
+def test_a_feature_of_a_cell_does_not_depend_on_the_canvas(g):
+    x = puzzles.grid(g, colours=4)
+    snug, wide = features(x, x.shape), features(x)
+    h, w = x.shape
+    assert list(snug) == list(wide)
+    for name in snug:
+        assert np.array_equal(snug[name], wide[name][:h, :w]), name
+        assert wide[name].min() >= 0 and wide[name].max() < experts.TOKENS
+
+
+@given(generators)
+def test_frames_lie_on_the_canvas_with_the_marks_of_their_end(g):
+    x = puzzles.grid(g)
+    seen = features(x)
+    for name, frame in experts.FRAMES.items():
+        (h, w), y = frame(x + np.uint8(FIRST_COLOUR)).shape, seen[name]
+        assert np.array_equal(y[:h, :w], frame(x + np.uint8(FIRST_COLOUR))[:16, :16]), name
+        if max(h, w) < 16:
+            assert (y[h, :w] == EOS).all() and (y[:h, w] == EOS).all(), name
+            assert not y[h + 1 :].any() and not y[h:, w:].any(), name
+
+
+@given(generators)
+def test_looks_meet_the_first_colour_and_sizes_are_those_of_objects(g):
+    x = puzzles.grid(g, colours=3)
+    (h, w), seen = x.shape, features(x)
+    size = np.ones(x.size, int)
+    for part in grids.parts(x):
+        size[part] += len(part)
+    assert np.array_equal(seen["size"][:h, :w], size.reshape(h, w).clip(max=11))
+    assert np.array_equal(seen["enclosed"][:h, :w] == 2, grids.enclosed(x))
+    for name, (di, dj) in experts.DIRECTIONS.items():
+        for i, j in np.ndindex(h, w):
+            line = [(i + n * di, j + n * dj) for n in range(1, 9)]
+            cells = [int(x[r, c]) for r, c in line if 0 <= r < h and 0 <= c < w]
+            assert seen[f"next {name}"][i, j] == (cells[0] + FIRST_COLOUR if cells else 0)
+            first = next((c for c in cells if c), None)
+            assert seen[f"met {name}"][i, j] == (first + FIRST_COLOUR if first else 0)
+
+
+@given(generators)
+def test_what_falls_keeps_its_number_and_order(g):
+    x = puzzles.grid(g)
+    down = np.stack([np.concatenate((c[c == 0], c[c > 0])) for c in x.T], 1)
+    left = np.stack([np.concatenate((r[r > 0], r[r == 0])) for r in x])
+    for name, y in (("fallen down", down), ("fallen left", left)):
+        assert np.array_equal(colours(features(x)[name])[: len(x), : x.shape[1]], y)
+
+
+# ---------------------------------------------------------------- answers
+
+
+def cornered(x):
+    y = x.copy()
+    y[np.ix_((0, -1), (0, -1))] = 8
+    return y
+
+
+PALETTE = np.array([0, 5, 1, 7, 9, 2, 3, 4, 6, 8], np.uint8)
+RULES = {
+    "mirror": lambda x: x[:, ::-1],
+    "enlarge": lambda x: x.repeat(2, 0).repeat(2, 1),
+    "recolour": lambda x: PALETTE[x],
+    "fill": lambda x: np.where(grids.enclosed(x), 4, x).astype(np.uint8),
+    "mirror, then frame": lambda x: np.pad(x[1:-1, -2:0:-1], 1, constant_values=8),
+    "turn, then mark the corners": lambda x: cornered(x.T),
+    "mirror and recolour": lambda x: PALETTE[x[::-1]],
+}
+
+
+def task_of(rule, seed):
+    drawn, ring = (
+        np.random.default_rng(seed),
+        np.pad(np.zeros((2, 2), np.uint8), 1, constant_values=3),
+    )
+
+    def pair():
+        x = drawn.integers(1, 4, (6, 7), dtype=np.uint8) * (drawn.random((6, 7)) < 0.4)
+        if rule == "fill":
+            (i, j), x = drawn.integers(0, 5, 2), np.zeros((8, 8), np.uint8)
+            x[i : i + 4, j : j + 4] = ring
+        return x, np.ascontiguousarray(RULES[rule](x))
+
+    return Task(f"{rule}-{seed}", [pair(), pair(), pair()], [pair()])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_task_that_a_feature_explains_is_solved_in_every_view(rule):
+    tasks = [task_of(rule, seed) for seed in range(3)]
+    predictions = [p for part in experts.predict(tasks, range(3)) for p in part]
+    assert score.score(tasks, score.joined(tasks, predictions))["pass@1"] == 1
+    for task, p in zip(tasks, predictions, strict=True):
+        assert [(v.view, v.source) for v in p.votes] == [(n, experts.SOURCE) for n in range(3)]
+        assert all(np.array_equal(v.grid, task.queries[0][1]) and v.q > 0 for v in p.votes)
+
+
+@given(generators)
+@settings(max_examples=5)
+def test_votes_know_neither_outputs_of_queries_nor_other_tasks_and_views(g):
+    task, other = puzzles.task(g), puzzles.task(g, "other")
+    spoilt = task._replace(queries=[(x, None) for x, _ in task.queries])
+
+    def votes(tasks, views):
+        parts = experts.predict(tasks, views)
+        return [[score.to_line(p._replace(seconds=0, canvas=None)) for p in part] for part in parts]
+
+    both = votes([other, task], [0, 2])
+    assert both[len(other.queries) :] == votes([spoilt], [0, 2]) != votes([task], [1, 2])
+
+
+def test_colours_that_demos_never_had_are_copied():
+    drawn = np.random.default_rng(0)
+    grids = [*drawn.integers(0, 4, (3, 5, 5), dtype=np.uint8)]
+    query = drawn.integers(6, 9, (5, 5), dtype=np.uint8)
+    tokens, _ = experts.answer([(x, x[::-1]) for x in grids], query, (5, 5))
+    assert np.array_equal(data.untokenise(tokens), query[::-1])
+
+
+def solved(tasks):
+    asked = data.queries(data.pack(tasks), "test", DataConfig())
+    right = 0
+    for task, canvas in zip(tasks, asked.canvas.tolist(), strict=True):
+        tokens, _ = experts.answer(task.demos, task.queries[0][0], tuple(canvas))
+        right += np.array_equal(data.untokenise(tokens), task.queries[0][1])
+    return right
+
+
+def test_the_second_round_solves_what_takes_two_steps_and_its_features_cost(monkeypatch):
+    steps = ("mirror, then frame", "turn, then mark the corners")
+    tasks = [task_of(rule, seed) for rule in steps for seed in range(2)]
+    composed = compose.tasks(24, seed=5)
+    assert solved(tasks) == 4
+    before = solved(composed)
+    monkeypatch.setattr(experts, "ROUND_COST", 0.0)
+    assert solved(composed) < before
+    monkeypatch.setattr(experts, "ROUNDS", 1)
+    assert solved(tasks) == 0
