@@ -117,7 +117,7 @@ class OptimizerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     clip: NonNegative = 1.0  # of the global norm, after the all-reduce; 0: none
     lr_scale: dict[str, Rate] = {}
     table_lr: Rate = 1e-2  # of the rows of a table of tasks, with lr's schedule
-    freeze: dict[str, Optional] = msgspec.field(default_factory=UNTRAINED.copy)  # for steps; 0: all
+    freeze: dict[str, Optional] = msgspec.field(default_factory=UNTRAINED.copy)  # steps; 0: all
 
 
 class InitConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
