@@ -30,6 +30,7 @@ Side = Annotated[int, msgspec.Meta(ge=1, le=30)]  # of a canvas
 NonNegative = Annotated[float, msgspec.Meta(ge=0)]
 Rate = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Weights = Annotated[tuple[Literal["ema", "raw"], ...], msgspec.Meta(min_length=1)]
 Beta = Annotated[float, msgspec.Meta(ge=0, lt=1)]
 
 
@@ -110,9 +111,7 @@ class OptimizerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kind: Literal["adamw", "muon", "adam_atan2"] = "muon"  # muon: matrices only, AdamW beside it
     lr: Rate = 1e-3
     warmup: Optional = 100
-    final_lr: Share = (
-        0.1  # share of lr at the last step, reached by a cosine; 1: constant after warm-up
-    )
+    final_lr: Share = 0.1  # share of lr at the last step, reached by a cosine
     weight_decay: NonNegative = 0.1
     clip: NonNegative = 1.0  # of the global norm, after the all-reduce; 0: none
     lr_scale: dict[str, Rate] = {}
@@ -144,9 +143,7 @@ class EvalConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     every: Count = 500
     on: Literal["dev", "train"] = "dev"
-    weights: Annotated[tuple[Literal["ema", "raw"], ...], msgspec.Meta(min_length=1)] = (
-        "ema",
-    )  # the first decides what is best
+    weights: Weights = ("ema",)  # the first decides what is best
     min_gain: NonNegative = 0.0  # by which the best must be beaten
     patience: Optional = 0  # evaluations without such a gain after which training ends; 0: never
     stop_at: Share = 0.0  # exact match with the task's own demos at which training ends; 0: never

@@ -71,7 +71,7 @@ class Muon(torch.optim.Optimizer):
     arXiv 2502.16982).
 
     torch.optim.Muon always multiplies in bf16, which a CPU without such products does at a
-    twentieth of its speed; here it is the dtype of the run, and matrices of one shape are taken together."""
+    twentieth of its speed; here it is the dtype of the run, and equal shapes are taken together."""
 
     def __init__(self, params: Any, lr: float, dtype: torch.dtype, momentum: float = 0.95) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum})
