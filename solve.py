@@ -256,8 +256,8 @@ def pose(questions: Questions, cfg: Config, units: Sequence[tuple[int, int]]) ->
 
 
 def answer_batch(
-    params: Params, cfg: Config, questions: Questions, units: Sequence[tuple[int, int]],
-    deadline: float,
+    params: Params, cfg: Config, questions: Questions, deadline: float,
+    units: Sequence[tuple[int, int]],
 ) -> list[tuple[Vote, np.ndarray]]:  # fmt: skip
     """Each (row, view)'s vote and canvas of tokens; params are in the compute dtype."""
     posed, encode = pose(questions, cfg, units), encoder_of(cfg.model)
@@ -306,35 +306,29 @@ def predictions(
     ]
     todo = [(r, v) for r, p in enumerate(blank) for v in views if (p.hash, p.query, v) not in done]
     units = [(r, v) for r, v in todo if questions.queries.canvas[r, 0]]
-    lost = {r: max(max(x.shape) for x in grids_of(questions.task(r))) for r, _ in todo}
-    lost = {r: side for r, side in lost.items() if not questions.queries.canvas[r, 0]}
-    if lost:
-        yield [blank[r]._replace(too_large=side) for r, side in lost.items()]
+    if lost := {r for r, _ in todo} - {r for r, _ in units}:
+        sides = {r: max(max(x.shape) for x in grids_of(questions.task(r))) for r in lost}
+        yield [blank[r]._replace(too_large=side) for r, side in sorted(sides.items())]
     searched = cfg.solve.adapt == "context"  # then each demo is asked, too
     copies = torch.tensor([1 + searched * len(questions.task(r).demos) for r, _ in units])
-    each_row = data.chosen(questions.queries, torch.tensor([r for r, _ in units]).long())
-    work = copies * (cfg.model.context_tokens + each_row.canvas.prod(1))
-    parts = train.portions(each_row, cfg.model, train.EVAL_TOKENS, copies)
-    cast, left = tree_map(lambda x: x.to(device, dtype), params), int(work.sum())
-    for now in (parts[i : i + train.THREADS] for i in range(0, len(parts), train.THREADS)):
-        begun = time.monotonic()
+    rows = torch.tensor([r for r, _ in units]).long()
+    parts = train.portions(
+        data.chosen(questions.queries, rows), cfg.model, train.EVAL_TOKENS, copies
+    )
+    batches = [[units[i] for i in part.tolist()] for part in parts]
+    cast = tree_map(lambda x: x.to(device, dtype), params)
+    vote_on = functools.partial(answer_batch, cast, cfg, questions, deadline)
+    for first in range(0, len(batches), train.THREADS):
+        group, begun = batches[first : first + train.THREADS], time.monotonic()
         if begun > deadline:
             return
-        due = sum(int(work[part].sum()) for part in now)
-        share = begun + (deadline - begun) * due / left
-        left -= due
-
-        def ask(part: Tensor, share: float = share) -> list[tuple[Vote, np.ndarray]]:
-            mine = [units[i] for i in part.tolist()]
-            return answer_batch(cast, cfg, questions, mine, share)
-
-        answers = train.side_by_side(ask, now, device)
-        seconds = (time.monotonic() - begun) / sum(map(len, now))
-        for part, votes in zip(now, answers, strict=True):
+        answers = train.side_by_side(vote_on, group, device)
+        seconds = (time.monotonic() - begun) / sum(map(len, group))
+        for batch, votes in zip(group, answers, strict=True):
             by_row: dict[int, Prediction] = {}
-            for i, (vote, canvas) in zip(part.tolist(), votes, strict=True):
-                p = by_row.get(units[i][0], blank[units[i][0]])
-                by_row[units[i][0]] = p._replace(
+            for (row, _), (vote, canvas) in zip(batch, votes, strict=True):
+                p = by_row.get(row, blank[row])
+                by_row[row] = p._replace(
                     votes=[*p.votes, vote._replace(source=source)],
                     canvas=canvas if vote.view == 0 else p.canvas,
                     seconds=p.seconds + seconds,
@@ -513,20 +507,20 @@ def evaluate(
 
     def joint() -> list[Prediction]:
         """One prediction per query from what is on disk; the submission follows it."""
-        found = score.joined(tasks, votes_of(lines, solvers, views))
+        predictions = score.joined(tasks, votes_of(lines, solvers, views))
         if submit:
-            checkpoint.write_text(Path(submit), json.dumps(score.submission(tasks, found)))
-        return found
+            checkpoint.write_text(Path(submit), json.dumps(score.submission(tasks, predictions)))
+        return predictions
 
     wanted = len(solvers) * views * sum(len(t.queries) for t in tasks)
     votes = sum(len(p.votes) for p in joint())  # a submission that cannot be written is found now
     together = budget == math.inf or any(s.cfg.solve.adapt == "full" for s in solvers)
     for part in [range(views)] if together else rounds_of(views):
         for solver in solvers:
-            for made in answer(solver, tasks, part, lines, deadline):
-                score.append(file, made)
-                lines += made
-                votes += sum(len(p.votes) or len(part) for p in made)
+            for batch in answer(solver, tasks, part, lines, deadline):
+                score.append(file, batch)
+                lines += batch
+                votes += sum(len(p.votes) or len(part) for p in batch)
                 say(min(1.0, votes / wanted))
         predictions = joint()
     if not any(p.votes or p.too_large for p in predictions):
