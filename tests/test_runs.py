@@ -85,17 +85,6 @@ def test_a_run_that_has_ended_can_be_made_longer(tmp_path, monkeypatch):
     assert checkpoint.listing(tmp_path)[0]["state"] == "stopped"
 
 
-def test_resuming_with_other_shards_deals_the_carry_anew(tmp_path):
-    train.fit(tiny(tmp_path, train__steps=3))
-    before, dealt = checkpoint.load_state(tmp_path).tensors, {}
-    more = tiny(tmp_path, train__steps=4, train__shards=3)
-    s = train.setup(more)
-    for slots in s.shards:
-        dealt |= train.carry_tensors(slots, train.carry_from(before, slots, s.device))
-    same(([], dealt), ([], {k: v for k, v in before.items() if k.startswith("slot.")}))
-    assert train.fit(more, resume=True)["step"] == 4
-
-
 def test_another_yardstick_starts_a_new_best(tmp_path, monkeypatch):
     def watch(*args):
         return {"train/ema/own/loss": 0.0, "train/ema/own/exact": 0.0}
@@ -273,18 +262,6 @@ def test_a_crash_at_any_point_of_a_write_leaves_a_whole_state(tmp_path, monkeypa
     assert crashes > 12
 
 
-def test_what_is_saved_is_of_its_step_though_training_goes_on(tmp_path, monkeypatch):
-    options = {**SMALL, "train__steps": 3, "train__save_every": 1}
-    train.fit(tiny(tmp_path / "fast", **options))
-    save = checkpoint.save
-    monkeypatch.setattr(checkpoint, "save", lambda *args: time.sleep(0.2) or save(*args))
-    train.fit(tiny(tmp_path / "slow", **options))
-    fast, slow = (
-        checkpoint.read(tmp_path / k / "state-00000002.safetensors")[0] for k in ("fast", "slow")
-    )
-    same(([], fast), ([], slow))
-
-
 def forked(work):
     """Process id of a copy of this process that does the work and ends."""
     if pid := os.fork():
@@ -296,49 +273,6 @@ def forked(work):
         traceback.print_exc()
     finally:
         os._exit(1)
-
-
-@forks
-def test_killed_outright_again_and_again_ends_in_the_same_bits(tmp_path, monkeypatch):
-    """SIGKILL at the n-th write, sync, rename, row or step of each life, that write torn."""
-    options = {**SMALL, "train__steps": 6, "train__save_every": 1, "train__log_every": 2}
-    options["eval__every"] = 4
-    train.fit(tiny(tmp_path / "whole", **options))
-    cfg = tiny(tmp_path / "killed", **options)
-
-    def life(nth):
-        calls = itertools.count(1)
-
-        def deadly(real, tear):
-            def call(*args, **kwargs):
-                if next(calls) == nth:
-                    tear(*args)
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return real(*args, **kwargs)
-
-            return call
-
-        def half_a_row(run, row):
-            run.log.write(json.dumps(row)[:9])
-            run.log.flush()
-
-        def torn(tensors, path):
-            path.write_bytes(b"torn")
-
-        def nothing(*args):
-            pass
-
-        for owner, name, tear in (
-            (checkpoint, "save_file", torn), (checkpoint.Run, "write", half_a_row),
-            (checkpoint, "sync", nothing), (Path, "replace", nothing), (train, "one_step", nothing),
-        ):  # fmt: skip
-            monkeypatch.setattr(owner, name, deadly(getattr(owner, name), tear))
-        train.fit(cfg, resume=bool(checkpoint.states(tmp_path / "killed")))
-
-    instants = (3, 9, 21, 24, 15, 30, 27, 7, 23, 34, 20, 16, 0)
-    ends = [os.waitpid(forked(lambda nth=nth: life(nth)), 0)[1] for nth in instants]
-    assert set(ends) == {0, signal.SIGKILL} and ends.count(signal.SIGKILL) >= 6 and ends[-1] == 0
-    same(outcome(tmp_path / "whole"), outcome(tmp_path / "killed"))
 
 
 def spread(cfg, processes, **options):

@@ -350,20 +350,6 @@ def test_shards_side_by_side_are_shards_one_after_the_other(tmp_path, monkeypatc
         assert all(v.equal(results[0][1][k]) for k, v in weights.items())
 
 
-def test_what_fails_in_one_of_several_shards_fails_the_step(monkeypatch):
-    monkeypatch.setattr(train, "THREADS", 2)
-    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
-
-    def work(i):
-        if i == 2:
-            raise UserError("shard 2")
-        return i
-
-    assert train.side_by_side(work, [0, 1, 3, 1], torch.device("cpu")) == [0, 1, 3, 1]
-    with pytest.raises(UserError, match="shard 2"):
-        train.side_by_side(work, [0, 1, 2, 3], torch.device("cpu"))
-
-
 def test_a_step_is_the_mean_of_its_slots_scaled_and_its_sums_are_theirs(tmp_path, monkeypatch):
     cfg = tiny(tmp_path, train__shards=1, model__halt_max_steps=1)
     s = train.setup(cfg)
@@ -492,44 +478,30 @@ def test_the_average_follows_the_weights_and_a_scaled_loss_leaves_no_trace(tmp_p
     assert norms["fp16"] == pytest.approx(norms["fp32"], rel=0.05)
 
 
-LIMITS = {
-    "eval.patience": ([0.9, 0.7, 0.5, 0.45, 0.41], {"eval__min_gain": 0.1, "eval__patience": 2}, 3),
-    "done": ([1.0, 0.4, 0.6], {"train__steps": 3}, 2),
-    "nan": ([math.nan, 0.4, math.nan], {"train__steps": 3}, 2),  # never the best
-}  # fmt: skip
+ENDS = {  # losses and exact matches of evaluations, options, the best of them
+    "eval.patience": ([0.9, 0.7, 0.5, 0.45, 0.41], [0] * 5, {"eval__patience": 2}, 3),
+    "eval.stop_at": ([1.0, 0.4], [0.5, 0.9], {"eval__stop_at": 0.9}, 2),
+    "done": ([math.nan, 0.4, math.nan], [0] * 3, {"train__steps": 3}, 2),  # NaN is never the best
+}
 
 
-@pytest.mark.parametrize("name", LIMITS)
-def test_the_lowest_loss_is_best_and_patience_ends_a_run(tmp_path, monkeypatch, name):
-    losses, options, best = LIMITS[name]
-    values = iter(losses)
+@pytest.mark.parametrize("end", ENDS)
+def test_the_lowest_loss_is_best_and_a_run_ends_as_told(tmp_path, monkeypatch, end):
+    losses, exact, options, best = ENDS[end]
+    rows = iter(zip(losses, exact, strict=True))
 
     def watch(*args):
-        return {"train/ema/own/loss": next(values), "train/ema/own/exact": 0.0}
+        return dict(zip(("train/ema/own/loss", "train/ema/own/exact"), next(rows), strict=True))
 
     monkeypatch.setattr(train, "watch", watch)
-    options = {"train__steps": 9, "eval__every": 1, "train__save_every": 99, **options}
-    train.fit(tiny(tmp_path, **options))
+    options = {"train__steps": 9, "train__save_every": 99, "eval__min_gain": 0.1, **options}
+    train.fit(tiny(tmp_path, eval__every=1, **options))
     steps = [checkpoint.load(tmp_path / f"{k}.safetensors").meta["step"] for k in ("best", "last")]
     assert steps == [best, len(losses)]
     [row] = checkpoint.listing(tmp_path)
-    expected = ("done" if name == "nan" else name, len(losses), losses[best - 1])
-    assert (row["state"], row["step"], row["best"]) == expected
+    assert (row["state"], row["step"], row["best"]) == (end, len(losses), losses[best - 1])
     text = (tmp_path / "metrics.jsonl").read_text()
-    assert "NaN" not in text and ("null" in text) == (name == "nan")
-
-
-def test_training_stops_at_the_wanted_exact_match(tmp_path, monkeypatch):
-    exact = iter((0.5, 0.9, 0.95))
-
-    def watch(*args):
-        return {"train/ema/own/exact": next(exact), "train/ema/own/loss": 1.0}
-
-    monkeypatch.setattr(train, "watch", watch)
-    last = train.fit(tiny(tmp_path, eval__stop_at=0.9, train__steps=9, train__save_every=99))
-    assert last["step"] == 6 and last["stopped"] == "eval.stop_at"
-    assert checkpoint.load(tmp_path / "last.safetensors").meta["step"] == 6
-    assert checkpoint.described(tmp_path)["state"] == "eval.stop_at"
+    assert "NaN" not in text and ("null" in text) == (end == "done")
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
