@@ -165,7 +165,6 @@ def adapt_weights(params: Params, cfg: Config, task: Task, deadline: float) -> P
     for step in range(1, cfg.train.steps + 1):
         scale = state.progress.scale
         state.carries, grads, sums, *_ = train.one_step(setup, cfg, state.carries, scale)
-        torch._foreach_mul_(grads, 1 / scale)
         lr = learning_rate(cfg.optimizer, step, cfg.train.steps)
         norm = update(state.opts, trained, grads, lr, cfg.optimizer.clip)
         state.progress.scale = scale if norm.isfinite() else max(1.0, scale / 2)

@@ -327,7 +327,9 @@ class Step(NamedTuple):
 def one_step(
     s: Setup, cfg: Config, carries: Sequence[Carry], scale: float = 1.0, ask: bool = False
 ) -> Step:
-    """One ACT step of every slot, shard by shard; gradients of scale * mean loss."""
+    """One ACT step of every slot, shard by shard; gradients of the mean loss.
+
+    scale: of the loss on the way, so that small gradients do not vanish in fp16."""
     share, is_table = scale / cfg.train.batch, baselines.TABLE in s.params
 
     def work(shard: tuple[Tensor, Carry]) -> tuple[ShardStep, list[Tensor]]:
@@ -342,8 +344,10 @@ def one_step(
     done = side_by_side(work, zip(s.shards, carries, strict=True), s.device)
     asked, sums, *grads = reduce([tensors for _, tensors in done])
     rows, carries = 2 * is_table, [out.carry for out, _ in done]
-    contexts = [out.context for out, _ in done]
-    return Step(carries, grads[rows:], sums.clone(), float(asked) > 0, contexts, grads[:rows])
+    contexts, touched, grads = [out.context for out, _ in done], grads[:rows], grads[rows:]
+    if scale != 1:
+        torch._foreach_mul_([*grads, *touched[:1]], 1 / scale)
+    return Step(carries, grads, sums.clone(), float(asked) > 0, contexts, touched)
 
 
 # ---------------------------------------------------------------- watching a run
@@ -806,11 +810,8 @@ def fit(
         if rank == 0:
             for reason in lost + run.begin(progress.step, s.meta, cfg.run.track):
                 say({"skipped": reason})
-        begun, since, since_step = (
-            time.monotonic() - progress.seconds,
-            time.monotonic(),
-            progress.step,
-        )
+        begun = time.monotonic() - progress.seconds
+        since, since_step = time.monotonic(), progress.step
 
         def note(row: dict[str, Any]) -> None:
             place = {"step": progress.step, "samples": progress.step * cfg.train.batch}
@@ -828,8 +829,6 @@ def fit(
             out = one_step(s, cfg, state.carries, progress.scale, bool(reason))
             state.carries, logged = out.carries, step % cfg.train.log_every == 0 or done
             state.sums += out.sums
-            if progress.scale != 1:
-                torch._foreach_mul_([*out.grads, *out.touched[:1]], 1 / progress.scale)
             watched = gradient_row(s, out) | context_row(out.contexts) if logged else {}
             norm = apply(cfg, s, state, out)
             progress.seconds = time.monotonic() - begun
@@ -837,14 +836,12 @@ def fit(
                 stopped = reason or "another process was stopped"
             if logged:
                 rate = (step - since_step) * cfg.train.batch / (time.monotonic() - since)
-                norms = {
-                    "grad_norm": norm,
-                    "grad_norm_clipped": min(norm, cfg.optimizer.clip or norm),
-                }
-                lr = learning_rate(cfg.optimizer, step, cfg.train.steps)
+                clipped = min(norm, cfg.optimizer.clip or norm)
+                row = {"lr": learning_rate(cfg.optimizer, step, cfg.train.steps), "grad_norm": norm}
+                row |= {"grad_norm_clipped": clipped, "samples_per_s": rate}
                 progress.trained = metrics_row(state.sums)
                 state.sums.zero_()
-                note({"lr": lr, **norms, "samples_per_s": rate, **progress.trained, **watched})
+                note({**row, **progress.trained, **watched})
                 since, since_step = time.monotonic(), step
             names = []
             if step % cfg.eval.every == 0 or done:
