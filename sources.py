@@ -86,8 +86,8 @@ def check_task(name: str, raw: Any, where: str, how: Reading, solutions: Any = N
         raise UserError(f"{where!r}: a control character in its name")
     raw = raw if isinstance(raw, dict) else {"train": raw}
     demos, asked = raw.get("train", raw.get("examples")), raw.get("test", [])
-    for key, part in (("train", demos), ("test", asked)):
-        if not isinstance(part, (list, tuple)):
+    for key, pairs in (("train", demos), ("test", asked)):
+        if not isinstance(pairs, (list, tuple)):
             raise UserError(f'{where}: needs "{key}", a list of pairs')
     if not demos:
         raise UserError(f"{where}: has no demos")
@@ -101,7 +101,8 @@ def check_task(name: str, raw: Any, where: str, how: Reading, solutions: Any = N
             x, y = check_pair(pair, at, ("input",) if n >= 0 else ("input", "output"))
             if n >= 0 and answers[n] is not None:
                 y = check_grid(answers[n], f"{at}.output")
-            (task.queries if n >= 0 else task.demos).append((x, None if n >= 0 and how.hide else y))
+            part = task.queries if n >= 0 else task.demos
+            part.append((x, None if n >= 0 and how.hide else y))  # type: ignore[arg-type]
         except TooLarge:
             how.large.append(name)
     return task

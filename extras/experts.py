@@ -27,6 +27,7 @@ from .grids import Grid, crop, enclosed, enlarged, mirror_tiled, parts
 
 SOURCE = "experts-" + hashlib.blake2b(Path(__file__).read_bytes(), digest_size=4).hexdigest()
 TOKENS, BLACK = 12, data.FIRST_COLOUR
+EVEN = (1 / TOKENS,) * TOKENS  # the prior of a token
 ROUNDS, MIXED = 2, 4  # MIXED experts answer in each round
 SHARPNESS = 60.0  # an expert weighs exp(SHARPNESS * its mean log-likelihood of a demo's cell)
 PRIOR = 0.2  # weight of the prior in every count, in cells
@@ -116,10 +117,9 @@ def facts(x: Grid, near: dict[str, Grid], met: dict[str, Grid]) -> dict[str, np.
     (h, w), drawn = x.shape, x > BLACK
     i, j = np.arange(h)[:, None], np.arange(w)[None]
     edge = (i == 0) | (j == 0) | (i == h - 1) | (j == w - 1)
-    size, at_edge = np.zeros(x.size, np.int64), np.zeros(x.size, bool)
+    size, at_edge = np.zeros(x.shape, np.int64), np.zeros(x.shape, bool)
     for part in parts(np.where(drawn, x, 0)):
-        size[part], at_edge[part] = len(part), edge.reshape(-1)[part].any()
-    size = size.reshape(h, w)
+        size.flat[part], at_edge.flat[part] = len(part), edge.flat[part].any()
     count = np.bincount(x.reshape(-1), minlength=TOKENS)
     count[: BLACK + 1] = 0
     rank = (count[None] > count[:, None]).sum(1)
@@ -138,7 +138,7 @@ def facts(x: Grid, near: dict[str, Grid], met: dict[str, Grid]) -> dict[str, np.
         "enclosed": 1 + enclosed(np.where(x == BLACK, 0, 1)),
         "size": 1 + size.clip(max=10),
         "largest or smallest": 1 + drawn * ((size == size.max()) + 2 * (size == smallest)),
-        "object at the edge": 1 + at_edge.reshape(h, w),
+        "object at the edge": 1 + at_edge,
         "rank of the colour": 1 + rank[x] * drawn,
         "commonest colour": np.full((h, w), count.argmax()),
         "rarest colour": np.full((h, w), np.where(count > 0, count, x.size + 1).argmin()),
@@ -188,11 +188,8 @@ def brief(x: np.ndarray) -> np.ndarray:
     return np.minimum(x, BLACK + 1)  # nothing, the end, black, a colour
 
 
-EVEN = (1 / TOKENS,) * TOKENS
 RULES = {
-    "copy the feature": Rule(
-        2, (11 / 12, 1 / 12), lambda own, f: f == 0, lambda own, f, y: f == y
-    ),
+    "copy the feature": Rule(2, (11 / 12, 1 / 12), lambda own, f: f == 0, lambda own, f, y: f == y),
     "look up the feature": Rule(TOKENS, EVEN, lambda own, f: f, lambda own, f, y: y),
     "look up both": Rule(TOKENS**2, EVEN, lambda own, f: own * TOKENS + f, lambda own, f, y: y),
     "copy either": Rule(
@@ -289,8 +286,8 @@ def predict(tasks: Sequence[Task], views: Sequence[int]) -> Iterator[list[score.
         begun, votes, first = time.monotonic(), [], None
         for number in views:
             symmetry, lots = score.view(task, query, number, cfg)
-            order = lots[1:].argsort()[: cfg.max_demos].tolist()
-            demos = [tuple(data.apply(symmetry, x) for x in task.demos[i]) for i in order]
+            pairs = [task.demos[i] for i in lots[1:].argsort()[: cfg.max_demos]]
+            demos = [(data.apply(symmetry, x), data.apply(symmetry, y)) for x, y in pairs]
             asked = data.apply(symmetry, task.queries[query][0])
             packed = data.pack([Task("", demos, [(asked, None)])])
             canvas = data.queries(packed, "test", cfg).canvas[0].tolist()

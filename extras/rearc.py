@@ -22,6 +22,7 @@ from ..data import Task
 
 MOST = 10_000  # tasks of each family
 PAIRS = (3, 5)  # fewest and most of a task; the last one is its query
+SPREAD = 0.2  # of difficulty, of 0..1, within a task: some tasks are small, as many of ARC's are
 TRIES = 100  # pairs drawn for one that is a grid of at most 30 a side
 INSTALL = "pip install --no-deps reasoning-gym==0.1.25"
 MODULE = "etrm_arc_rearc_utils"
@@ -56,10 +57,10 @@ def generators() -> dict[str, Generator]:
     return {k.removeprefix(prefix): f for k, f in sorted(found.items()) if k.startswith(prefix)}
 
 
-def pair(generate: Generator, rng: random.Random, where: str) -> Pair:
-    """The next pair of valid grids; too large ones are left out."""
+def pair(generate: Generator, rng: random.Random, low: float, where: str) -> Pair:
+    """The next pair of valid grids of a difficulty from low to low + SPREAD."""
     for _ in range(TRIES):
-        drawn = generate(rng, 0.0, 1.0)  # all difficulties
+        drawn = generate(rng, low, low + SPREAD)
         try:
             x, y = (sources.check_grid(drawn[key], where) for key in ("input", "output"))
         except UserError:
@@ -72,7 +73,8 @@ def task(family: str, generate: Generator, index: int, seed: int = 0) -> Task:
     """The index-th task of a family: a pure function of (seed, family, index)."""
     name = f"rearc:{family}:{index:04d}"
     rng = random.Random(f"{seed}:{family}:{index}")  # a string seeds alike on every Python
-    pairs = [pair(generate, rng, name) for _ in range(rng.randint(*PAIRS))]
+    low = rng.random() ** 2 * (1 - SPREAD)
+    pairs = [pair(generate, rng, low, name) for _ in range(rng.randint(*PAIRS))]
     return Task(name, pairs[:-1], [pairs[-1]])  # type: ignore[list-item]
 
 
