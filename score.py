@@ -460,13 +460,21 @@ def read_submission(path: Path) -> list[Prediction]:
 # ---------------------------------------------------------------- files of votes and tasks
 
 
+def with_query(task: Task) -> Task:
+    """The task. Raises UserError where it has no query."""
+    if not task.queries:
+        raise UserError(f"task {task.name}: has no query (no test pair) to answer")
+    return task
+
+
 def load_by_source(
     names: Sequence[str], limit: int = 0, shard: str = "1/1", hide: bool = False
 ) -> dict[str, list[Task]]:
     """The first `limit` tasks (0: all), source by source; every n-th of each for the shard "i/n".
 
     A task of which an earlier source has a demo under the same id is left out (ARC-2 repeats six of
-    ARC-1's, changed); another task of that id gets a name of its own, as in `sources.load`."""
+    ARC-1's, changed); another task of that id gets a name of its own, as in `sources.load`.
+    Raises UserError on a task without a query."""
     part, _, parts = shard.partition("/")
     if not (part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
         raise UserError(f"--shard {shard}: must look like 1/4")
@@ -479,7 +487,7 @@ def load_by_source(
             name, twin = sources.free_name(task, seen, copies), seen.get(task.name)
             repeated = name in seen or (twin is not None and sources.akin(twin, task))
             if not repeated and len(seen) < (limit or math.inf):
-                seen[name] = task._replace(name=name)
+                seen[name] = with_query(task._replace(name=name))
                 fresh.append(seen[name])
         tasks[source] = fresh[int(part) - 1 :: int(parts)]
     return tasks

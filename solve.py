@@ -215,10 +215,7 @@ class Questions(NamedTuple):
 
 
 def questions_of(params: Params, cfg: Config, tasks: Sequence[Task], views: int) -> Questions:
-    """All queries of tasks, on the device. Raises UserError when a task has no query."""
-    for task in tasks:
-        if not task.queries:
-            raise UserError(f"task {task.name}: has no query (no test pair) to answer")
+    """All queries of tasks, on the device."""
     hidden = [t._replace(queries=[(x, None) for x, _ in t.queries]) for t in tasks]
     packed = data.pack(hidden, train.hardware(cfg)[0])
     queries = data.queries(packed, "test", cfg.data)
@@ -295,7 +292,7 @@ def predictions(
     """Batch by batch, the votes of these views for every query of the tasks, small canvases first.
 
     Views in `done` are left out; after `deadline` (time.monotonic) no batch begins. Outputs of
-    queries are not looked at. Raises UserError when a task has no query."""
+    queries are not looked at."""
     params, cfg, source = solver.params, solver.cfg, solver.source
     device, dtype = train.hardware(cfg)
     questions = questions_of(params, cfg, tasks, max(views, default=-1) + 1)
@@ -381,7 +378,7 @@ def answer(
     solver: Solver | HandMade, tasks: Sequence[Task], views: Sequence[int],
     lines: Sequence[Prediction] = (), deadline: float = math.inf,
 ) -> Iterator[list[Prediction]]:  # fmt: skip
-    """Batch by batch, the solver's predictions that do not stand in the lines yet.
+    """Batch by batch, the solver's predictions that are not among the lines yet.
 
     With full adaptation task by task: each has its share of the time, by the cells of its largest
     grid, and learns in at most four fifths of that."""
@@ -393,7 +390,7 @@ def answer(
     }
     todo = []
     for t in tasks:
-        key, queries = score.task_hash(t), range(len(t.queries))
+        key, queries = score.task_hash(t), range(len(score.with_query(t).queries))
         if any((key, i, v) not in done for i in queries for v in views):
             todo.append(t)
     if not todo or time.monotonic() > deadline:
@@ -498,9 +495,6 @@ def evaluate(
     tasks = [t for ts in load(hide=True).values() for t in ts]
     if not tasks:
         raise UserError(f"--shard {shard}: no task is left")
-    for task in tasks:
-        if not task.queries:
-            raise UserError(f"task {task.name}: has no query (no test pair) to answer")
     file = score.jsonl("--predictions", predictions_file or predictions_path(first))
     lines = score.read(file) if file.exists() else []
 

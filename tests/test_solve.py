@@ -363,6 +363,8 @@ def test_a_query_larger_than_every_canvas_is_wrong_and_not_asked_again(run, tmp_
     task = Task("big", [(big, big)], [(big, big)])
     [p] = solve.predict(s.params, s.cfg, task, 2)
     assert p.too_large == 12 and p.votes == [] and score.score([task], [p])["pass@2"] == 0
+    with pytest.raises(UserError, match="no query"):
+        solve.predict(s.params, s.cfg, task._replace(queries=[]))
     folder = written(tmp_path / "big", [task])
     for _ in range(2):
         result = evaluate(run, sources=[folder])
