@@ -482,7 +482,7 @@ def paint(
     bottom, right = rest[6:8]
     borders = torch.stack((i - top, j - left, bottom - 1 - i, right - 1 - j), 1)
     at = torch.stack((row_0 + i, column_0 + j), 1)
-    return Painted(*tokens, at, borders.clamp(-1, raster - 1) + 1)
+    return Painted(tokens[0], tokens[1], at, borders.clamp(-1, raster - 1) + 1)
 
 
 def batch(tasks: Tasks, e: Episodes, raster: int = MAX_SIDE) -> Batch:

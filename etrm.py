@@ -20,8 +20,6 @@ from torch import Tensor
 from .config import ModelConfig
 from .data import Batch
 
-# ---------------------------------------------------------------- layers
-
 
 class _Rms(torch.autograd.Function):
     """A third of the memory passes of F.rms_norm with its backward on CPU in bf16."""
@@ -245,8 +243,7 @@ def init_core(cfg: ModelConfig, g: torch.Generator, vocab: int = 12) -> Core:
 
 
 def leaves(tree: Any, path: str = "") -> dict[str, Tensor]:
-    """Path -> tensor of a tree of NamedTuples and tuples, in order of definition; None and int are
-    no leaves."""
+    """Path -> tensor of a tree of NamedTuples and tuples, in order of definition."""
     if isinstance(tree, Tensor):
         return {path: tree}
     if tree is None or isinstance(tree, int):
@@ -276,12 +273,8 @@ def tree_map(f: Callable[[Tensor], Any], tree: Any) -> Any:
     return rebuild(tree, {k: f(v) for k, v in leaves(tree).items()})
 
 
-# ---------------------------------------------------------------- the packed tokens of all slots
-
-
 def ragged(sizes: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """(total,) the owner of each item where owners of these sizes lie one after the other, and the
-    item's number within its owner."""
+    """(total,) the owner of each item of owners of these sizes, and the item's number in it."""
     owner = torch.arange(len(sizes), device=sizes.device)
     owner = owner.repeat_interleave(sizes, output_size=total)
     return owner, torch.arange(total, device=sizes.device) - (sizes.cumsum(0) - sizes)[owner]
@@ -315,7 +308,7 @@ def layout_of(cfg: ModelConfig, cells: Sequence[int], device: torch.device) -> L
 
 def codes(cfg: ModelConfig, table: Tensor, at: Tensor, borders: Tensor) -> Tensor:
     """(M, D) learned codes of cells: of their places on the raster or, "borders", half the sum of
-    those of their distances to the input's four borders, equal for equal distances in any grid."""
+    those of their distances to the input's four borders."""
     if cfg.positions == "borders":
         row = borders + torch.arange(4, device=at.device) * (cfg.raster + 1)
         return 0.5 * F.embedding(row, table).sum(1)
@@ -337,8 +330,7 @@ PER_CELL = ("cells",)  # fields of a context that have a row for every cell
 def embed_input(
     p: Core, cfg: ModelConfig, context: Context, batch: Batch, layout: Layout
 ) -> tuple[Tensor, Rotary]:
-    """The injected embedding (N, D) of context and cells, and its rotary tables; every part enters
-    with std 1, their sum too."""
+    """The injected embedding (N, D) of context and cells, of std 1, and its rotary tables."""
     root, t, slots = math.sqrt(cfg.hidden), cfg.context_tokens, len(layout.tokens)
     scale = root if p.context_gain is None else p.context_gain
     cells, tokens = F.embedding(batch.inputs, p.embed) * root, context.tokens * scale
@@ -370,8 +362,7 @@ def block(p: Block, heads: int, x: Tensor, runs: Runs, rotary: Rotary) -> Tensor
 def reason(
     p: Core, cfg: ModelConfig, z_H: Tensor, z_L: Tensor, e: Tensor, runs: Runs, rotary: Rotary
 ) -> tuple[Tensor, Tensor]:
-    """H_cycles of (L_cycles updates of z_L, one of z_H), all by the same blocks; only the last
-    cycle has gradient."""
+    """H_cycles of (L_cycles updates of z_L, one of z_H); only the last cycle has gradient."""
 
     def level(z: Tensor) -> Tensor:
         for b in p.blocks:
@@ -405,8 +396,7 @@ class Carry(NamedTuple):
 def fresh_carry(
     cfg: ModelConfig, cells: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> Carry:
-    """The carry before the first step on canvases of so many cells: all halted, so that none of its
-    states is ever read."""
+    """The carry before the first step: all slots have halted, so that no state is ever read."""
     tokens = tuple(cfg.context_tokens + c for c in cells)
     zeros = torch.zeros(len(cells), dtype=torch.int64, device=device)
     z = torch.zeros(sum(tokens), 10 if cfg.feedback else cfg.hidden, dtype=dtype, device=device)
@@ -429,14 +419,15 @@ def relaid(cfg: ModelConfig, carry: Carry, halted: Sequence[bool], cells: Sequen
 # ---------------------------------------------------------------- the ACT step
 
 
-class Encode(NamedTuple):
-    """An encoder as ACT steps take it. What is read of a batch stays the same while its slots
-    think; a recurrent encoder continues from it, and from its states, in every step.
+# encoder parameters, what was read, z_E, (B,) slots that begin -> Context
+Recur = Callable[[Any, Any, Tensor, Tensor], Context]
 
-    recur: of its parameters, what was read, z_E, (B,) slots that begin."""
+
+class Encode(NamedTuple):
+    """An encoder as ACT steps take it: what is read of a batch stays the same while slots think."""
 
     read: Callable[[Any, Batch], Any]  # parameters, batch -> Context, or what `recur` takes
-    recur: Callable[[Any, Any, Tensor, Tensor], Context] | None = None
+    recur: Recur | None = None  # a recurrent encoder continues in every step
     step: Callable[..., tuple[Carry, Output]] | None = None  # another core, without encoder
 
 
@@ -457,8 +448,7 @@ def sure(cfg: ModelConfig, q: Tensor) -> Tensor:
 
 
 def halts(cfg: ModelConfig, q: Tensor, steps: Tensor, min_steps: Tensor | None) -> Tensor:
-    """(B,) bool: slots that end here, by their number of steps or by q; without `min_steps`, and
-    with fixed steps, never by q."""
+    """(B,) bool: slots that end by steps or by q; without min_steps or with fixed ones not by q."""
     last = steps >= cfg.halt_max_steps
     if min_steps is None or cfg.fixed_steps:
         return last
@@ -477,9 +467,8 @@ def act_step(
     """One ACT step of every slot; halted slots start from the initial states.
 
     min_steps (B,): exploration, no slot halts before it (0: free); None, at evaluation: slots halt
-    at halt_max_steps only. read: what encode.read has given before; by default it is read anew.
-    No gradient reaches the carry that came in; the one returned is detached.
-    """
+    at halt_max_steps only. read: what encode.read gave before; by default it is read anew.
+    No gradient reaches the carry that came in; the one returned is detached."""
     if encode.step:
         return encode.step(params, cfg, carry, batch, min_steps)
     p, layout = params.core, layout_of(cfg, batch.cells, carry.z_H.device)
@@ -501,12 +490,8 @@ def act_step(
     return new, Output(logits, q[:, 0], q[:, 1], context.kl, context.tokens.detach())
 
 
-# ---------------------------------------------------------------- the ACT loss
-
-
 def log_stable(x: Tensor) -> Tensor:
-    """log s(x) through log1p, with s(x) = x + 1 for x >= 0 and 1 / (1 - x) below (stablemax,
-    Prieto et al. 2025)."""
+    """log s(x): s(x) = x + 1 for x >= 0, 1 / (1 - x) below (stablemax, Prieto et al. 2025)."""
     return torch.where(x < 0, -torch.log1p(-x.clamp(max=0)), torch.log1p(x.clamp(min=0)))
 
 
@@ -568,7 +553,7 @@ def act_loss(cfg: ModelConfig, out: Output, labels: Tensor, cells: Sequence[int]
 def select_slots(
     batch: Batch, read: Any, carry: Carry, slots: Sequence[int]
 ) -> tuple[Batch, Any, Carry]:
-    """Some slots alone, in their order, without their demos: what was read replaces these."""
+    """Some slots alone, without their demos: what was read replaces these."""
     keep = torch.zeros(len(batch.cells), dtype=torch.bool)
     keep[list(slots)] = True
     slot, cell, token = (
@@ -599,11 +584,9 @@ def think(
     leave: str = "never",
     look: Look | None = None,
 ) -> tuple[Output, Tensor]:
-    """Evaluation: (output, ACT steps spent (B,)) from the initial states; the demos are read once.
+    """Evaluation: (output, ACT steps spent (B,)) from the initial states; demos are read once.
 
-    leave: "never" takes act_steps (published); "q" leaves when the halting head says so, and what
-    has left is computed no more. `look` sees each step.
-    """
+    leave: "never" takes act_steps (published); "q" leaves when the halting head says so."""
     with torch.no_grad():
         carry = fresh_carry(cfg, batch.cells, dtype, batch.inputs.device)
         read = encode.read(params.encoder, batch)

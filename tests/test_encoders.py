@@ -111,8 +111,9 @@ def test_cross_attention_is_that_of_each_slot_alone(g, rotary):
     seen = torch.rand(len(y), generator=g) < 0.7
     at_x, at_y = (torch.randint(0, 9, (len(t),), generator=g) for t in (x, y))
     turned = [encoders.rotary_in(cfg, at, x) if rotary else None for at in (at_x, at_y)]
-    keys = encoders.Keys(y, lengths, seen, turned[1])
-    got = encoders.cross_attention(p.q, p.k, p.v, cfg, x, sizes, keys, turned[0])
+    tokens = encoders.Packed(x, sizes, None, turned[0])
+    keys = encoders.Packed(y, lengths, seen, turned[1])
+    got = encoders.cross_attention((p.q, p.k, p.v), cfg.heads, tokens, keys)
 
     def heads(t, weight, at):
         t = (t @ weight.T).unflatten(-1, (2, 16))

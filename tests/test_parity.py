@@ -9,7 +9,7 @@ import torch
 from etrm_arc import data, etrm
 from etrm_arc.config import EncoderConfig
 from etrm_arc.data import Batch, Demos
-from etrm_arc.encoders import encoder_of, to_slots
+from etrm_arc.encoders import encoder_of
 from etrm_arc.etrm import (
     Context,
     Encode,
@@ -439,21 +439,3 @@ def test_crop(golden):
         )
         if got.size:
             assert np.array_equal(got, t[f"crop{i}.grid"])
-
-
-def test_to_slots_puts_each_demo_at_its_place():
-    one = torch.zeros(2, dtype=torch.int64)
-    demos = Demos(
-        one,
-        one,
-        places(2, 1),
-        (1, 1),
-        (0, 0),
-        torch.tensor([1, 0]),
-        torch.tensor([0, 1]),
-        2,
-        one,
-        (1, 1),
-        places(2, 1),
-    )
-    assert to_slots(torch.tensor([5.0, 7.0]), demos).tolist() == [[0, 7], [5, 0]]
