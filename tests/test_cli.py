@@ -71,9 +71,6 @@ def test_help_is_quick_and_there_are_nine_commands_that_take_json():
     assert re.fullmatch(r"etrm \d+\.\d+.*", call("--version").stdout.strip())
 
 
-# ---------------------------------------------------------------- what each command says
-
-
 def test_training_says_what_it_does_and_can_be_resumed(tmp_path):
     words = ["train", "cpu", *sets(run__dir=str(tmp_path / "a"))]
     assert "stopped (time limit)" in call(*words, "--time-limit", "0s", code=75).stdout
@@ -171,9 +168,6 @@ def test_data_describes_files_given_one_by_one_or_by_the_shell(run, tmp_path):
     ]
 
 
-# ---------------------------------------------------------------- mistakes
-
-
 @pytest.mark.parametrize(
     ("args", "text"),
     [
@@ -215,14 +209,10 @@ def test_a_number_out_of_bounds_names_its_field(item):
         config.load_config("cpu", [item])
 
 
-def test_a_home_folder_is_found_after_an_equals_sign(monkeypatch):
+def test_what_a_config_says_of_paths_and_of_its_quick_setting(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/some/where")
     assert config.load_config("cpu", ["run.dir=~/x"]).run.dir == "/some/where/x"
-
-
-def test_a_misspelt_key_of_the_quick_setting_is_said_before_it_is_asked_for(tmp_path):
-    recipe = write(tmp_path / "c.toml", '[fast]\n"train.bach" = 3')
-    text = mistake("train", recipe, "--dry-run")
+    text = mistake("train", write(tmp_path / "c.toml", '[fast]\n"train.bach" = 3'), "--dry-run")
     assert "c.toml, [fast]" in text and "train.bach" in text
 
 
@@ -284,8 +274,6 @@ def test_without_a_terminal_progress_is_a_line_a_minute(monkeypatch, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert lines[:2] == ["views 20.0 %, 5 min left", "views 40.0 %, 4 min left"]
 
-
-# ---------------------------------------------------------------- an encoder of the user's
 
 MODULE = """
 from etrm_arc.etrm import normal, rms

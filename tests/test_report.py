@@ -27,9 +27,6 @@ def copy(run, tmp_path):
     return Path(shutil.copytree(run, tmp_path / "copy"))
 
 
-# ---------------------------------------------------------------- gallery and contexts
-
-
 def vote(folder, task, *answers, source=""):
     """Answers to the first query of a task, one vote each, in the run's predictions."""
     source = source or solve.opened(folder).source
@@ -125,9 +122,6 @@ def test_contexts_are_those_of_each_task_and_need_no_query(kind):
     assert np.linalg.norm(x - x[0], axis=1)[1:].min() > 1e-3
 
 
-# ---------------------------------------------------------------- metrics, known failures
-
-
 def test_odd_rows_are_left_out_and_counted(copy):
     good = show.opened(copy).rows
     odd = ["null", "3", "[1]", '{"lr": 1}', '{"step": null}', '{"step": "x"}', '{"step"', "\xff",
@@ -201,9 +195,6 @@ def test_a_loss_that_rises_is_marked_and_a_spike_is_not():
     for r in losses[30:]:
         r["all/lm_loss"] = 1.5
     assert marks_of(rows) == [("divergence", losses[32]["step"], None)]  # three of five rows rose
-
-
-# ---------------------------------------------------------------- curves, the page, comparisons
 
 
 @given(st.integers(0, 3000), st.integers(0, 9))

@@ -122,13 +122,13 @@ def test_marks_are_read_back_from_the_pixels():
 
 
 def test_a_picture_has_a_panel_for_each_grid_and_none_overlap():
-    target = np.random.default_rng(0).integers(0, 10, (30, 30)).astype(np.uint8)
+    target = np.random.default_rng(0).integers(0, 10, (12, 12)).astype(np.uint8)
     demos = TASK.demos * 5
-    t = line(*[target[::-1]] * 9, target, target=target)._replace(task=TASK._replace(demos=demos))
+    t = line(*[target[::-1]] * 4, target, target=target)._replace(task=TASK._replace(demos=demos))
     figure = show.picture(t, "$\\frac$")
     titles = [axis.get_title() for axis in figure.axes[1:]]
     assert titles[:20] == [f"demo {i} {name}" for i in range(10) for name in ("input", "output")]
-    assert titles[20:] == ["t: query", "target", *(f"step {i}, q 0.50" for i in range(1, 11))]
+    assert titles[20:] == ["t: query", "target", *(f"step {i}, q 0.50" for i in range(1, 6))]
     figure.draw_without_rendering()
     boxes = [axis.get_window_extent() for axis in figure.axes]
     for i, box in enumerate(boxes):
