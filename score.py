@@ -129,7 +129,8 @@ def append_lines(path: Path, lines: Iterable[str]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab+") as f:
             if fcntl:
-                fcntl.flock(f, fcntl.LOCK_EX)
+                with contextlib.suppress(OSError):  # some network mounts have no locks
+                    fcntl.flock(f, fcntl.LOCK_EX)
             f.seek(max(0, f.seek(0, os.SEEK_END) - 1))
             if f.read() not in (b"", b"\n"):
                 f.seek(0)

@@ -176,6 +176,8 @@ def test_a_line_cut_off_by_a_kill_is_left_out_and_a_broken_one_is_named(tmp_path
     score.append(file, [p._replace(query=1)])
     assert [x.query for x in score.read(file)] == [0, 1]
     line = score.to_line(p)
+    endless = line.replace('"seconds": 0.0', '"seconds": Infinity')
+    assert score.from_line(endless, "x").seconds == 0 and endless != line
     broken = ['{"task": 3}', "[]", "no", "[" * 200_000, line.replace("11/11", "1x/11")]
     broken += [line.replace("11/11", "1/11"), line.replace('"q": 0.0, ', "")]
     broken += [score.to_line(p._replace(votes=[Vote(ONE, math.nan)]))]
