@@ -137,7 +137,7 @@ def opened(path: Path) -> Iterator[tuple[Any, dict[str, Any], str]]:
                 kind = meta.get("format") if isinstance(meta, dict) else None
                 raise UserError(f"{path}: format {kind}, this version reads {FORMAT}")
             yield file, meta, raw["etrm"]
-    except (safetensors.SafetensorError, OSError, ValueError) as e:
+    except (safetensors.SafetensorError, OSError, ValueError, RuntimeError) as e:
         raise UserError(f"{path}: {unreadable(path) or f'truncated or damaged: {e}'}") from None
 
 

@@ -336,10 +336,11 @@ def test_shards_side_by_side_are_shards_one_after_the_other(tmp_path, monkeypatc
     """Weights, metrics and evaluation to the last bit, where each has one thread."""
     monkeypatch.setattr(train, "EVAL_TOKENS", 64)
     results = []
-    for at_once in (1, 2, 3):
+    options = {"train__shards": 3, "train__steps": 3, "model__exploration": 0.5}
+    for at_once in (1, 3):
         monkeypatch.setattr(train, "THREADS", at_once)
         folder, rows = tmp_path / str(at_once), []
-        train.fit(tiny(folder, train__shards=3, model__exploration=0.5), rows.append)
+        train.fit(tiny(folder, **options), rows.append)
         torch.set_num_threads(1)
         timeless = [
             {k: v for k, v in r.items() if k not in ("seconds", "samples_per_s")} for r in rows
@@ -448,15 +449,15 @@ def test_hidden_outputs_are_neither_trained_on_nor_probed(tmp_path):
 
 
 def test_fit_learns_logs_and_leaves_a_checkpoint(tmp_path):
-    cfg, rows = tiny(tmp_path, train__steps=30, eval__every=30, train__log_every=10), []
+    cfg, rows = tiny(tmp_path, train__steps=15, eval__every=15, train__log_every=5), []
     last = train.fit(cfg, rows.append)
     written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert written == rows and [r["step"] for r in rows] == [10, 20, 30, 30]
+    assert written == rows and [r["step"] for r in rows] == [5, 10, 15, 15]
     assert rows[2]["all/lm_loss"] < rows[0]["all/lm_loss"]
-    assert [r["all/count"] for r in rows[:3]] == [60] * 3 and 1 <= rows[-2]["halted/steps"] <= 3
+    assert [r["all/count"] for r in rows[:3]] == [30] * 3 and 1 <= rows[-2]["halted/steps"] <= 3
     assert {"train/ema/own/loss", "train/ema/foreign/loss"} <= last.keys()
     c = checkpoint.load(tmp_path)
-    assert c.meta["step"] == 30 and c.model == cfg.model
+    assert c.meta["step"] == 15 and c.model == cfg.model
     assert config.parse_config(c.meta["config"], "checkpoint") == cfg
     pairs = [p for t in sources.load([SET]) for p in (*t.demos, *t.queries)]
     digests = {bytes(row) for row in c.pairs.tolist()}
@@ -537,7 +538,7 @@ def test_fp16_halves_its_scale_on_overflow_and_goes_on(tmp_path, monkeypatch):
         return torch.tensor(norms[-1])
 
     monkeypatch.setattr(train, "update", overflowing)
-    last = train.fit(tiny(tmp_path, train__dtype="fp16", train__steps=4))
+    last = train.fit(tiny(tmp_path, train__dtype="fp16", train__steps=4, eval__every=4))
     assert math.isfinite(last["train/ema/own/loss"])
     assert [math.isfinite(n) for n in norms] == [True, False, True, True]
     assert checkpoint.load_state(tmp_path).facts["scale"] == 2.0**15
