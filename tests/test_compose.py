@@ -10,7 +10,6 @@ from etrm_arc.extras import compose, grids, scenes
 from etrm_arc.tests import puzzles
 from etrm_arc.tests.puzzles import generators
 
-indices = st.integers(0, 10**6)
 few = settings(max_examples=30)
 
 
@@ -20,7 +19,7 @@ def pairs(task):
 
 @pytest.fixture(scope="module")
 def made():
-    return [compose.make(0, i) for i in range(2500)]
+    return [compose.make(0, i) for i in range(1500)]
 
 
 @pytest.fixture(scope="module")
@@ -29,40 +28,31 @@ def held_out():
 
 
 @few
-@given(st.integers(0, 2**32), indices, st.booleans(), indices)
-def test_a_task_is_a_pure_function_of_seed_and_index(seed, index, held_out, other):
+@given(st.integers(0, 2**32), st.integers(0, 10**6), st.booleans())
+def test_a_task_is_a_pure_function_of_seed_and_index(seed, index, held_out):
     first = compose.task(seed, index, held_out)
-    np.random.seed(other % 2**32)
-    compose.task(seed, other)
+    compose.task(seed + 1, index)
     again = compose.task(seed, index, held_out)
     assert first.name == again.name and data.task_digest(first) == data.task_digest(again)
 
 
 @few
-@given(st.integers(0, 100), st.integers(1, 12), st.integers(0, 12))
+@given(st.integers(0, 100), st.integers(1, 8), st.integers(0, 8))
 def test_fewer_tasks_are_the_first_of_more(seed, n, more):
-    long = compose.tasks(n + more, seed)
-    assert [data.task_digest(t) for t in compose.tasks(n, seed)] == [
-        data.task_digest(t) for t in long[:n]
-    ]
-    assert data.task_digest(long[0]) not in {
-        data.task_digest(compose.task(seed + 1, 0)),
-        data.task_digest(compose.task(seed, 0, True)),
-    }
+    few_of, many = (
+        [data.task_digest(t) for t in compose.tasks(k, seed=seed)] for k in (n, n + more)
+    )
+    assert few_of == many[:n]
+    others = compose.task(seed + 1, 0), compose.task(seed, 0, True)
+    assert not {many[0]} & {data.task_digest(t) for t in others}
 
 
 def test_every_task_is_a_valid_one(made, held_out):
     for m in (*made[:300], *held_out):
         assert data.task_digest(sources.check(m.task)) == data.task_digest(m.task)
-        assert all(
-            g.dtype == np.uint8 and g.flags.c_contiguous for pair in pairs(m.task) for g in pair
-        )
+        assert all(g.dtype == np.uint8 for pair in pairs(m.task) for g in pair)
         assert 2 <= len(m.task.demos) <= 5 and len(m.task.queries) == 1
-    assert (
-        len({data.task_digest(m.task) for m in made})
-        == len(made)
-        == len({m.task.name for m in made})
-    )
+    assert len({data.task_digest(m.task) for m in made}) == len({m.task.name for m in made}) == 1500
 
 
 def test_an_output_depends_on_its_input_alone(made, held_out):
@@ -119,16 +109,10 @@ def test_objects_part_the_coloured_cells(g):
 @given(generators)
 def test_what_is_enclosed_reaches_no_border(g):
     x = puzzles.grid(g, high=7, colours=2)
-    inside = grids.enclosed(x)
-    assert not inside[x > 0].any() and not (inside & grids.border(x)).any()
-    free = (x == 0) & ~inside  # grown from the border until nothing is added
-    reached = free & grids.border(x)
-    while (
-        more := free & (reached | (np.max(grids.around(reached.astype(np.uint8)), 0) > 0))
-    ).sum() > reached.sum():
-        reached = more
-    assert np.array_equal(reached, free)
-    assert not (inside & (np.max(grids.around(free.astype(np.uint8)), 0) > 0)).any()
+    reached = (x == 0) & grids.border(x)
+    for _ in range(x.size):  # grown from the border
+        reached |= (x == 0) & (np.max(grids.around(reached.astype(np.uint8)), 0) > 0)
+    assert np.array_equal(grids.enclosed(x), (x == 0) & ~reached)
 
 
 def test_the_tasks_that_checkpoints_were_trained_on_stay_the_same():
