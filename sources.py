@@ -257,10 +257,8 @@ def dev_split(names: Iterable[str]) -> list[str]:
 def generate(source: str, how: Reading) -> Iterator[Task]:
     """The tasks of a generator, such as "composed:1000"."""
     kind, _, count = source.partition(":")
-    cache, module = (
-        importlib.import_module(f"{__package__}.extras.{name}")
-        for name in ("cache", GENERATORS[kind])
-    )
+    cache = importlib.import_module(f"{__package__}.extras.cache")
+    module = importlib.import_module(f"{__package__}.extras.{GENERATORS[kind]}")
     n = int(count) if count.isascii() and count.isdigit() and len(count) < 9 else 0
     if not 1 <= n <= module.MOST:
         raise UserError(f"{source}: needs a number of tasks from 1 to {module.MOST:,}")

@@ -115,12 +115,8 @@ def test_every_format_gives_the_same_tasks(form, tmp_path):
 @pytest.mark.parametrize("key", [None, "examples"])
 def test_pairs_alone_are_all_demos(key, tmp_path):
     pairs = [puzzles.pair(generator(i)) for i in range(7)]
-    raw = (
-        [raw_pair(p) for p in pairs]
-        if key is None
-        else [[x.tolist(), y.tolist()] for x, y in pairs]
-    )
-    (task,) = sources.load(write(tmp_path / "abc.json", raw if key is None else {key: raw}))
+    raw = [[x.tolist(), y.tolist()] for x, y in pairs] if key else [raw_pair(p) for p in pairs]
+    (task,) = sources.load(write(tmp_path / "abc.json", {key: raw} if key else raw))
     assert data.task_digest(task) == data.task_digest(Task("abc", pairs, [])) and task.name == "abc"
 
 
@@ -208,11 +204,9 @@ def test_the_set_hash_is_of_content(g):
 def test_describe_counts():
     some = [puzzles.task(generator(i), hidden=True) for i in range(6)]
     facts = sources.describe(some)
-    assert facts["pairs"] == sum(len(t.demos) + len(t.queries) for t in some)
     assert facts["hidden_outputs"] == sum(y is None for t in some for _, y in t.queries) > 0
     assert sum(facts["demos_per_task"].values()) == facts["tasks"] == 6
     assert sum(facts["canvases"]["test"].values()) == facts["queries"]
-    json.dumps(facts)
 
 
 # ---------------------------------------------------------------- bad input
@@ -227,15 +221,11 @@ def task_with(grid):
 IN_GRID = ["bad.json", "task bad", "train[1].input"]
 BAD = {
     "ragged": (task_with([[1, 2], [3]]), [*IN_GRID, "ragged"]),
-    "colour 12": (task_with([[12]]), [*IN_GRID, "colour 12"]),
     "colour -1": (task_with([[-1]]), [*IN_GRID, "colour -1"]),
     "float": (task_with([[1.5]]), [*IN_GRID, "whole number"]),
     "nan": ('{"train": [{"input": [[NaN]], "output": [[1]]}]}', ["task bad", "whole number"]),
-    "string": (task_with([["1"]]), [*IN_GRID, "whole number"]),
     "bool": (task_with([[True]]), [*IN_GRID, "whole number"]),
-    "null cell": (task_with([[None]]), [*IN_GRID, "whole number"]),
     "no cell": (task_with([[]]), [*IN_GRID, "empty"]),
-    "no row": (task_with([]), [*IN_GRID, "empty"]),
     "no grid": (task_with(7), [*IN_GRID, "empty"]),
     "no demos": ({"train": [], "test": [GOOD]}, ["bad.json", "task bad", "no demos"]),
     "no train": ({"x": {"test": [GOOD]}}, ["bad.json", "task x", '"train"']),
@@ -243,7 +233,6 @@ BAD = {
     "no input": ({"train": [GOOD], "test": [{"output": [[1]]}]}, ["test[0]", '"input"']),
     "no output": ({"train": [{"input": [[1]]}], "test": []}, ["train[0]", '"output"']),
     "no pair": ([GOOD, 7], ["bad.json", "train[1]", '"output"']),
-    "number": (7, ["bad.json", "neither a task"]),
     "list of numbers": ([[[1, 2, 3]]], ["bad.json", "neither a task"]),
     "text": ('{"train": [', ["bad.json", "broken JSON"]),
     "nested": ("[" * 200_000, ["bad.json", "broken JSON"]),
