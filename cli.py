@@ -137,7 +137,7 @@ def data_command(sources: list[str], as_json: Json = False) -> None:
     side = facts["side"]
     echo(
         f"{facts['tasks']} tasks, {facts['pairs']} pairs, {facts['queries']} queries"
-        f" ({facts['hidden_outputs']} outputs hidden), {facts['bytes'] / 1e6:.2f} MB",
+        f" ({facts['hidden_outputs']} outputs hidden), {facts['bytes'] / 1e3:.1f} kB",
         *(f"{name}: {json.dumps(table).strip('{}')}" for name, table in tables.items()),
         f"largest side of a pair: median {side['median']}, at most {side['max']}",
         f"hash {facts['hash']}",
@@ -344,8 +344,11 @@ def eval_command(
 ) -> None:
     """Answer tasks and score the answers: the dev split, or --data. Votes on disk are kept:
     after an interrupt the same command goes on."""
-    from . import solve
+    from . import config, solve
 
+    for path in checkpoints:
+        if path.endswith((".json", ".jsonl")):
+            raise config.UserError(f"{path}: is no checkpoint; name tasks with --data {path}")
     given = {"views": views, "adapt": adapt, "act_steps": act_steps}
     result = solve.evaluate(
         checkpoints,

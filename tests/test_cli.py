@@ -188,6 +188,7 @@ def test_data_describes_files_given_one_by_one_or_by_the_shell(run, tmp_path):
         (["train", "overfit", "--fast"], "has no [fast] table"),
         (["eval", "nowhere"], "no such checkpoint"),
         (["eval", __file__], "test_cli.py"),
+        (["eval", "cpu-plain", "task.json"], "--data task.json"),
         (["merge", "nowhere.jsonl"], "nowhere.jsonl"),
         (["runs", "nowhere", "here"], "run.json"),
     ],
