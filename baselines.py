@@ -1,9 +1,11 @@
-"""What other systems of the family have in the place of an encoder or of the core; training and evaluation are the same.
+"""What other systems have in the place of an encoder or of the core.
 
-TRM's table of tasks: a row for every task under every one of its symmetries, in the encoder's place. Published: rows start at 0
-and are trained by the sign of their gradient, with a rate and decay of their own. Only rows that a step touched move between
-processes. The argmax-feedback TRM: states are logits, read again as the colours that they make likeliest.
-Axes: B slots, M cells of all slots, D hidden, W numbers of a row, T context tokens, N tasks of the table.
+TRM's table of tasks, in the encoder's place: a row for every task under each of its symmetries.
+Published: rows start at 0 and are trained by the sign of their gradient, with their own rate. Only
+rows that a step touched move between processes. The argmax-feedback TRM, in the core's place:
+states are logits, read again as the colours that they make likeliest.
+
+Axes: B slots, M cells of all slots, D hidden, W numbers of a row, T context tokens, N tasks.
 """
 
 from __future__ import annotations
@@ -16,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import data, etrm
+from . import etrm
 from .config import Config, ModelConfig, UserError
-from .data import Batch, Task
-from .etrm import Block, Carry, Output, Params, normal, position_of, rms, rotary_of, runs_of, self_attention, swiglu
+from .data import FIRST_COLOUR, Batch, Task, task_digest
+from .etrm import Block, Carry, Output, Params, normal, rms
 
 # ---------------------------------------------------------------- the table of tasks
 
@@ -27,8 +29,8 @@ TABLE = "encoder.table"
 
 
 class Table(NamedTuple):
-    table: Tensor  # (N * data.symmetries, W) row of a task under its k-th symmetry: task * data.symmetries + k
-    keys: Tensor  # (N, 3) which tasks these are: 48 bits of a hash of their demos, 16 at a time, exact in float32
+    table: Tensor  # (N * symmetries, W) row of a task's k-th symmetry: task * symmetries + k
+    keys: Tensor  # (N, 3) 48 bits of a digest of each task's demos, 16 at a time: exact in float32
 
 
 def init_table(cfg: ModelConfig, g: torch.Generator) -> Table:
@@ -36,7 +38,8 @@ def init_table(cfg: ModelConfig, g: torch.Generator) -> Table:
     width, most = cfg.encoder.latent or cfg.hidden, cfg.context_tokens * cfg.hidden
     if width > most or cfg.encoder.width:
         raise UserError(
-            f"model.encoder: a row of the table has latent = {width} numbers, at most {most}, and no width of its own"
+            f"model.encoder: a row of the table has latent = {width} numbers, at most {most}, and "
+            "no width of its own"
         )
     return Table(torch.zeros(0, width), torch.zeros(0, 3))
 
@@ -45,24 +48,23 @@ def apply_table(p: Table, cfg: ModelConfig, batch: Batch) -> Tensor:
     """Context (B, T, D): the row of each slot's task and symmetry, then zeros."""
     if batch.rows is None:
         raise UserError(
-            "a model with a table of tasks has no context for demos alone: only etrm train, eval and solve can ask it"
+            "a model with a table of tasks has no context for demos alone: only etrm train, eval "
+            "and solve can ask it"
         )
     rows = p.table[batch.rows]
-    return F.pad(rows, (0, cfg.context_tokens * cfg.hidden - rows.shape[1])).unflatten(
-        1, (cfg.context_tokens, -1)
-    )
+    rows = F.pad(rows, (0, cfg.context_tokens * cfg.hidden - rows.shape[1]))
+    return rows.unflatten(1, (cfg.context_tokens, -1))
 
 
 def keys_of(tasks: Sequence[Task]) -> Tensor:
     """(N, 3) by content of the demos."""
-    digests = [data.task_digest(Task("", t.demos, []))[:6] for t in tasks]
-    return torch.tensor(
-        [[int.from_bytes(d[i : i + 2], "little") for i in (0, 2, 4)] for d in digests]
-    ).float()
+    digests = [task_digest(Task("", t.demos, [])) for t in tasks]
+    keys = [[int.from_bytes(d[i : i + 2], "little") for i in (0, 2, 4)] for d in digests]
+    return torch.tensor(keys).float()
 
 
 def with_rows(params: Params, cfg: Config, tasks: Sequence[Task]) -> Params:
-    """Parameters with a row of zeros for every training task under every symmetry, where the config asks for a table."""
+    """Parameters with a row of zeros for every task under every symmetry, if they have a table."""
     if cfg.model.encoder.kind != "table":
         return params
     if not cfg.data.symmetries:
@@ -71,35 +73,37 @@ def with_rows(params: Params, cfg: Config, tasks: Sequence[Task]) -> Params:
         )
     if cfg.eval.on == "dev":
         raise UserError(
-            'eval.on: a table has no row for the dev split, which is never trained on: eval.on = "train"'
+            "eval.on: a table has no row for the dev split, which is never trained on: "
+            'eval.on = "train"'
         )
     rows = torch.zeros(len(tasks) * cfg.data.symmetries, params.encoder.table.shape[1])
     return params._replace(encoder=Table(rows, keys_of(tasks)))
 
 
 def numbers(params: Params, cfg: Config, tasks: Sequence[Task], views: int) -> Tensor | None:
-    """(len(tasks),) numbers of tasks in the table; None where there is no table. Raises UserError on an unseen task."""
+    """(len(tasks),) numbers of tasks in the table; None without a table. Raises UserError on a task
+    that the table does not have."""
     if cfg.model.encoder.kind != "table":
         return None
     if views > cfg.data.symmetries:
         raise UserError(
             f"--views {views}: the table has rows for {cfg.data.symmetries} symmetries of a task"
         )
-    if not len(params.encoder.keys):
-        raise UserError(
-            "this table was converted: whose its rows are is not known, so that no task can be asked"
-        )
-    same = (keys_of(tasks)[:, None] == params.encoder.keys.cpu()).all(-1)
-    for task, row in zip(tasks, same, strict=True):
+    keys = params.encoder.keys.cpu()
+    if not len(keys):
+        raise UserError("this table was converted: which tasks its rows belong to is not known")
+    equal = (keys_of(tasks)[:, None] == keys).all(-1)
+    for task, row in zip(tasks, equal, strict=True):
         if not row.any():
             raise UserError(
-                f"task {task.name}: unseen: the table has rows for the {row.numel()} tasks that were trained on, no others"
+                f"task {task.name}: unseen: the table has rows for the {len(keys)} tasks that "
+                "were trained on, no others"
             )
-    return same.float().argmax(1)
+    return equal.float().argmax(1)
 
 
 def gathered(params: dict[str, Tensor], batch: Batch) -> tuple[dict[str, Tensor], Batch]:
-    """The table cut down to the rows of this batch, which carry gradient, one for each slot."""
+    """The table cut down to the rows of this batch, one for each slot, which carry gradient."""
     if TABLE not in params or batch.rows is None:
         return params, batch
     rows = params[TABLE][batch.rows].detach().requires_grad_()
@@ -107,23 +111,22 @@ def gathered(params: dict[str, Tensor], batch: Batch) -> tuple[dict[str, Tensor]
 
 
 def spread(slots: Tensor, batch: Batch, grads: Tensor, of: int) -> list[Tensor]:
-    """Of one shard's slots (B,): gradients (of, W) and row numbers (of, 2), zero for the slots of others, so that sums over
-    shards hold those of all; a row number is split so that float32 holds it."""
+    """Of one shard's slots (B,): gradients (of, W) and row numbers (of, 2), zero elsewhere, so that
+    sums over shards hold those of all; a row number is split so that float32 holds it."""
     assert batch.rows is not None
     wide, ids = grads.new_zeros(of, grads.shape[1]), grads.new_zeros(of, 2)
     slots = slots.to(grads.device)
-    wide[slots], ids[slots] = (
-        grads,
-        torch.stack((batch.rows // 4096, batch.rows % 4096), 1).to(grads),
-    )
+    wide[slots] = grads
+    ids[slots] = torch.stack((batch.rows // 4096, batch.rows % 4096), 1).to(grads)
     return [wide, ids]
 
 
 def sign_step(table: Tensor, grads: Tensor, ids: Tensor, lr: float, decay: float) -> None:
-    """Sign-SGD of the touched rows, in place: gradients (B, W) of equal rows are summed first; ids (B, 2) as in `spread`."""
-    touched, where = (ids[:, 0].long() * 4096 + ids[:, 1].long()).unique(return_inverse=True)
-    summed = grads.new_zeros(len(touched), grads.shape[1]).index_add_(0, where, grads)
-    table[touched] = table[touched] * (1 - lr * decay) - lr * summed.sign()
+    """Sign-SGD of the touched rows, in place: gradients (B, W) of equal rows are summed first; ids
+    (B, 2) as in `spread`."""
+    touched, index = (ids[:, 0].long() * 4096 + ids[:, 1].long()).unique(return_inverse=True)
+    total = grads.new_zeros(len(touched), grads.shape[1]).index_add_(0, index, grads)
+    table[touched] = table[touched] * (1 - lr * decay) - lr * total.sign()
 
 
 # ---------------------------------------------------------------- the argmax-feedback TRM
@@ -140,7 +143,7 @@ class Gains(NamedTuple):
 
 
 class Feedback(NamedTuple):
-    embed: Tensor  # (11, D) ten colours, and what is no cell of the grid
+    embed: Tensor  # (11, D) ten colours, then everything that is no cell of the grid
     blocks: tuple[Gains, ...]
     head: Tensor  # (10, D)
     halt: Tensor  # (1, D)
@@ -148,59 +151,47 @@ class Feedback(NamedTuple):
 
 def init_feedback(cfg: ModelConfig, g: torch.Generator) -> Feedback:
     """Inner width 2 * 8 / 3 * D, no biases."""
-    d, f = cfg.hidden, round(16 / 3 * cfg.hidden)
-
-    def one() -> Gains:
-        made = Block(normal(g, 3 * d, d), normal(g, d, d), normal(g, 2 * f, d), normal(g, d, f))
-        return Gains(made, torch.ones(d), torch.ones(d))
-
-    blocks = tuple(one() for _ in range(cfg.layers))
-    return Feedback(
-        normal(g, COLOURS + 1, d, std=1.0), blocks, normal(g, COLOURS, d), normal(g, 1, d)
-    )
+    d, f, blocks = cfg.hidden, round(16 / 3 * cfg.hidden), []
+    for _ in range(cfg.layers):
+        block = Block(normal(g, 3 * d, d), normal(g, d, d), normal(g, 2 * f, d), normal(g, d, f))
+        blocks.append(Gains(block, torch.ones(d), torch.ones(d)))
+    embed = normal(g, COLOURS + 1, d, std=1.0)
+    return Feedback(embed, tuple(blocks), normal(g, COLOURS, d), normal(g, 1, d))
 
 
 def feedback_step(
     params: Params, cfg: ModelConfig, carry: Carry, batch: Batch, min_steps: Tensor | None
 ) -> tuple[Carry, Output]:
-    """One supervision step, as etrm.act_step: H_cycles of (L_cycles updates of z, one of the answer y).
+    """One supervision step, as etrm.act_step: H_cycles of (L_cycles updates of z, one of y).
 
-    z <- net(x + y + z), y <- net(y + z), each read as the embedding of its likeliest colour: no gradient passes from one call
-    to the next, so only the last has any. States begin as the first colour. z begins anew in each cycle ("reset") or is kept.
-    Described: the cycles end when all grids are surer than 0.9. Here a slot's own end there, where it keeps y, z and q, so that
-    no answer depends on what else is in the batch; of a grid alone it is the same.
-    """
+    z <- net(x + y + z), y <- net(y + z), each read as the embedding of its likeliest colour: no
+    gradient passes from one call to the next, only the last has any. States begin as the first
+    colour; z begins anew in each cycle ("reset") or is kept. Described: the cycles end when all
+    grids are surer than 0.9. Here a slot's own cycles end there, so that no answer depends on the
+    rest of the batch; of a grid alone it is the same."""
     p: Feedback = params.core
-    x = torch.where(batch.inputs >= data.FIRST_COLOUR, batch.inputs - data.FIRST_COLOUR, COLOURS)
-    rotary = rotary_of(
-        position_of("rope2d", batch.at, cfg.raster),
-        cfg.heads,
-        cfg.hidden // cfg.heads,
-        p.embed.dtype,
-    )
-    runs, of_cell = (
-        runs_of(batch.cells),
-        etrm.ragged(torch.tensor(batch.cells, device=x.device), len(x))[0],
-    )
-    begins = carry.halted[of_cell][:, None]
-    start = torch.eye(
-        1, COLOURS, dtype=carry.z_H.dtype, device=x.device
-    )  # whose likeliest is the first colour
-    y, z = (torch.where(begins, start, s.detach()) for s in (carry.z_H, carry.z_L))
+    x = torch.where(batch.inputs >= FIRST_COLOUR, batch.inputs - FIRST_COLOUR, COLOURS)
+    position, head = etrm.position_of("rope2d", batch.at, cfg.raster), cfg.hidden // cfg.heads
+    rotary = etrm.rotary_of(position, cfg.heads, head, p.embed.dtype)
+    runs = etrm.runs_of(batch.cells)
+    slot_of = etrm.ragged(torch.tensor(batch.cells, device=x.device), len(x))[0]
+    begins = carry.halted[slot_of][:, None]
+    start = torch.eye(1, COLOURS, dtype=carry.z_H.dtype, device=x.device)  # the first colour
+    y, z = (torch.where(begins, start, state.detach()) for state in (carry.z_H, carry.z_L))
     q = torch.full(carry.steps.shape, -math.inf, device=x.device)
 
-    def net(*read: Tensor) -> Tensor:
-        h = torch.stack([F.embedding(c, p.embed) for c in read]).sum(0)
+    def net(*colours: Tensor) -> Tensor:
+        h = torch.stack([F.embedding(c, p.embed) for c in colours]).sum(0)
         for b in p.blocks:
-            q = self_attention(b.block.qkv, b.block.o, cfg.heads, h, runs, rotary)
-            h = rms(h + q) * b.norm_1
-            h = rms(h + swiglu(b.block.gate_up, b.block.down, h)) * b.norm_2
+            attended = etrm.self_attention(b.block.qkv, b.block.o, cfg.heads, h, runs, rotary)
+            h = rms(h + attended) * b.norm_1
+            h = rms(h + etrm.swiglu(b.block.gate_up, b.block.down, h)) * b.norm_2
         return h
 
     for cycle in range(cfg.H_cycles):
-        before, done = (y, z, q), etrm.sure(cfg, q)
-        ended = int(done.sum()) if cycle and not q.is_meta else 0
-        if ended == len(done):
+        before, ended = (y, z, q), etrm.sure(cfg, q)
+        any_ended = cycle > 0 and not q.is_meta and bool(ended.any())
+        if any_ended and bool(ended.all()):
             break
         z = start.expand_as(z) if cfg.feedback == "reset" else z
         with torch.no_grad():
@@ -208,17 +199,14 @@ def feedback_step(
                 z = net(x, y.argmax(-1), z.argmax(-1)) @ p.head.T
         h = net(y.argmax(-1), z.argmax(-1))
         y = h @ p.head.T
-        pooled = torch.stack([part.float().mean(0) for part in h.split(batch.cells)])
-        q = (pooled @ p.halt.float().T).squeeze(-1)
-        if ended:
-            mine = done[of_cell][:, None]
-            y, z, q = (
-                torch.where(of, old, new)
-                for of, old, new in zip((mine, mine, done), before, (y, z, q), strict=True)
-            )
+        mean = torch.stack([cells.float().mean(0) for cells in h.split(batch.cells)])
+        q = (mean @ p.halt.float().T).squeeze(-1)
+        if any_ended:
+            cells = ended[slot_of][:, None]
+            y, z = torch.where(cells, before[0], y), torch.where(cells, before[1], z)
+            q = torch.where(ended, before[2], q)
     steps = torch.where(carry.halted, 0, carry.steps) + 1
     halted = etrm.halts(cfg, q, steps, min_steps)
-    logits = F.pad(y, (data.FIRST_COLOUR, 0), value=-math.inf)  # it cannot say where a grid ends
-    return carry._replace(z_H=y.detach(), z_L=z.detach(), steps=steps, halted=halted), Output(
-        logits, q, q
-    )
+    logits = F.pad(y, (FIRST_COLOUR, 0), value=-math.inf)  # it cannot say where a grid ends
+    carry = carry._replace(z_H=y.detach(), z_L=z.detach(), steps=steps, halted=halted)
+    return carry, Output(logits, q, q)
