@@ -243,6 +243,8 @@ def test_hand_made_solvers_vote_and_are_never_one_number_with_learned_ones(run, 
     monkeypatch.setattr(solve.importlib, "import_module", lambda name: module)
     alone = evaluate("made", sources=ALL, sets=["solve.views=2"])
     assert alone["votes"] == 12 and "held_out" not in alone and "hand-made" in alone["adaptation"]
+    with pytest.raises(UserError, match="not enough"):
+        evaluate("made", "late.jsonl", budget=0.0)
     both, own = (
         evaluate([run, "made"], sets=["solve.views=2"]),
         evaluate(run, "q.jsonl", sets=["solve.views=2"]),
