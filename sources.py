@@ -144,9 +144,7 @@ def read_text(path: Path) -> str:
             raise UserError(f"{path}: not a regular file")
         return path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as e:
-        reason = getattr(e, "strerror", None) or e
-        absent = isinstance(e, FileNotFoundError)
-        raise UserError(f"{path}: {'no such file' if absent else reason}") from None
+        raise UserError(f"{path}: {str(getattr(e, 'strerror', None) or e).lower()}") from None
 
 
 def read_json(path: Path) -> Any:
@@ -208,21 +206,17 @@ def read_tasks(path: Path, how: Reading) -> Iterator[Task]:
         for file in files_below(path):
             yield from read_tasks(file, how)
         return
-    tasks: Iterable[tuple[str, Any]] = ()
-    solutions = None
+    solutions, beside = None, path.with_name(path.name.replace("challenges", "solutions"))
     if path.suffix == ".jsonl":
         lines = enumerate(read_text(path).split("\n"), 1)
-        rows = {n: decode(line, f"{path}: line {n}") for n, line in lines if line.strip()}
-        named = ((id_of(raw, f"{path.stem}:{n}"), raw) for n, raw in rows.items())
-        tasks = (task for name, raw in named for task in named_tasks(raw, name, str(path)))
+        whole: Any = [decode(line, f"{path}: line {n}") for n, line in lines if line.strip()]
     else:
-        tasks = named_tasks(read_json(path), path.stem, str(path))
-        beside = path.with_name(path.name.replace("challenges", "solutions"))
+        whole = read_json(path)
         if beside != path and beside.exists():
             solutions = read_json(beside)
             if not isinstance(solutions, dict):
                 raise UserError(f"{beside}: must map task ids to lists of grids")
-    for name, raw in tasks:
+    for name, raw in named_tasks(whole, path.stem, str(path)):
         if solutions is not None and name not in solutions:
             raise UserError(f"{beside}: has no solution of task {name}")
         task = check_task(name, raw, str(path), how, solutions and solutions[name])
@@ -318,15 +312,12 @@ Copies = dict[str, dict[bytes, str]]  # name in its source -> content -> name
 
 def free_name(task: Task, named: Mapping[str, Task], copies: Copies) -> str:
     """The task's name, or with #2 or more behind it if another task has that name already."""
-    if task.name not in named:
-        return task.name
-    if task.name not in copies:
-        copies[task.name] = {asked_digest(named[task.name]): task.name}
-    names, digest = copies[task.name], asked_digest(task)
-    number = len(names) + 1
+    names, digest = copies.setdefault(task.name, {}), asked_digest(task)
+    number = 1 + len(names)
     while digest not in names:
-        if f"{task.name}#{number}" not in named:
-            names[digest] = f"{task.name}#{number}"
+        name = f"{task.name}#{number}" if number > 1 else task.name
+        if name not in named:
+            names[digest] = name
         number += 1
     return names[digest]
 
