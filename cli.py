@@ -128,7 +128,7 @@ def root(
 @app.command(name="data")
 @friendly
 def data_command(sources: list[str], as_json: Json = False) -> None:
-    """Describe sources: arc1:training, arc1:dev, arc2:..., composed:N, folders and files."""
+    """Describe sources: arc1:training, arc1:dev, arc2:..., composed:N, rearc:N, folders, files."""
     from . import sources as source
 
     facts = source.describe(source.load(sources))

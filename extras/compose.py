@@ -52,25 +52,14 @@ def composition(d: Dice, held_out: bool) -> tuple[str, ...]:
 
 def world(d: Dice, names: Sequence[str]) -> World:
     colours = d.some(range(1, 10), 9)
-    top = min(
-        [
-            d.between(13, 18) if d.chance() < 0.12 else d.between(6, 12),
-            *(RULES[n].top for n in names),
-        ]
-    )
+    largest = d.between(13, 18) if d.chance() < 0.12 else d.between(6, 12)
+    top = min([largest, *(RULES[n].top for n in names)])
     size = (d.chance(), d.chance()) if d.chance() < 0.33 else None
     fresh = d.chance() < 0.3 and not any(RULES[n].colours for n in names)
     few = d.between(2, 3) if fresh else d.between(2, 4)
-    return World(
-        colours[5 : 5 + few],
-        colours[:4],
-        colours[4],
-        [d.chance() for _ in range(3)],
-        top,
-        size,
-        d.chance() < 0.25,
-        fresh,
-    )
+    shared, square = [d.chance() for _ in range(3)], d.chance() < 0.25
+    ink, new, mark = colours[5 : 5 + few], colours[:4], colours[4]
+    return World(ink, new, mark, shared, top, size, square, fresh)
 
 
 def chain(steps: Sequence[Fn], x: Grid) -> list[Grid]:
@@ -101,14 +90,9 @@ def drawn(d: Dice, names: Sequence[str], draw: Scene, name: str) -> tuple[Fn, Ta
     wanted = 1 + d.pick((2, 3, 3, 3, 3, 4, 4, 4, 5))
     for _ in range(4 * wanted):
         x = draw(d, w)
-        if (
-            max(x.shape) <= MAX_SIDE
-            and (x != x[0, 0]).any()
-            and not any(equal(x, r[0]) for r in rows)
-        ):
-            found = chain(steps, x)
-            if found:
-                rows.append([x, *found])
+        is_new = (x != x[0, 0]).any() and not any(equal(x, r[0]) for r in rows)
+        if max(x.shape) <= MAX_SIDE and is_new and (found := chain(steps, x)):
+            rows.append([x, *found])
         if len(rows) == wanted:
             break
     if len(rows) < wanted or not sound(names, steps, rows, w):
@@ -136,10 +120,10 @@ def sound(
             short = [chain([*steps[:i], *steps[i + 1 :]], r[0]) for r in rows]
             if sum(bool(s) and equal(s[-1], r[-1]) for s, r in zip(short, rows, strict=True)) > few:
                 return False  # a step that makes no difference
-    if sum(equal(r[0], r[-1]) for r in rows) > few or all(
-        equal(rows[0][-1], r[-1]) for r in rows[1:]
-    ):
-        return False
+    if sum(equal(r[0], r[-1]) for r in rows) > few:
+        return False  # nothing is changed
+    if all(equal(rows[0][-1], r[-1]) for r in rows[1:]):
+        return False  # all outputs are the same
     if not RULES[names[-1]].last and sum(bool((r[-1] == r[-1].flat[0]).all()) for r in rows) > few:
         return False  # outputs of one colour
     shown = [(set(r[0].tobytes()), set(r[-1].tobytes())) for r in rows]

@@ -148,16 +148,13 @@ def panels_of(w: World, x: Grid, n: int) -> list[Grid]:
 
 def boxes(d: Dice, w: World) -> Grid:
     ink = w.colours(d)[: 1 + int(w.p[2] * 2)]
-    n = d.between(2, 6)
-    return laid(
-        d,
-        w,
-        [
-            blob(d, d.between(2, 6), d.pick(ink)) if i % 2 else block(d, 3, 6, d.pick(ink), True)
-            for i in range(n)
-        ],
-        7,
-    )
+    things = []
+    for i in range(d.between(2, 6)):
+        if i % 2:
+            things.append(blob(d, d.between(2, 6), d.pick(ink)))
+        else:
+            things.append(block(d, 3, 6, d.pick(ink), hollow=True))
+    return laid(d, w, things, 7)
 
 
 def seeds(d: Dice, w: World) -> Grid:
@@ -305,12 +302,8 @@ def stamps(d: Dice, w: World) -> Grid:
 def twins(d: Dice, w: World) -> Grid:
     """Coloured shapes, and their like in the mark."""
     kinds = [blob(d, 2 + 2 * i, c, 3) for i, c in enumerate(w.colours(d)[: d.between(1, 3)])]
-    return laid(
-        d,
-        w,
-        [y for kind in kinds for y in (kind, *[where(kind > 0, w.mark, kind)] * d.between(1, 2))],
-        8,
-    )
+    sets = [[kind, *[where(kind > 0, w.mark, kind)] * d.between(1, 2)] for kind in kinds]
+    return laid(d, w, [y for each in sets for y in each], 8)
 
 
 def odd_shapes(d: Dice, w: World) -> Grid:
