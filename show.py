@@ -552,11 +552,13 @@ def plotted(runs: Sequence[Run]) -> Any:
             panels.setdefault(panel["title"], []).extend((number, s) for s in panel["series"])
     figure = new_figure(15, 3.2 * (math.ceil(len(panels) / 3) or 1))
     for i, (title, series) in enumerate(panels.items(), 1):
-        axis = figure.add_subplot(math.ceil(len(panels) / 3), 3, i, title=title)
+        axis = figure.add_subplot(math.ceil(len(panels) / 3), 3, i)
+        axis.set_title(title, fontsize=9, parse_math=False)
         names = list(dict.fromkeys(s["name"] for _, s in series))
         for number, s in series:
             style = ("-", "--", ":", "-.")[names.index(s["name"]) % 4]
-            label = f"{runs[number].folder}: {s['name']}"
+            label = f"{number + 1} {runs[number].folder}: {s['name']}"
             axis.plot(s["x"], s["y"], style, marker=".", ms=2, color=f"C{number}", label=label)
-        axis.legend(fontsize=5)
+        for text in axis.legend(fontsize=5).get_texts():
+            text.set_parse_math(False)
     return figure

@@ -253,5 +253,6 @@ def test_runs_side_by_side(run, copy, tmp_path):
     axes = show.plotted(runs).axes
     assert [a.get_title() for a in axes] == [c["title"] for c in show.curves(runs[0].rows)]
     labels = axes[0].get_legend_handles_labels()[1]
-    assert {label.partition(":")[0] for label in labels} == {str(run), str(copy)}
+    assert {label.partition(":")[0] for label in labels} == {f"1 {run}", f"2 {copy}"}
+    show.plotted([runs[0]._replace(folder=Path("$\\frac$"))]).draw_without_rendering()
     assert not show.plotted([runs[0]._replace(rows=[])]).axes
