@@ -184,15 +184,25 @@ def encoder_config(kind="standard", **options):
     return config(hidden=32, H_cycles=1, encoder=EncoderConfig(kind=kind, **options))
 
 
+def asked(inputs, outputs, mask, noise=None):
+    """A batch of demos alone."""
+    batch = batch_of(inputs[:, 0], outputs[:, 0], all_demos(inputs, outputs, mask))
+    return batch._replace(noise=noise)
+
+
 def context_of(p, cfg, demos, noise=None):
-    """The context for demos alone."""
-    batch = batch_of(demos[0][:, 0], demos[1][:, 0], all_demos(*demos))
-    return encoder_of(cfg).read(p, batch._replace(noise=noise))
+    return encoder_of(cfg).read(p, asked(*demos, noise=noise))
 
 
 def golden_demos(golden):
     inputs = golden("enc_inputs")[0]
     return [inputs[k] for k in ("demo_inputs", "demo_labels", "demo_mask")]
+
+
+def published_encoder(golden, kind):
+    """(golden, config, our tree, demos)"""
+    t = golden(f"enc_{kind}")[0]
+    return t, encoder_config(kind), standard(sub(t, "sd.")), golden_demos(golden)
 
 
 @pytest.mark.parametrize(
@@ -202,8 +212,8 @@ def golden_demos(golden):
 )
 def test_encoders(golden, kind):
     """Context, KL and gradients at evaluation; the same with the noise drawn in training."""
-    t, cfg, demos = golden(f"enc_{kind}")[0], encoder_config(kind), golden_demos(golden)
-    p = grad_tree(standard(sub(t, "sd.")))
+    t, cfg, tree, demos = published_encoder(golden, kind)
+    p = grad_tree(tree)
     context = context_of(p, cfg, demos)
     close(context.tokens, t["eval.context"])
     loss = (context.tokens * t["gradprobe.W"]).sum()
