@@ -466,11 +466,12 @@ def test_admitted_tasks_that_are_cut_off_are_not_counted(tmp_path):
 @given(generators, st.floats(0.05, 0.45), st.floats(0.05, 0.45), st.integers(1, 8))
 @settings(max_examples=30)
 def test_sources_get_their_share_of_the_slots(g, first, second, slots):
-    """Among the tasks that fit: some outputs fit no canvas."""
-    kinds = ("composed:", "rearc:", "")
-    tasks = [
-        puzzles.task(g, f"{kind}{i}") for kind in kinds for i in range(puzzles.integer(g, 1, 9))
-    ]
+    """Among the tasks that fit: the outputs of some fit no canvas that the other pair foretells."""
+    kinds, one = ("composed:", "rearc:", ""), np.zeros((1, 1), np.uint8)
+    cross = [(one, one.repeat(6, axis)) for axis in (0, 1)]
+    tasks = [Task(f"{kind}cross", cross, []) for kind in kinds]
+    for kind in kinds:
+        tasks += [puzzles.task(g, f"{kind}{i}") for i in range(puzzles.integer(g, 1, 9))]
     packed, shares = data.pack(tasks), {"composed": first, "rearc": second}
     asked = data.queries(packed, "leave_one_out", DataConfig())
     fit = torch.zeros(len(tasks), dtype=torch.bool).index_fill_(0, asked.task[asked.fits], True)
