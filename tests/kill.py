@@ -193,7 +193,7 @@ def main() -> None:
     args = options.parse_args()
     draw, work = random.Random(args.seed), Path(tempfile.mkdtemp())
     prepare(work)
-    kinds, whole = [(dtype, procs) for procs in (1, 2) for dtype in ("fp32", "bf16")], {}
+    kinds, whole = [(dtype, procs) for dtype in ("fp32", "bf16") for procs in (2, 1)], {}
     kills, runs, identical, places = 0, 0, 0, collections.Counter[str]()
     while kills < args.kills:
         kind, folder, good = kinds[runs % len(kinds)], work / f"run-{runs}", []
