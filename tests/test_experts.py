@@ -132,6 +132,19 @@ def test_votes_know_neither_outputs_of_queries_nor_other_tasks_and_views(g):
     assert both[len(other.queries) :] == votes([spoilt], [0, 2]) != votes([task], [1, 2])
 
 
+@given(generators)
+def test_a_demo_is_predicted_from_the_other_demos_alone(g):
+    drawn, demo = np.random.default_rng(puzzles.integer(g, 0, 10**6)), np.arange(30) % 3
+    own, y, other = drawn.integers(0, experts.TOKENS, (3, 30), dtype=np.uint8)
+    seen, worth = drawn.integers(0, experts.TOKENS, (30, 2), dtype=np.uint8), drawn.random(10)
+    changed = np.where(demo == 0, other, y)
+    tables = [
+        [experts.learn(r, own, seen, demo, z) for r in experts.RULES.values()] for z in (y, changed)
+    ]
+    p, q = (experts.mixture([c for c, _ in t], worth, own, seen, demo) for t in tables)
+    assert np.allclose(p[demo == 0], q[demo == 0]) and np.allclose(p.sum(1), 1)
+
+
 def test_colours_that_demos_never_had_are_copied():
     drawn = np.random.default_rng(0)
     grids = [*drawn.integers(0, 4, (3, 5, 5), dtype=np.uint8)]
