@@ -78,7 +78,11 @@ class EncoderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Shape and behaviour of the model."""
+    """Shape and behaviour of the model.
+
+    published_faults, for parity tests alone: empty cells attend, rows without labels train the
+    halting head, contexts are not normed, states of recurrent encoders are smoothed and detached,
+    the KL is divided by the batch twice."""
 
     hidden: Count = 128
     heads: Count = 2
@@ -91,7 +95,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     raster: Annotated[int, msgspec.Meta(ge=1, le=50)] = 30  # side of the field that positions count
     tied_head: bool = True  # logits from the query's own token embedding
     published: bool = False  # the context enters sqrt(hidden) times as large, without a gain
-    published_faults: bool = False  # only parity tests need them, see PARITY in etrm.py
+    published_faults: bool = False
     halt_max_steps: Count = 16
     exploration: Share = 0.1
     fixed_steps: bool = False  # every episode takes halt_max_steps (ETRM-FCT): no q, no exploration

@@ -74,16 +74,6 @@ def turn(k: int, grid: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(x.T if swap else x)
 
 
-def _compose_table() -> Tensor:
-    """(8, 8) element 'first i, then j', found from where the corners of a square go."""
-    square = np.arange(4).reshape(2, 2)
-    image = [[turn(j, turn(i, square)).tolist() for j in range(8)] for i in range(8)]
-    return torch.tensor([[image[0].index(x) for x in row] for row in image])
-
-
-COMPOSE = _compose_table()
-
-
 class Symmetry(NamedTuple):
     """An element of D8 x colour permutations, or a batch of them."""
 
@@ -97,13 +87,8 @@ def identity(*shape: int) -> Symmetry:
     return Symmetry(torch.zeros(shape, dtype=torch.int64), colours)
 
 
-def compose(first: Symmetry, then: Symmetry) -> Symmetry:
-    """apply(compose(a, b), x) == apply(b, apply(a, x))"""
-    return Symmetry(COMPOSE[first.dihedral, then.dihedral], then.colours.gather(-1, first.colours))
-
-
 def inverse(s: Symmetry) -> Symmetry:
-    """compose(s, inverse(s)) is the identity."""
+    """apply(inverse(s), apply(s, x)) is x."""
     return Symmetry(INVERSE[s.dihedral], s.colours.argsort(-1))
 
 
@@ -121,12 +106,9 @@ def turned_size(dihedral: Tensor, size: Tensor) -> Tensor:
 
 
 class Tasks(NamedTuple):
-    """A set of tasks as tensors: every grid once, row by row, in one flat array.
+    """A set of tasks as tensors, on the host but for the cells, so that it knows every shape."""
 
-    The cells lie on the device, where they are painted; all else on the host, which so knows every
-    shape."""
-
-    cells: Tensor  # (n,) u8
+    cells: Tensor  # (n,) u8, every grid once, row by row
     grids: Tensor  # (P, 2, 3) offset, height, width of input and output; height 0: hidden
     first: Tensor  # (T + 1,) first pair of each task; its demos come first, then its queries
     n_demos: Tensor  # (T,)
@@ -225,10 +207,8 @@ def chosen(asked: Queries, rows: Tensor) -> Queries:
 
 
 def donors(asked: Queries, seed: int) -> Tensor:
-    """(Q,) for each query the row of another task's, whose demos it is shown instead.
-
-    Fixed by the seed. Only tasks with a canvas give demos: the model has not seen other sizes.
-    Raises UserError where there are fewer than two such tasks."""
+    """(Q,) for each query the row of another task's, whose demos it is shown instead, fixed by the
+    seed. Raises UserError where fewer than two tasks have a canvas, which donors need."""
     has_canvas = asked.canvas[:, 0] > 0
     tasks = asked.task[has_canvas].unique()
     if len(tasks) < 2:
@@ -243,17 +223,13 @@ def donors(asked: Queries, seed: int) -> Tensor:
 
 def histogram(sides: Tensor) -> dict[str, int]:
     """How many sides are at most 5, 10, ... 30, each counted once; 0 is none."""
-    counts = {
-        f"<={n}": int(((sides > n - 5) & (sides <= n)).sum()) for n in range(5, MAX_SIDE + 1, 5)
-    }
-    return {k: n for k, n in counts.items() if n}
+    counts = {n: int(((sides > n - 5) & (sides <= n)).sum()) for n in range(5, MAX_SIDE + 1, 5)}
+    return {f"<={n}": count for n, count in counts.items() if count}
 
 
 class Deck(NamedTuple):
-    """What the slots of a batch draw from: queries from the smallest canvas to the largest.
-
-    Slot i of B draws from its band, the i-th of B equal parts of the weight, so that every batch
-    has the same mixture of sizes and of cost."""
+    """What slots draw from: queries from the smallest canvas to the largest. Slot i of B draws from
+    the i-th of B equal parts of the weight, so that every batch has the same mixture of sizes."""
 
     slots: int
     pair: Tensor  # (Q,)
@@ -436,12 +412,7 @@ class Painted(NamedTuple):
 
 
 def paint(
-    tasks: Tasks,
-    pair: Tensor,
-    sym: Symmetry,
-    shift: Tensor,
-    canvas: Tensor,
-    raster: int = MAX_SIDE,
+    tasks: Tasks, pair: Tensor, sym: Symmetry, shift: Tensor, canvas: Tensor, raster: int = MAX_SIDE
 ) -> Painted:
     """Pairs (m,) under symmetries (m,), shifted (m, 2) on canvases (m, 2).
 
@@ -518,9 +489,6 @@ def batch(tasks: Tasks, e: Episodes, raster: int = MAX_SIDE) -> Batch:
     cells = tuple(e.canvas.prod(1).tolist())
     rows = None if e.row is None else e.row.to(device)
     return Batch(asked.inputs, labels, asked.at, cells, demos, asked.borders, rows=rows)
-
-
-# ---------------------------------------------------------------- tokens of one grid
 
 
 def tokenise(
