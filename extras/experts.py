@@ -230,7 +230,7 @@ def mixture(
     seen: np.ndarray,
     demo: Any = None,
 ) -> np.ndarray:
-    """(M, V) scores by the experts of most worth (rules * K,); demo (M,): without its own counts."""
+    """(M, V) scores by the experts of most worth (rules * K,); demo (M,): without its counts."""
     best = np.argsort(-worth, kind="stable")[:MIXED]
     weight = np.exp(SHARPNESS * (worth[best] - worth[best[0]]))
     mixed, m = np.zeros((len(own), TOKENS)), np.arange(len(own))
