@@ -87,9 +87,8 @@ def position_of(kind: str, at: Tensor, raster: int) -> Tensor | None:
 
 
 def rotary_of(position: Tensor | None, heads: int, head: int, dtype: torch.dtype) -> Rotary:
-    """Tables of positions (N,) or (N, 2): rows turn half of a head's planes, columns the rest.
-
-    Attention's 1 / sqrt(head) is part of the queries' tables. None: positions are not rotary."""
+    """Tables of positions (N,) or (N, 2): rows turn half of a head's planes, columns the rest;
+    attention's 1 / sqrt(head) is in the queries' tables. None: positions are not rotary."""
     if position is None:
         return None
     axes = position.T if position.ndim == 2 else position[None]
@@ -131,10 +130,8 @@ def runs_of(tokens: Sequence[int], masked: Sequence[int] | None = None) -> Runs:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Softmax attention of scaled queries, (b, h, s, head) each; mask (b, 1, 1, s) true where a key
-    may be seen. None to be seen gives 0.
-
-    On CPU plain products, a few slots at a time so that their scores stay in cache: in bf16 2 to 5
-    times as fast as torch's fused kernel, in float32 no slower."""
+    may be seen, none gives 0. On CPU plain products, a few slots at a time so that their scores
+    stay in cache: in bf16 2 to 5 times as fast as torch's fused kernel."""
     if q.device.type == "cuda":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
     at_once = max(1, SCORES // (q.shape[1] * q.shape[2] * max(1, k.shape[2])))
@@ -158,9 +155,8 @@ def self_attention(
     rotary: Rotary,
     seen: Tensor | None = None,
 ) -> Tensor:
-    """Tokens (N, D) of each slot attend to each other, to those that are seen (N,), by default all.
-
-    Products and positions for all tokens at once, attention run by run."""
+    """Tokens (N, D) of each slot attend to each other, to those that are seen (N,), by default all;
+    products and positions for all tokens at once, attention run by run."""
     if not runs:
         return x
     d, sizes, out = x.shape[1], [b * s for b, s, _ in runs], []
@@ -206,8 +202,7 @@ class Params(NamedTuple):
 def normal(g: torch.Generator, *shape: int, std: float | None = None) -> Tensor:
     """Truncated normal (+-2 sigma) of the given std after truncation, by default fan_in**-0.5."""
     std = 1 / math.sqrt(shape[-1]) if std is None else std
-    bound = math.erf(2 / math.sqrt(2))
-    # std of a standard normal cut at +-2
+    bound = math.erf(2 / math.sqrt(2))  # cut: std of a standard normal cut at +-2
     cut = math.sqrt(1 - 4 * math.exp(-2) / (math.sqrt(2 * math.pi) * bound))
     uniform = torch.rand(shape, generator=g) * 2 - 1
     return torch.erfinv(uniform * bound) * (math.sqrt(2) * std / cut)
@@ -227,8 +222,7 @@ def init_block(cfg: ModelConfig, g: torch.Generator) -> Block:
 def init_core(cfg: ModelConfig, g: torch.Generator, vocab: int = 12) -> Core:
     """The parameters of the core."""
     d, cells = cfg.hidden, cfg.raster**2
-    places = {"learned": cells, "both": cells, "borders": 4 * (cfg.raster + 1)}
-    rows = places.get(cfg.positions, 0)
+    rows = {"learned": cells, "both": cells, "borders": 4 * (cfg.raster + 1)}.get(cfg.positions, 0)
     return Core(
         embed=normal(g, vocab, d),
         blocks=tuple(init_block(cfg, g) for _ in range(cfg.layers)),
@@ -350,9 +344,6 @@ def embed_input(
     return e, rotary_of(position, cfg.heads, cfg.hidden // cfg.heads, e.dtype)
 
 
-# ---------------------------------------------------------------- the recursive core
-
-
 def block(p: Block, heads: int, x: Tensor, runs: Runs, rotary: Rotary) -> Tensor:
     """Post-norm transformer block on packed tokens (N, D)."""
     x = rms(x + self_attention(p.qkv, p.o, heads, x, runs, rotary))
@@ -409,25 +400,23 @@ def relaid(cfg: ModelConfig, carry: Carry, halted: Sequence[bool], cells: Sequen
     tokens = tuple(cfg.context_tokens + c for c in cells)
     if tokens == carry.tokens:
         return carry
-    states = []
-    for z in (carry.z_H, carry.z_L):
+
+    def moved(z: Tensor) -> Tensor:
         rows = zip(halted, z.split(carry.tokens), tokens, strict=True)
-        states.append(torch.cat([z.new_zeros(n, z.shape[1]) if h else old for h, old, n in rows]))
-    return carry._replace(z_H=states[0], z_L=states[1], tokens=tokens)
+        return torch.cat([z.new_zeros(n, z.shape[1]) if h else old for h, old, n in rows])
+
+    return carry._replace(z_H=moved(carry.z_H), z_L=moved(carry.z_L), tokens=tokens)
 
 
 # ---------------------------------------------------------------- the ACT step
-
-
-# encoder parameters, what was read, z_E, (B,) slots that begin -> Context
-Recur = Callable[[Any, Any, Tensor, Tensor], Context]
 
 
 class Encode(NamedTuple):
     """An encoder as ACT steps take it: what is read of a batch stays the same while slots think."""
 
     read: Callable[[Any, Batch], Any]  # parameters, batch -> Context, or what `recur` takes
-    recur: Recur | None = None  # a recurrent encoder continues in every step
+    # recurrent, in every step: parameters, what was read, z_E, (B,) slots that begin
+    recur: Callable[[Any, Any, Tensor, Tensor], Context] | None = None
     step: Callable[..., tuple[Carry, Output]] | None = None  # another core, without encoder
 
 
@@ -571,9 +560,6 @@ def select_slots(
     return batch, read._replace(**per_cell) if per_cell else read, carry
 
 
-Look = Callable[[int, Sequence[int], Output], None]  # ACT step, slots that took it, their output
-
-
 def think(
     params: Params,
     cfg: ModelConfig,
@@ -582,11 +568,11 @@ def think(
     dtype: torch.dtype,
     act_steps: int,
     leave: str = "never",
-    look: Look | None = None,
+    look: Callable[[int, Sequence[int], Output], None] | None = None,
 ) -> tuple[Output, Tensor]:
     """Evaluation: (output, ACT steps spent (B,)) from the initial states; demos are read once.
-
-    leave: "never" takes act_steps (published); "q" leaves when the halting head says so."""
+    leave: "never" takes act_steps (published); "q" leaves when the halting head says so.
+    look: sees each ACT step, the slots that took it and their output."""
     with torch.no_grad():
         carry = fresh_carry(cfg, batch.cells, dtype, batch.inputs.device)
         read = encode.read(params.encoder, batch)
