@@ -7,6 +7,7 @@ L latent, h heads. Packed tokens (.., D) lie slot after slot (or demo after demo
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 import runpy
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from . import baselines, etrm
 from .config import ModelConfig, UserError, nearest
-from .data import Batch, Demos
+from .data import EOS, FIRST_COLOUR, PAD, Batch, Demos
 from .etrm import Context, Encode, Params, Rotary, normal, rms, runs_of, swiglu
 
 # ---------------------------------------------------------------- blocks
@@ -111,10 +112,12 @@ def set_block(p: SetBlock, cfg: ModelConfig, t: Packed, keys: Packed) -> Packed:
     return t._replace(x=block(p, cfg, t.x, attend))
 
 
-def cross_attention(weights: Sequence[Tensor], heads: int, t: Packed, keys: Packed) -> Tensor:
+def cross_attention(
+    weights: Sequence[Any], heads: int, t: Packed, keys: Packed, values: Tensor | None = None
+) -> Tensor:
     """(N, D): the tokens of a slot attend to its keys, both turned by their positions, if given.
 
-    weights (D, D) of queries, keys, values. To have no key gives 0."""
+    weights (D, D) of queries, keys, values; values: given ones. To have no key gives 0."""
 
     def turned(x: Tensor, weight: Tensor, rotary: Rotary, which: int) -> Tensor:
         y = (x @ weight.T).unflatten(-1, (heads, -1))
@@ -123,12 +126,13 @@ def cross_attention(weights: Sequence[Tensor], heads: int, t: Packed, keys: Pack
         cos, sin = (table[:, which : which + 1] for table in rotary)
         return etrm.rotate(y[:, None], (cos, sin)).squeeze(1)
 
-    runs, out = runs_of(t.sizes, keys.sizes), [t.x[:0]]
+    values = keys.x @ weights[2].T if values is None else values
+    runs, out = runs_of(t.sizes, keys.sizes), [values[:0]]
     lengths = [b * m for b, _, m in runs]
     parts = (
         turned(t.x, weights[0], t.rotary, 0).split([b * s for b, s, _ in runs]),
         turned(keys.x, weights[1], keys.rotary, 1).split(lengths),
-        (keys.x @ weights[2].T).unflatten(-1, (heads, -1)).split(lengths),
+        values.unflatten(-1, (heads, -1)).split(lengths),
         [None] * len(runs) if keys.seen is None else keys.seen.split(lengths),
     )
     for (b, s, m), q, k, v, seen in zip(runs, *parts, strict=True):
@@ -150,265 +154,6 @@ def position_in(cfg: ModelConfig, at: Tensor, origins: int = 0) -> Tensor:
     position = etrm.position_of(kind, at, cfg.raster)
     assert position is not None
     return torch.cat((position.new_zeros(origins, *position.shape[1:]), position))
-
-
-class DemoVectors(NamedTuple):
-    """Values of the demos of each slot."""
-
-    each: Tensor  # (B, K, ...), 0 where a slot has no such demo
-    seen: Tensor  # (B, K) bool
-
-
-def by_slot(x: Tensor, demos: Demos) -> DemoVectors:
-    """Per-demo values (N, ...) by slot."""
-    size, index = (len(demos.slot_cells), demos.most), (demos.owner, demos.number)
-    each = x.new_zeros(*size, *x.shape[1:]).index_put(index, x)  # unique: nothing to accumulate
-    seen = torch.zeros(size, dtype=torch.bool, device=x.device)
-    return DemoVectors(each, seen.index_put(index, seen.new_ones(())))
-
-
-def mean_of(v: DemoVectors) -> Tensor:
-    """The mean (B, ...) of a slot's demos; 0 where it has none."""
-    count = v.seen.sum(1).clamp(min=1).view(-1, *[1] * (v.each.ndim - 2))
-    return v.each.sum(1) / count.to(v.each.dtype)
-
-
-# ---------------------------------------------------------------- demo by demo, as published
-
-
-class Latent(NamedTuple):
-    """A normal distribution over programs."""
-
-    mean: Tensor  # (L, D)
-    mean_bias: Tensor | None  # (L,)
-    log_var: Tensor  # (L, D)
-    log_var_bias: Tensor | None  # (L,)
-
-
-class Standard(NamedTuple):
-    """The parts that the published encoders are made of; None or () where one does without
-    (typed Any, for an encoder knows which it has)."""
-
-    input_embed: Tensor  # (V, D)
-    output_embed: Tensor  # (V, D)
-    cells: tuple[CellBlock, ...]
-    pool: tuple[Tensor, ...] = ()  # attention: query (1, D), q, k, v, o (D, D); weighted: (1, D)
-    pool_proj: Any = None  # (D, D); hierarchical (D, 2 D)
-    queries: Any = None  # (T, D)
-    sets: tuple[SetBlock, ...] = ()
-    class_embed: Any = None  # (1, D) the token that stands for its demo
-    mixing: tuple[CellBlock, ...] = ()  # in which the demos of a slot attend to each other
-    latent: Any = None  # Latent
-    up: Any = None  # (T * D, L)
-    up_bias: Any = None  # (T * D,)
-    start: Any = None  # (S, T, D)
-    level: tuple[CellBlock, ...] = ()  # shared by both states
-
-
-def init_standard(cfg: ModelConfig, g: torch.Generator, parts: Sequence[str]) -> Standard:
-    """The published encoder that has these parts, beside embeddings and cell blocks."""
-    d, t, e = cfg.hidden, cfg.context_tokens, cfg.encoder
-    p: dict[str, Any] = {k: normal(g, 12, d) for k in ("input_embed", "output_embed")}
-    p["cells"] = tuple(init_cell_block(cfg, g) for _ in range(e.layers))
-    for part in parts:
-        if part in ("pool", "pool_grids"):
-            if e.pooling == "attention":
-                p["pool"] = (normal(g, 1, d, std=0.02), *(normal(g, d, d) for _ in range(4)))
-            elif e.pooling == "weighted":
-                p["pool"] = (normal(g, 1, d),)
-            p["pool_proj"] = normal(g, d, d * (1 + (part == "pool_grids")))
-        elif part in ("class_embed", "queries"):
-            p[part] = normal(g, t if part == "queries" else 1, d, std=0.02)
-        elif part in ("sets", "mixing", "level"):
-            init = init_set_block if part == "sets" else init_cell_block
-            p[part] = tuple(init(cfg, g) for _ in range(e.set_layers))
-        elif part == "latent":
-            n = e.latent or d
-            p[part] = Latent(normal(g, n, d), torch.zeros(n), normal(g, n, d), torch.zeros(n))
-            p["up"] = normal(g, t * d, n)
-        elif part == "up":
-            p[part] = normal(g, t * d, d)
-        elif part == "up_bias":
-            p[part] = torch.zeros(t * d)
-        elif part in ("state", "states"):
-            p["start"] = normal(g, 1 + (part == "states"), t, d, std=1.0)
-    return Standard(**p)
-
-
-def pooled(p: Standard, cfg: ModelConfig, t: Packed, seen: Tensor) -> Tensor:
-    """A vector (n, D) for the cells of each of n demos or grids, of those that are seen (M,)."""
-    kind, n, vectors = cfg.encoder.pooling, len(t.sizes), [t.x[:0]]
-    if kind == "attention":
-        query, q, k, v, o = p.pool
-        asking = Packed(query.expand(n, -1), (1,) * n)
-        return cross_attention((q, k, v), cfg.heads, asking, Packed(t.x, t.sizes, seen)) @ o.T
-    runs = runs_of(t.sizes)
-    lengths = [b * s for b, s, _ in runs]
-    for (b, s, _), x, mask in zip(runs, t.x.split(lengths), seen.split(lengths), strict=True):
-        x, mask = x.view(b, s, -1), mask.view(b, s)
-        if kind == "max":
-            vectors.append(x.masked_fill(~mask[..., None], -torch.inf).amax(1))
-            continue
-        weight = mask / mask.sum(1, keepdim=True).clamp(min=1)
-        if kind == "weighted":
-            score = (x @ p.pool[0].T).squeeze(-1).float()
-            weight = torch.softmax(score.masked_fill(~mask, -torch.inf), -1)
-        vectors.append(torch.einsum("bs,bsd->bd", weight.to(x.dtype), x))
-    return torch.cat(vectors)
-
-
-def in_pairs(demos: Demos, lead: int) -> Tensor:
-    """The order of (`lead` tokens of each demo, M input cells, M output cells) demo by demo."""
-    cells = torch.tensor(demos.cells, dtype=torch.int64, device=demos.at.device)
-    total, ahead = len(demos.at), lead * len(demos.cells)
-    owner, number = etrm.ragged(lead + 2 * cells, ahead + 2 * total)
-    cell = number - lead
-    is_output = (cell >= cells[owner]).long()
-    index = ahead + (cells.cumsum(0) - cells)[owner] + cell + is_output * (total - cells[owner])
-    return torch.where(cell < 0, owner * lead + number, index)
-
-
-def embedded(p: Standard, cfg: ModelConfig, demos: Demos) -> tuple[Tensor, Tensor]:
-    """(2 M, D) all input cells, then all output cells, and which of them are not empty."""
-    x = F.embedding(demos.inputs, p.input_embed), F.embedding(demos.outputs, p.output_embed)
-    return torch.cat(x) * math.sqrt(cfg.hidden), torch.cat((demos.inputs, demos.outputs)) != 0
-
-
-def through_cells(p: Standard, cfg: ModelConfig, t: Packed) -> Packed:
-    """The cell blocks, in which cells that are not seen attend to the others, not they to them."""
-    t = t._replace(seen=None) if cfg.published_faults else t
-    for b in p.cells:
-        t = cell_block(b, cfg, t)
-    return t
-
-
-def pair_vectors(p: Standard, cfg: ModelConfig, demos: Demos) -> Tensor:
-    """(N, D): input and output of a demo as one sequence; its class token, or its cells pooled."""
-    x, seen = embedded(p, cfg, demos)
-    lead, n = int(p.class_embed is not None), len(demos.cells)
-    if lead:
-        x, seen = torch.cat((p.class_embed.expand(n, -1), x)), torch.cat((seen.new_ones(n), seen))
-        e = msgspec.structs.replace(cfg.encoder, norm="pre")
-        cfg = msgspec.structs.replace(cfg, encoder=e)
-    below = demos.at + demos.at.new_tensor([[cfg.raster, 0]])  # the output continues the raster
-    position = position_in(cfg, torch.cat((demos.at, below)), origins=lead * n)
-    order, sizes = in_pairs(demos, lead), [lead + 2 * c for c in demos.cells]
-    rotary, seen = rotary_in(cfg, position[order], x), seen[order]
-    t = through_cells(p, cfg, Packed(x[order], sizes, seen, rotary))
-    if lead:
-        size = torch.tensor(sizes, dtype=torch.int64, device=x.device)
-        return rms(t.x[size.cumsum(0) - size])
-    return pooled(p, cfg, t, seen) @ p.pool_proj.T
-
-
-def grid_vectors(p: Standard, cfg: ModelConfig, demos: Demos) -> Tensor:
-    """(N, D): every grid by itself to a vector, the two of a demo to one: its rule."""
-    x, seen = embedded(p, cfg, demos)
-    rotary = rotary_in(cfg, position_in(cfg, demos.at.repeat(2, 1)), x)
-    t = through_cells(p, cfg, Packed(x, demos.cells * 2, seen, rotary))
-    return torch.cat(pooled(p, cfg, t, seen).chunk(2), -1) @ p.pool_proj.T
-
-
-def in_sets(p: Standard, cfg: ModelConfig, v: DemoVectors, tokens: Tensor) -> Tensor:
-    """Context tokens (B, T, D) attend to the demos' vectors."""
-    slots, most = v.seen.shape
-    keys = Packed(v.each.flatten(0, 1), (most,) * slots, v.seen.flatten())
-    t = Packed(tokens.flatten(0, 1), (tokens.shape[1],) * slots)
-    for s in p.sets:
-        t = set_block(s, cfg, t, keys)
-    return t.x.view_as(tokens)
-
-
-def apply_sets(
-    p: Standard, cfg: ModelConfig, batch: Batch, vectors: Callable[..., Tensor] = pair_vectors
-) -> Tensor:
-    """A vector per demo, which may attend to each other; T queries attend to them."""
-    v = by_slot(vectors(p, cfg, batch.demos), batch.demos)
-    slots, most = v.seen.shape
-    for b in p.mixing:
-        t = cell_block(b, cfg, Packed(v.each.flatten(0, 1), (most,) * slots, v.seen.flatten()))
-        v = v._replace(each=t.x.view_as(v.each))
-    return rms(in_sets(p, cfg, v, p.queries.expand(slots, -1, -1)))
-
-
-def drawn(p: Latent, x: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(..., D) to a latent (..., L), without noise its mean, and in float32 its divergence (...)
-    from the standard normal."""
-    mean = F.linear(x, p.mean, p.mean_bias)
-    log_var = F.linear(x, p.log_var, p.log_var_bias).clamp(-10, 10)
-    z = mean if noise is None else mean + noise.to(mean.dtype) * torch.exp(0.5 * log_var)
-    m, v = mean.float(), log_var.float()
-    return z, -0.5 * (1 + v - m.square() - v.exp()).sum(-1)
-
-
-def unfolded(p: Standard, cfg: ModelConfig, z: Tensor) -> Tensor:
-    """(B, L) to context (B, T, D)."""
-    context = F.linear(z, p.up, p.up_bias).unflatten(-1, (cfg.context_tokens, -1))
-    return context if cfg.published_faults else rms(context)
-
-
-def apply_mean(p: Standard, cfg: ModelConfig, batch: Batch) -> Tensor:
-    """The mean of the demos' vectors, unfolded to the context."""
-    v = by_slot(pair_vectors(p, cfg, batch.demos), batch.demos)
-    return unfolded(p, cfg, mean_of(v))
-
-
-def apply_drawn(p: Standard, cfg: ModelConfig, batch: Batch, normed: bool = False) -> Context:
-    """One latent for all demos, drawn from the mean of the context tokens, normed or not."""
-    x = apply_sets(p, cfg, batch).mean(1)
-    noise = None if batch.noise is None else batch.noise[:, 0]
-    z, kl = drawn(p.latent, rms(x) if normed else x, noise)
-    return Context(unfolded(p, cfg, z), kl)
-
-
-def apply_drawn_each(p: Standard, cfg: ModelConfig, batch: Batch) -> Context:
-    """A latent drawn for each demo, then their mean; the KL is the mean of the slot's demos.
-    Published: each demo of the batch counts the same in it."""
-    d = batch.demos
-    noise = None if batch.noise is None else batch.noise[d.owner, d.number]
-    z, kl = drawn(p.latent, pair_vectors(p, cfg, d), noise)
-    kl_of = by_slot(kl, d)
-    whole = kl_of.each.sum(1) * len(d.slot_cells) / max(1, len(d.cells))
-    kl = whole if cfg.published_faults else mean_of(kl_of)
-    return Context(unfolded(p, cfg, mean_of(by_slot(z, d))), kl)
-
-
-def apply_vectors(p: Standard, cfg: ModelConfig, batch: Batch) -> DemoVectors:
-    """What a recurrent encoder continues from in every ACT step."""
-    return by_slot(pair_vectors(p, cfg, batch.demos), batch.demos)
-
-
-def settled(cfg: ModelConfig, old: Tensor, new: Tensor) -> Tensor:
-    """Published: nine tenths of the old state stay, and no gradient ever reaches the encoder."""
-    return (0.9 * old + 0.1 * new).detach() if cfg.published_faults else rms(new)
-
-
-def recur_sets(p: Standard, cfg: ModelConfig, read: DemoVectors, z: Tensor) -> Tensor:
-    """The last step's context attends to the demos again, `H_cycles` times."""
-    for _ in range(cfg.encoder.H_cycles):
-        z = settled(cfg, z, in_sets(p, cfg, read, z[:, 0])[:, None])
-    return z
-
-
-def recur_cycles(p: Standard, cfg: ModelConfig, read: DemoVectors, z: Tensor) -> Tensor:
-    """The core's recursion over the context tokens, the mean of the demos injected; every cycle has
-    gradient."""
-    slots, _, t, _ = z.shape
-    e = mean_of(read).repeat_interleave(t, 0)
-    z_H, z_L = (x.flatten(0, 1) for x in z.unbind(1))
-    rotary = rotary_in(cfg, torch.arange(t, device=z.device).repeat(slots), z)
-
-    def level(x: Tensor) -> Tensor:
-        tokens = Packed(x, (t,) * slots, None, rotary)
-        for b in p.level:
-            tokens = cell_block(b, cfg, tokens)
-        return tokens.x
-
-    for _ in range(cfg.encoder.H_cycles):
-        for _ in range(cfg.encoder.L_cycles):
-            z_L = level(z_L + z_H + e)
-        z_H = level(z_H + z_L)
-    return settled(cfg, z, torch.stack((z_H, z_L)).unflatten(1, (slots, t)).transpose(0, 1))
 
 
 # ---------------------------------------------------------------- cell by cell: all demos' cells
@@ -440,13 +185,16 @@ def init_perceiver(cfg: ModelConfig, g: torch.Generator, output_tokens: int = 12
     )
 
 
-def aligned(p: Perceiver, cfg: ModelConfig, demos: Demos) -> Packed:
-    """Input and output of a demo aligned, one token per cell, through the cell blocks."""
+def aligned(p: Perceiver, cfg: ModelConfig, demos: Demos, extra: Tensor | None = None) -> Packed:
+    """Input and output of a demo aligned, one token per cell, through the cell blocks; extra (M, D)
+    is added to their embedding, as three more of them."""
     x, parts = F.embedding(demos.inputs, p.input_embed), 2
     x = x + F.embedding(demos.outputs, p.output_embed)
     if p.border_embed is not None:
         x, parts = x + etrm.codes(cfg, p.border_embed, demos.at, demos.borders), 3
     x = x * math.sqrt(cfg.hidden / parts)
+    if extra is not None:
+        x = (x * math.sqrt(parts) + extra) / math.sqrt(parts + 3)
     seen = (demos.inputs != 0) | (demos.outputs != 0)
     t = Packed(x, demos.cells, seen, rotary_in(cfg, position_in(cfg, demos.at), x))
     for b in p.cells:
@@ -477,31 +225,6 @@ def apply_perceiver(p: Perceiver, cfg: ModelConfig, batch: Batch) -> Tensor:
     return rms(t.x).unflatten(0, (len(keys.sizes), -1))
 
 
-def init_set_transformer(cfg: ModelConfig, g: torch.Generator) -> Perceiver:
-    n = range(cfg.encoder.set_layers)
-    return init_perceiver(cfg, g)._replace(
-        point_queries=normal(g, cfg.context_tokens, cfg.hidden, std=1.0),
-        points=tuple((init_set_block(cfg, g), init_set_block(cfg, g)) for _ in n),
-        mixing=tuple(init_cell_block(cfg, g) for _ in n),
-    )
-
-
-def apply_set_transformer(p: Perceiver, cfg: ModelConfig, batch: Batch) -> Tensor:
-    """Cells attend to each other across demos by way of T points (Lee et al. 2019), then queries to
-    cells, then context tokens to each other."""
-    keys = cells_of_slots(p, cfg, batch.demos)
-    slots = len(keys.sizes)
-    for gather, back in p.points:
-        points = set_block(gather, cfg, repeated(p.point_queries, slots), keys)
-        keys = set_block(back, cfg, keys, points)
-    t = repeated(p.queries, slots)
-    for s in p.sets:
-        t = set_block(s, cfg, t, keys)
-    for b in p.mixing:
-        t = cell_block(b, cfg, t)
-    return rms(t.x).unflatten(0, (slots, -1))
-
-
 def init_matching(cfg: ModelConfig, g: torch.Generator) -> Perceiver:
     p, n = init_perceiver(cfg, g, ASKED + 1), range(cfg.encoder.set_layers - 1)
     return p._replace(mixing=tuple(init_cell_block(cfg, g) for _ in n))
@@ -521,12 +244,18 @@ def with_queries(batch: Batch) -> Demos:
     )
 
 
-def apply_matching(p: Perceiver, cfg: ModelConfig, batch: Batch) -> Context:
-    """T queries and each cell of the test input, read like one more demo, attend to all cells of
-    all demos (after Vinyals et al. 2016, arXiv 1606.04080): the context has both."""
+class Asked(NamedTuple):
+    """What the test inputs' cells and T queries have found in the demos."""
+
+    context: Context
+    keys: Packed  # the demos' cells, slot by slot
+
+
+def match(p: Perceiver, cfg: ModelConfig, batch: Batch, cells: Packed) -> Asked:
+    """T queries and the cells of the test inputs attend to the cells of all demos; cells: those of
+    the demos, then those of the test inputs."""
     d, t, slots = batch.demos, cfg.context_tokens, len(batch.cells)
     layout = etrm.layout_of(cfg, batch.cells, batch.at.device)
-    cells = aligned(p, cfg, with_queries(batch))
     shown, asked = cells.x.split((len(d.inputs), len(batch.inputs)))
     rotary = rotary_in(cfg, position_in(cfg, d.at[d.by_slot]), shown)
     keys = Packed(shown[d.by_slot], d.slot_cells, cells.seen[: len(shown)][d.by_slot], rotary)
@@ -540,7 +269,170 @@ def apply_matching(p: Perceiver, cfg: ModelConfig, batch: Batch) -> Context:
             tokens = cell_block(p.mixing[i], cfg, tokens)
     x = rms(tokens.x)
     first = layout.first[:, None] + torch.arange(t, device=x.device)
-    return Context(x[first], cells=x[layout.cells])
+    return Asked(Context(x[first], cells=x[layout.cells]), keys)
+
+
+def apply_matching(p: Perceiver, cfg: ModelConfig, batch: Batch) -> Context:
+    """The test input is read like one more demo, and each of its cells attends to all cells of all
+    demos (after Vinyals et al. 2016, arXiv 1606.04080)."""
+    return match(p, cfg, batch, aligned(p, cfg, with_queries(batch))).context
+
+
+# ---------------------------------------------------------------- pointer: answers are copied
+
+
+class Axis(NamedTuple):
+    """Rows, or columns, of cells (M,) in their own grid, and the box around what is not black."""
+
+    place: Tensor
+    size: Tensor
+    box_start: Tensor
+    box_size: Tensor
+
+
+def folded(place: Tensor, size: Tensor) -> Tensor:
+    """There and back again: 0 .. size - 1, size - 1 .. 0 and so on."""
+    return torch.minimum(place % (2 * size), 2 * size - 1 - place % (2 * size))
+
+
+def third(size: Tensor) -> Tensor:
+    """The side of one of three panels, with or without lines between them."""
+    return (size - 2 * (size % 3 == 2)) // 3
+
+
+# axis -> (the place that is seen, the size of the whole view)
+AXES: dict[str, Callable[[Axis], tuple[Tensor, Tensor]]] = {
+    "same": lambda a: (a.place, a.size),
+    "flip": lambda a: (a.size - 1 - a.place, a.size),
+    "next": lambda a: (a.place + 1, a.size),
+    "previous": lambda a: (a.place - 1, a.size),
+    "roll": lambda a: ((a.place + 1) % a.size, a.size),
+    "roll back": lambda a: ((a.place - 1) % a.size, a.size),
+    "start": lambda a: (a.place * 0, a.size),
+    "end": lambda a: (a.size - 1, a.size),
+    "tile 2": lambda a: (a.place % a.size, 2 * a.size),
+    "tile 3": lambda a: (a.place % a.size, 3 * a.size),
+    "tile n": lambda a: (a.place % a.size, a.size * a.size),
+    "fold": lambda a: (folded(a.place, a.size), 2 * a.size),
+    "fold back": lambda a: (folded(a.place + a.size, a.size), 2 * a.size),
+    "scale 2": lambda a: (a.place // 2, 2 * a.size),
+    "scale 3": lambda a: (a.place // 3, 3 * a.size),
+    "scale n": lambda a: (a.place // a.size, a.size * a.size),
+    "every 2nd": lambda a: (2 * a.place, (a.size + 1) // 2),
+    "every 3rd": lambda a: (3 * a.place, (a.size + 2) // 3),
+    "box": lambda a: (a.place + a.box_start, a.box_size),
+    "box flip": lambda a: (2 * a.box_start + a.box_size - 1 - a.place, a.size),
+    "half 1": lambda a: (a.place, a.size // 2),
+    "half 2": lambda a: (a.place + (a.size + 1) // 2, a.size // 2),
+    "third 1": lambda a: (a.place, third(a.size)),
+    "third 2": lambda a: (a.place + (a.size + 1) // 3, third(a.size)),
+    "third 3": lambda a: (a.place + 2 * ((a.size + 1) // 3), third(a.size)),
+}
+D8 = [(r, c, swap) for r in ("same", "flip") for c in ("same", "flip") for swap in (False, True)]
+BOTH = (
+    "box, box flip, tile 2, tile 3, tile n, fold, scale 2, scale 3, scale n, every 2nd, every 3rd"
+)
+ONE = "next, previous, roll, roll back, start, end, box flip, tile 2, fold, fold back, scale 2"
+BOTH += ", every 2nd, every 3rd"
+ONE += ", every 2nd, half 1, half 2, third 1, third 2, third 3"
+# Frames: (how rows are seen, how columns are seen, whether rows and columns change places).
+FRAMES: tuple[tuple[str, str, bool], ...] = (
+    *D8,
+    *((a, a, False) for a in BOTH.split(", ")),
+    *(frame for a in ONE.split(", ") for frame in ((a, "same", False), ("same", a, False))),
+    *((a, b, False) for a in ("half 1", "half 2") for b in ("half 1", "half 2")),
+    *((a, b, False) for a in ("next", "previous") for b in ("next", "previous")),
+)
+
+
+def span(place: Tensor, owner: Tensor, chosen: Tensor, grids: int) -> tuple[Tensor, Tensor]:
+    """First place and number of places (M,) of the chosen cells of each cell's grid; else 0, 0."""
+    low = place.new_full((grids,), 999).scatter_reduce(
+        0, owner, torch.where(chosen, place, 999), "amin"
+    )
+    end = place.new_zeros(grids).scatter_reduce(0, owner, torch.where(chosen, place + 1, 0), "amax")
+    low = torch.minimum(low, end)
+    return low[owner], (end - low)[owner]
+
+
+class Views(NamedTuple):
+    seen: Tensor  # (M, K) the token that each cell sees through each frame
+    facts: Tensor  # (M, 8) bool: parity, border and diagonal of the cell in its own grid
+
+
+def views_of(tokens: Tensor, at: Tensor, cells: Sequence[int]) -> Views:
+    """Views of input grids, tokens (M,) at places (M, 2) of canvases of so many cells. A view has
+    marks at its end as a painted grid has, and nothing beyond."""
+    owner, number = etrm.ragged(torch.tensor(cells, device=at.device), len(tokens))
+    first = torch.arange(len(tokens), device=at.device) - number
+    last = first + torch.tensor(cells, device=at.device)[owner] - 1
+    inside, drawn = tokens >= FIRST_COLOUR, tokens > FIRST_COLOUR
+    axes, start, stride = [], first, at[last, 1] - at[first, 1] + 1
+    for place, step in zip((at - at[first]).unbind(1), (stride, 1), strict=True):
+        origin, size = span(place, owner, inside, len(cells))
+        box = span(place - origin, owner, drawn, len(cells))
+        axes.append(Axis(place - origin, size.clamp(min=1), *box))
+        start = start + origin * step
+    (rows, columns), padded = axes, torch.cat((tokens, tokens.new_zeros(1)))
+    before = (rows.place < 0) | (columns.place < 0)
+    seen = []
+    for row, column, swap in FRAMES:
+        places = (columns.place, rows.place) if swap else (rows.place, columns.place)
+        (r, height), (c, width) = (
+            AXES[name](axis._replace(place=place))
+            for name, axis, place in zip((row, column), axes, places, strict=True)
+        )
+        height, width = (width, height) if swap else (height, width)
+        exists = (r >= 0) & (r < rows.size) & (c >= 0) & (c < columns.size)
+        token = padded[torch.where(exists, start + r * stride + c, len(tokens))]
+        in_rows, in_columns = rows.place < height, columns.place < width
+        end = (rows.place == height) & in_columns | (columns.place == width) & in_rows
+        token = torch.where(in_rows & in_columns, token, end.long() * EOS)
+        seen.append(token.masked_fill(before, PAD))
+    i, j, h, w = rows.place, columns.place, rows.size, columns.size
+    parity = (i % 2 == 0, j % 2 == 0, i % 3 == 0, j % 3 == 0)
+    border = ((i == 0) | (i == h - 1), (j == 0) | (j == w - 1), i == j, i + j == w - 1)
+    return Views(torch.stack(seen, 1), torch.stack((*parity, *border), 1))
+
+
+COPIES = 2  # heads that copy from outputs of demos
+
+
+class Pointer(NamedTuple):
+    matching: Perceiver
+    seen_embed: Tensor  # (K * 12, D) of a token seen through a frame
+    fact_embed: Tensor  # (8, D)
+    match_embed: Tensor  # (K, D) of a demo's cell whose output is what it sees through the frame
+    copy_q: Tensor  # (D, D)
+    copy_k: Tensor  # (D, D)
+
+
+def init_pointer(cfg: ModelConfig, g: torch.Generator) -> Pointer:
+    d, k = cfg.hidden, len(FRAMES)
+    embeds = (normal(g, n, d, std=1.0) for n in (12 * k, 8, k))
+    return Pointer(init_matching(cfg, g), *embeds, normal(g, d, d), normal(g, d, d))
+
+
+def apply_pointer(p: Pointer, cfg: ModelConfig, batch: Batch) -> Context:
+    """`matching` whose cells also embed what they see through the frames of their own grid and, in
+    demos, through which frames they see their output. The answer may be copied: from a frame, or
+    from outputs of demos that the test input's cells attend to."""
+    d, k, demos = batch.demos, len(FRAMES), with_queries(batch)
+    views = views_of(demos.inputs, demos.at, demos.cells)
+    dtype, known = p.seen_embed.dtype, (demos.outputs != PAD) & (demos.outputs != ASKED)
+    match_bits = (views.seen == demos.outputs[:, None]) & known[:, None]
+    extra = F.one_hot(views.seen, 12).flatten(1).to(dtype) @ (p.seen_embed * k**-0.5)
+    extra = extra + views.facts.to(dtype) @ (p.fact_embed * 8**-0.5)
+    extra = extra + match_bits.to(dtype) @ (p.match_embed * (2 * k**-0.5))
+    asked = match(p.matching, cfg, batch, aligned(p.matching, cfg, demos, extra))
+    outputs = d.outputs[d.by_slot]
+    keys = asked.keys._replace(seen=outputs != PAD, rotary=None)
+    t = Packed(asked.context.cells, batch.cells)
+    values = F.one_hot(outputs, 12).to(dtype).repeat(1, COPIES)
+    copied = cross_attention((p.copy_q, p.copy_k, None), COPIES, t, keys, values)
+    return asked.context._replace(
+        seen=views.seen[len(d.inputs) :], copied=copied.unflatten(1, (COPIES, 12))
+    )
 
 
 # ---------------------------------------------------------------- the table of encoders
@@ -552,34 +444,21 @@ class Encoder(NamedTuple):
     recur: Callable[[Any, ModelConfig, Any, Tensor], Tensor] | None = None
     variational: bool = False
     asks: bool = False  # reads the test input too and gives a context of its cells
+    offers: int = 0  # tokens that it offers for each cell, see etrm.mixed
 
-
-def published(parts: str, apply: Callable[..., Any], **more: Any) -> Encoder:
-    """An encoder of the published parts, drawn in this order."""
-    return Encoder(partial(init_standard, parts=parts.split()), apply, **more)
-
-
-apply_grids = partial(apply_sets, vectors=grid_vectors)
-apply_normed = partial(apply_drawn, normed=True)
 
 ENCODERS: dict[str, Encoder] = {
-    "standard": published("pool queries sets", apply_sets),
-    "variational": published("pool queries sets latent up_bias", apply_drawn, variational=True),
-    "lpn_standard": published("class_embed up", apply_mean),
-    "lpn_variational": published("class_embed latent", apply_drawn_each, variational=True),
-    "hybrid_standard": published("class_embed queries sets", apply_sets),
-    "hybrid_variational": published(
-        "class_embed queries sets latent", apply_normed, variational=True
-    ),
-    "recurrent": published("pool sets state", apply_vectors, recur=recur_sets),
-    "trm_style": published("pool level states", apply_vectors, recur=recur_cycles),
-    "cross_attention": published("pool mixing queries sets", apply_sets),
-    "hierarchical": published("pool_grids queries sets", apply_grids),
-    "set_transformer": Encoder(init_set_transformer, apply_set_transformer),
     "perceiver": Encoder(init_perceiver, apply_perceiver),
     "matching": Encoder(init_matching, apply_matching, asks=True),
+    "pointer": Encoder(init_pointer, apply_pointer, asks=True, offers=len(FRAMES) + COPIES),
 }
+PUBLISHED = "etrm_arc.extras.encoders"  # the module with the published ones
 TABLE = Encoder(baselines.init_table, baselines.apply_table)  # TRM's: it looks at no demo
+
+
+def kinds() -> dict[str, Encoder]:
+    """All encoders by name."""
+    return {**ENCODERS, **importlib.import_module(PUBLISHED).ENCODERS, "table": TABLE}
 
 
 @functools.lru_cache
@@ -596,7 +475,6 @@ def user_module(file: Path) -> dict[str, Any]:
 def lookup(kind: str) -> Encoder:
     """The encoder of that name; "my_module:colours" is the entry `colours` of the ENCODERS, or else
     the variable, of ./my_module.py. Raises UserError on an unknown kind."""
-    known = {**ENCODERS, "table": TABLE}
     module, colon, name = kind.partition(":")
     if colon and module.isidentifier():
         names = user_module(Path(f"{module}.py").absolute())
@@ -604,6 +482,7 @@ def lookup(kind: str) -> Encoder:
         if not isinstance(entry, tuple) or not 2 <= len(entry) <= len(Encoder._fields):
             raise UserError(f"model.encoder.kind: {module}.py has no encoder {name!r}")
         return Encoder(*entry)
+    known = kinds()
     if kind not in known:
         raise UserError(
             f"model.encoder.kind: unknown {kind!r}{nearest(kind, known)}; known: "
@@ -654,6 +533,8 @@ def init_params(cfg: ModelConfig, seed: int) -> Params:
         raise UserError(f"model.encoder.cached: {e.kind} {why}, it cannot be read once")
     if cfg.context_tokens == 0 and not cfg.feedback:
         raise UserError("model.context_tokens: must be at least 1")
+    if encoder.offers and cfg.loss != "softmax":
+        raise UserError(f'model.loss: must be "softmax", {e.kind} gives probabilities')
     if cfg.feedback and (cfg.context_tokens or cfg.loss != "softmax"):
         raise UserError('model.feedback: has no context: context_tokens = 0, loss = "softmax"')
     g = torch.Generator().manual_seed(seed)
@@ -662,7 +543,7 @@ def init_params(cfg: ModelConfig, seed: int) -> Params:
     p = encoder.init(inner, g)
     if inner.hidden != cfg.hidden:
         p = Widened(p, normal(g, cfg.hidden, inner.hidden))
-    return Params(p, etrm.init_core(cfg, g))
+    return Params(p, etrm.init_core(cfg, g, encoder.offers))
 
 
 def encoder_of(cfg: ModelConfig) -> Encode:

@@ -192,6 +192,7 @@ class Core(NamedTuple):
     L_init: Tensor  # (D,)
     context_gain: Tensor | None  # (D,), None: the published scale, sqrt(D)
     position: Tensor | None  # learned: (T + raster**2, D) or, borders, (T + 4 (raster + 1), D)
+    offer_head: Tensor | None = None  # (K + h, D) of what an encoder offers, see `mixed`
 
 
 class Params(NamedTuple):
@@ -219,8 +220,8 @@ def init_block(cfg: ModelConfig, g: torch.Generator) -> Block:
     return Block(normal(g, 3 * d, d), normal(g, d, d), normal(g, 2 * f, d), normal(g, d, f))
 
 
-def init_core(cfg: ModelConfig, g: torch.Generator, vocab: int = 12) -> Core:
-    """The parameters of the core."""
+def init_core(cfg: ModelConfig, g: torch.Generator, offers: int = 0, vocab: int = 12) -> Core:
+    """The parameters of the core, whose encoder offers so many tokens for each cell."""
     d, cells = cfg.hidden, cfg.raster**2
     rows = {"learned": cells, "both": cells, "borders": 4 * (cfg.raster + 1)}.get(cfg.positions, 0)
     return Core(
@@ -233,6 +234,7 @@ def init_core(cfg: ModelConfig, g: torch.Generator, vocab: int = 12) -> Core:
         L_init=normal(g, d, std=1.0),
         context_gain=None if cfg.published else torch.ones(d),
         position=normal(g, cfg.context_tokens + rows, d) if rows else None,
+        offer_head=normal(g, offers, d) if offers else None,
     )
 
 
@@ -316,9 +318,11 @@ class Context(NamedTuple):
     kl: Tensor | None = None  # (B,) float32: divergence of a variational encoder from its prior
     z_E: Tensor | None = None  # (B, S, T, D) states of a recurrent encoder
     cells: Tensor | None = None  # (M, D) of each cell of the test inputs
+    seen: Tensor | None = None  # (M, K) tokens that an answer may be copied from, and
+    copied: Tensor | None = None  # (M, h, V) distributions that it may be drawn from
 
 
-PER_CELL = ("cells",)  # fields of a context that have a row for every cell
+PER_CELL = ("cells", "seen", "copied")  # fields of a context that have a row for every cell
 
 
 def embed_input(
@@ -444,6 +448,16 @@ def halts(cfg: ModelConfig, q: Tensor, steps: Tensor, min_steps: Tensor | None) 
     return (last | sure(cfg, q)) & (steps >= min_steps)
 
 
+def mixed(own: Tensor, offered: Tensor, context: Context) -> Tensor:
+    """(M, V) log-probabilities: a mixture of the core's own distribution and of what the encoder
+    offers, by the weights of own (M, V) and offered (M, K + h) logits."""
+    assert context.seen is not None and context.copied is not None
+    sizes = [own.shape[1], context.seen.shape[1], context.copied.shape[1]]
+    weights = torch.softmax(torch.cat((own, offered), -1).float(), -1).split(sizes, -1)
+    p = weights[0].scatter_add(1, context.seen, weights[1])
+    return (p + torch.einsum("mh,mhv->mv", weights[2], context.copied.float()) + 1e-6).log()
+
+
 def act_step(
     params: Params,
     cfg: ModelConfig,
@@ -470,7 +484,10 @@ def act_step(
     z_L = torch.where(begins, p.L_init, carry.z_L.detach())
     z_H, z_L = reason(p, cfg, z_H, z_L, e, runs_of(layout.tokens), rotary)
 
-    logits = z_H[layout.cells] @ (p.embed if p.head is None else p.head).T
+    z = z_H[layout.cells]
+    logits = z @ (p.embed if p.head is None else p.head).T
+    if p.offer_head is not None:
+        logits = mixed(logits, z @ p.offer_head.T, context)
     q = (z_H[layout.first] @ p.q_weight.T + p.q_bias).float()
     steps = torch.where(carry.halted, 0, carry.steps) + 1
     halted = halts(cfg, q[:, 0], steps, min_steps)

@@ -63,7 +63,7 @@ def moved(s: Symmetry, pair: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray,
 # ---------------------------------------------------------------- small models
 
 SLOTS = 5
-KINDS = list(encoders.ENCODERS)
+KINDS = [kind for kind in encoders.kinds() if kind != "table"]
 VARIANTS = {
     "standard, attention": {"kind": "standard", "pooling": "attention", "set_layers": 2},
     "standard, max, pre": {"kind": "standard", "pooling": "max", "norm": "pre", "layer_scale": 0.5},
@@ -75,12 +75,13 @@ VARIANTS = {
 }
 # one of each family: what holds for encoders in general is tested on these
 SOME = ["standard, attention", "lpn_variational, wide", "hybrid_variational", "hierarchical"]
-SOME += ["recurrent, wide", "trm_style", "set_transformer", "matching, wide"]
-RECURRENT = [kind for kind, e in encoders.ENCODERS.items() if e.recur]
+SOME += ["recurrent, wide", "trm_style", "pointer", "matching, wide"]
+RECURRENT = [kind for kind, e in encoders.kinds().items() if e.recur]
 
 
 def config(encoder="perceiver", **options):
     e = EncoderConfig(**{"layers": 1, **VARIANTS.get(encoder, {"kind": encoder})})
+    options = {"loss": "softmax", **options} if encoder == "pointer" else options
     small = dict(hidden=32, heads=2, expansion=1.0, layers=1, H_cycles=2, L_cycles=1)
     return ModelConfig(
         **{**small, "context_tokens": 4, "halt_max_steps": 4, "encoder": e, **options}

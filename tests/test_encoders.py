@@ -10,6 +10,7 @@ from etrm_arc import data, encoders, etrm
 from etrm_arc.config import EncoderConfig, UserError
 from etrm_arc.encoders import encoder_of, init_params, lookup
 from etrm_arc.etrm import act_loss, leaves
+from etrm_arc.extras import encoders as published
 from etrm_arc.tests import puzzles
 from etrm_arc.tests.puzzles import (
     KINDS,
@@ -27,7 +28,7 @@ from etrm_arc.tests.puzzles import (
 )
 
 EVERY = [*KINDS, *VARIANTS]
-VARIATIONAL = [kind for kind, e in encoders.ENCODERS.items() if e.variational]
+VARIATIONAL = [kind for kind, e in encoders.kinds().items() if e.variational]
 
 
 @pytest.mark.parametrize("encoder", SOME)
@@ -165,13 +166,13 @@ def test_a_variational_encoder_draws_around_its_mean(kind, g):
 @settings(max_examples=20)
 def test_the_divergence_is_that_of_a_normal_from_the_standard_normal(g):
     shapes = (6, 4), (6,), (6, 4), (6,)
-    latent = encoders.Latent(*(torch.randn(*shape, generator=g) / 3 for shape in shapes))
+    latent = published.Latent(*(torch.randn(*shape, generator=g) / 3 for shape in shapes))
     x = torch.randn(5, 4, generator=g)
-    z, kl = encoders.drawn(latent, x, None)
+    z, kl = published.drawn(latent, x, None)
     spread = (0.5 * (x @ latent.log_var.T + latent.log_var_bias)).exp()
     normal = torch.distributions.Normal
     close([kl], [torch.distributions.kl_divergence(normal(z, spread), normal(0.0, 1.0)).sum(-1)])
-    close([encoders.drawn(latent, x, torch.ones_like(z))[0] - z], [spread])
+    close([published.drawn(latent, x, torch.ones_like(z))[0] - z], [spread])
 
 
 @pytest.mark.parametrize("kind", ["variational", "lpn_variational"])

@@ -9,7 +9,7 @@ import torch
 
 from etrm_arc import checkpoint, config, solve, sources, train
 from etrm_arc.config import UserError
-from etrm_arc.encoders import ENCODERS, encoder_of
+from etrm_arc.encoders import encoder_of, kinds
 from etrm_arc.tests import puzzles
 from etrm_arc.tests.puzzles import World
 
@@ -101,7 +101,7 @@ PUBLISHED = {
     "experiments/H32": ETRM | {"model.halt_max_steps": 32},
     "experiments/scratch": ETRM | {"init_from.path": ""},
     "experiments/frozen": ETRM | {"optimizer.freeze": FROZEN},
-    **{f"encoders/{kind}": ETRM | encoder(kind) for kind in ENCODERS if kind != "table"},
+    **{f"encoders/{kind}": ETRM | encoder(kind) for kind in kinds() if kind != "table"},
     "encoders/lpn_standard": ETRM | encoder("lpn_standard", layers=4),
     "encoders/lpn_variational": ETRM | encoder("lpn_variational", layers=4),
     "encoders/hybrid_standard": ETRM | encoder("hybrid_standard", **HYBRID),
