@@ -1,4 +1,4 @@
-"""Shared by all tests: the profiles of hypothesis, the golden vectors of the published code, a run of a few steps."""
+"""Shared by all tests: profiles of hypothesis, golden vectors, a run of a few steps."""
 
 import json
 import os
@@ -63,11 +63,24 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     raw = {
         "run": {"dir": str(folder / "run")},
-        "data": {"train": [str(SET)], "dev": [str(SET / "mirror.json")], "held_out": [str(SET / "flip.json")], "max_side": 10},
-        "model": {"hidden": 32, "heads": 2, "expansion": 1.0, "H_cycles": 1, "L_cycles": 1, "context_tokens": 4, "halt_max_steps": 2},
+        "data": {
+            "train": [str(SET)],
+            "dev": [str(SET / "mirror.json")],
+            "held_out": [str(SET / "flip.json")],
+            "max_side": 10,
+        },
+        "model": {
+            "hidden": 32,
+            "heads": 2,
+            "expansion": 1.0,
+            "H_cycles": 1,
+            "L_cycles": 1,
+            "context_tokens": 4,
+            "halt_max_steps": 2,
+        },
         "train": {"batch": 6, "steps": 4, "dtype": "fp32"},
         "eval": {"every": 2},
         "solve": {"views": 3},
-    }  # fmt: skip
+    }
     train.fit(config.parse_config(raw, "test"))
     return folder / "run"

@@ -3,8 +3,9 @@
 import torch
 
 from etrm_arc.config import ModelConfig
-from etrm_arc.encoders import CellBlock, Latent, SetBlock, Standard
+from etrm_arc.encoders import CellBlock, SetBlock
 from etrm_arc.etrm import Block, Core
+from etrm_arc.extras.encoders import Latent, Standard
 
 
 def sub(tensors, prefix):

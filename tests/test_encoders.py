@@ -231,3 +231,79 @@ def test_an_encoder_of_the_user_s_is_found_by_its_module(tmp_path, monkeypatch):
         lookup("mine:other")
     with pytest.raises(UserError, match="no such module"):
         lookup("yours:ours")
+
+
+# ---------------------------------------------------------------- the pointer
+
+
+def answers_of(offer, tasks, symmetry=0):
+    """What the pointer answers when its head weighs nothing but one offer, for each query."""
+    cfg = config("pointer")
+    params = init_params(cfg, 0)
+    head = torch.zeros_like(params.core.offer_head)
+    z = torch.eye(1, cfg.hidden)[0]  # a direction that every cell's state is given below
+    head[offer] = 1e4 * z
+    core = params.core._replace(offer_head=head, embed=params.core.embed * 0)
+    packed = data.pack(tasks)
+    asked = data.queries(packed, "test", data.DataConfig())
+    batch = data.batch(packed, data.posed(packed, data.DataConfig(), "test", asked), 30)
+    context = encoder_of(cfg).read(params.encoder, batch)
+    states = z.expand(len(batch.inputs), -1)
+    mixture = etrm.mixed(states @ core.embed.T, states @ core.offer_head.T, context)
+    tokens = mixture.argmax(-1).split(batch.cells)
+    return [
+        data.untokenise(t.view(*canvas).numpy().astype("uint8"))
+        for t, canvas in zip(tokens, asked.canvas.tolist(), strict=True)
+    ]
+
+
+@given(generators)
+@settings(max_examples=10)
+def test_a_frame_of_d8_answers_with_the_turned_input(g):
+    """Also where the turned grid is wider than the input, for a demo shows how large it is."""
+    frames = {frame: k for k, frame in enumerate(encoders.FRAMES[:8])}
+    turns = {0: ("same", "same", False), 2: ("flip", "flip", False), 4: ("same", "flip", False)}
+    turns |= {5: ("flip", "same", False), 6: ("same", "same", True), 7: ("flip", "flip", True)}
+    turns |= {1: ("same", "flip", True), 3: ("flip", "same", True)}
+    x, demo = puzzles.grid(g, 2, 6), puzzles.grid(g, 6, 6)
+    task = data.Task("t", [(demo, demo)], [(x, None)])
+    for turn, frame in turns.items():
+        (answer,) = answers_of(frames[frame], [task])
+        assert (answer == data.turn(turn, x)).all()
+
+
+@given(generators)
+@settings(max_examples=5)
+def test_a_view_has_nothing_beyond_its_end(g):
+    """Beyond the marks of its end a view is empty; tiled twice it has twice the sides."""
+    x = torch.from_numpy(puzzles.grid(g, 2, 4)).long()
+    h, w = x.shape
+    canvas = torch.from_numpy(data.tokenise(x.numpy(), (12, 12))).long()
+    at = torch.cartesian_prod(torch.arange(12), torch.arange(12))
+    views = encoders.views_of(canvas.flatten(), at, [144]).seen.view(12, 12, -1)
+    tiled = views[..., encoders.FRAMES.index(("tile 2", "tile 2", False))]
+    expected = data.tokenise(x.repeat(2, 2).numpy(), (12, 12))
+    assert (tiled.numpy() == expected).all()
+    ends = {frame: views[..., k] for k, frame in enumerate(encoders.FRAMES)}
+    assert not ends["half 1", "same", False][h // 2 + 1 :].any()
+    assert not ends["same", "same", False][:, w + 1 :].any()
+
+
+@given(generators)
+@settings(max_examples=5)
+def test_what_is_copied_are_outputs_of_the_slots_own_demos(g):
+    w = World(g, config("pointer"))
+    context, d = w.encode.read(w.params.encoder, w.batch), w.batch.demos
+    outputs = d.outputs[d.by_slot].split(d.slot_cells)
+    for copied, shown in zip(context.copied.split(w.batch.cells), outputs, strict=True):
+        assert set(copied.sum((0, 1)).nonzero().flatten().tolist()) <= set(shown.tolist()) - {0}
+        assert (copied.sum(-1) - 1).abs().max() < 1e-5
+
+
+@given(generators)
+@settings(max_examples=5)
+def test_the_answer_of_a_test_input_is_never_read(g):
+    """Nor do its labels reach the match bits, which see outputs of demos alone."""
+    w = World(g, config("pointer"))
+    changed = w.batch._replace(labels=w.batch.labels.flip(0))
+    close(w.context(changed), w.context(), 0)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from etrm_arc import solve, sources
+from etrm_arc import encoders, solve, sources
 
 ROOT = Path(__file__).parent.parent
 HOUSE = ["config", "data", "sources", "etrm", "baselines", "encoders", "optim", "checkpoint"]
@@ -37,8 +37,9 @@ def test_a_module_imports_only_those_above_it(name):
 
 
 @pytest.mark.parametrize("name", EXTRAS)
-def test_extras_know_files_of_puzzles_and_scores_alone(name):
+def test_extras_know_puzzles_and_scores_alone_and_encoders_the_model(name):
     allowed = {"config", "data", "sources", "score", *(f"extras.{other}" for other in EXTRAS)}
+    allowed |= {"etrm", "encoders"} if name == "encoders" else set()
     assert imports_of(ROOT / "extras" / f"{name}.py") <= allowed
 
 
@@ -46,3 +47,4 @@ def test_every_name_of_an_extra_is_that_of_a_module():
     for table in (sources.GENERATORS, solve.SOLVERS):
         for module in table.values():
             assert importlib.import_module(f"etrm_arc.extras.{module.rpartition('.')[2]}")
+    assert importlib.import_module(encoders.PUBLISHED).ENCODERS

@@ -193,7 +193,7 @@ def test_a_slot_that_goes_on_keeps_its_states_on_whatever_the_others_get(g):
             assert carry.halted[slot] or torch.equal(new[slot], old[slot])
 
 
-@pytest.mark.parametrize("encoder", SOME)
+@pytest.mark.parametrize("encoder", [e for e in SOME if e != "pointer"])  # of twelve tokens
 @given(generators)
 @settings(max_examples=5)
 def test_the_demos_of_others_get_exactly_no_gradient(encoder, g):
