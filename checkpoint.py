@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import errno
 import hashlib
+import importlib
 import json
-import math
 import os
 import platform
 import re
@@ -51,9 +50,6 @@ LONGEST = 1000  # cycles and ACT steps that a checkpoint may ask for
 
 # ---------------------------------------------------------------- writing
 
-# Network mounts and Windows cannot sync a folder; the file in it was synced all the same.
-NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM)
-
 
 def sync(path: Path) -> None:
     """Let the content of a file, or the names in a folder, survive a loss of power."""
@@ -64,8 +60,8 @@ def sync(path: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-    except OSError as e:
-        if not folder or e.errno not in NO_FOLDER_SYNC:
+    except OSError:
+        if not folder:  # network mounts and Windows cannot; the file in it was synced all the same
             raise
 
 
@@ -123,8 +119,8 @@ def save(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[tuple[Any, dict[str, Any], str]]:
-    """(safetensors file, metadata, its text). Raises UserError when absent, cut or not ours."""
+def opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """(safetensors file, metadata). Raises UserError when absent, cut or not ours."""
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:
@@ -133,27 +129,24 @@ def opened(path: Path) -> Iterator[tuple[Any, dict[str, Any], str]]:
             if "etrm" not in raw:
                 raise UserError(f"{path}: a safetensors file, but not a checkpoint of ETRM")
             meta = parsed(raw["etrm"])
-            if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-                kind = meta.get("format") if isinstance(meta, dict) else None
+            kind = meta.get("format") if isinstance(meta, dict) else None
+            if kind != FORMAT:
                 raise UserError(f"{path}: format {kind}, this version reads {FORMAT}")
-            yield file, meta, raw["etrm"]
+            yield file, meta
     except (safetensors.SafetensorError, OSError, ValueError, RuntimeError) as e:
-        raise UserError(f"{path}: {unreadable(path) or f'truncated or damaged: {e}'}") from None
-
-
-def unreadable(path: Path) -> str:
-    """What a file is that is no safetensors file, where its first bytes say so."""
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        if file.read(2) in (b"PK", b"\x80\x02"):  # torch.save: a zip archive, or a bare pickle
-            return "a state dict of PyTorch, not a checkpoint of ETRM; init_from.path can read it"
-    return ""
+        with contextlib.suppress(OSError), open(path, "rb") as content:
+            if content.read(2) in (b"PK", b"\x80\x02"):  # of torch.save
+                what = "a state dict of PyTorch, not a checkpoint of ETRM"
+                raise UserError(f"{path}: {what}; init_from.path can read it") from None
+        raise UserError(f"{path}: truncated or damaged: {e}") from None
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, metadata) that `save` wrote. Raises UserError unless the file is ours and whole."""
-    with opened(path) as (file, meta, text):
+    with opened(path) as (file, meta):
         tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a mapping)
-        if digest_of(tensors, text) != file.metadata().get("sha256"):
+        about = file.metadata()
+        if digest_of(tensors, about["etrm"]) != about.get("sha256"):
             raise UserError(f"{path}: differs from its checksum")
         return tensors, meta
 
@@ -221,28 +214,22 @@ def load(path: str | Path) -> Checkpoint:
 
     Shapes are compared with the config before anything of that size is allocated."""
     file = find(path)
-    with opened(file) as (header, meta, _):
+    with opened(file) as (content, meta):
         try:
-            msgspec.convert(meta, About)
-            model = msgspec.convert(meta["config"]["model"], ModelConfig)
-            shapes = {k: tuple(header.get_slice(k).get_shape()) for k in header.keys()}  # noqa: SIM118
+            model = msgspec.convert(msgspec.convert(meta, About).config["model"], ModelConfig)
+            shapes = {k: tuple(content.get_slice(k).get_shape()) for k in content.keys()}  # noqa: SIM118
             like = shapes_of(model, len(shapes))
-        except (UserError, ValueError, KeyError, TypeError, msgspec.ValidationError) as e:
+        except (UserError, ValueError, KeyError, TypeError) as e:
             raise UserError(f"{file}: its metadata cannot be read: {e}") from None
-    lean = not any(k.startswith("ema.") for k in shapes)
-    trees = ("params",) if lean else ("params", "ema")
+    trees = ["params", *["ema"] * any(k.startswith("ema.") for k in shapes)]
     expected = {f"{tree}.{k}": x for tree in trees for k, x in leaves(like).items()}
-    pairs_shape = shapes.pop("pairs", ())
-    if len(pairs_shape) != 2 or pairs_shape[1] != 16:
-        raise UserError(f"{file}: has no digests of its training pairs")
+    expected["pairs"] = torch.empty(0, 16)
+    for name in sorted(expected.keys() ^ shapes.keys()):
+        raise UserError(f"{file}: {name} is {'missing' if name in expected else 'unknown'}")
     for name, x in expected.items():
-        if name not in shapes:
-            raise UserError(f"{file}: {name} is missing")
         if not same_shape(shapes[name], x):
             wanted = tuple(x.shape)
             raise UserError(f"{file}: {name} is of shape {shapes[name]}, must be {wanted}")
-    if unknown := sorted(shapes.keys() - expected.keys()):
-        raise UserError(f"{file}: unknown tensor {unknown[0]}")
     tensors, meta = read(file)
     params, ema = (
         rebuild(like, {k: tensors[f"{tree}.{k}"].float() for k in leaves(like)})
@@ -253,20 +240,21 @@ def load(path: str | Path) -> Checkpoint:
 
 def warned(meta: dict[str, Any]) -> str:
     """The warning of the guard's finding in the metadata of a run or checkpoint; "" for none."""
-    return msgspec.convert(meta["finding"], Finding).warning if meta.get("finding") else ""
+    return msgspec.convert(meta["finding"], Finding).warning
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
-    """What a checkpoint holds: shapes and numbers of its parameters by module, and its metadata."""
+    """What a checkpoint holds: the shapes of its parameters, their number, and its metadata."""
     c = load(path)
-    modules: dict[str, dict[str, tuple[int, ...]]] = {}
-    for name, x in leaves(c.params).items():
-        modules.setdefault(name.partition(".")[0], {})[name] = tuple(x.shape)
-    sizes = {m: sum(math.prod(shape) for shape in named.values()) for m, named in modules.items()}
-    about = {k: c.meta[k] for k in ("step", "data", "tasks", "dtype", "config", "score")}
-    finding = str(msgspec.convert(c.meta["finding"], Finding))
-    about |= {"checkpoint": str(c.path), "parameters": sum(sizes.values()), "finding": finding}
-    return {**about, "sizes": sizes, "modules": modules, "pairs": len(c.pairs)}
+    params = leaves(c.params)
+    return {
+        **{k: c.meta[k] for k in ("step", "data", "tasks", "dtype", "config", "score")},
+        "checkpoint": str(c.path),
+        "finding": str(msgspec.convert(c.meta["finding"], Finding)),
+        "parameters": sum(x.numel() for x in params.values()),
+        "shapes": {name: tuple(x.shape) for name, x in params.items()},
+        "pairs": len(c.pairs),
+    }
 
 
 # ---------------------------------------------------------------- full states
@@ -274,10 +262,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
 def states(folder: Path) -> list[Path]:
     """The states of a run folder, oldest first."""
-    files = (
-        p for p in folder.glob("state-*") if re.fullmatch(r"state-\d{8,}\.safetensors", p.name)
-    )
-    return sorted(files, key=step_of)
+    files = folder.glob("state-*.safetensors")
+    return sorted((p for p in files if re.fullmatch(r"state-\d{8,}", p.stem)), key=step_of)
 
 
 def step_of(state: Path) -> int:
@@ -315,7 +301,7 @@ def load_state(folder: Path) -> SavedState:
 def newest_facts(folder: Path) -> dict[str, Any]:
     """The facts of the newest state that can be opened; its tensors are not read. {} for none."""
     for path in reversed(states(folder)):
-        with contextlib.suppress(UserError), opened(path) as (_, facts, _):
+        with contextlib.suppress(UserError), opened(path) as (_, facts):
             return facts
     return {}
 
@@ -324,99 +310,78 @@ def newest_facts(folder: Path) -> dict[str, Any]:
 
 
 def origin() -> dict[str, Any]:
-    """Versions, and the git state of the folder in which the command was given."""
-
-    def git(*words: str) -> str | None:
-        command = ["git", *words]
-        options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 10}
-        try:
-            return str(subprocess.run(command, check=True, **options).stdout).strip()
-        except (OSError, subprocess.SubprocessError):
-            return None
-
-    head, changes = git("rev-parse", "HEAD"), git("status", "--porcelain")
-    repository = {"git": head, "git_changes": bool(changes)} if head else {}
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    return {**versions, "threads": torch.get_num_threads(), **repository}
+    """Versions, and the git commit of the working folder, where it has one."""
+    about = {"python": platform.python_version(), "torch": torch.__version__}
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        run = subprocess.run(command, check=True, capture_output=True, text=True, timeout=10)
+        about["git"] = run.stdout.strip()
+    return {**about, "threads": torch.get_num_threads()}
 
 
-class Track(NamedTuple):
-    """Where rows of metrics go, beside metrics.jsonl."""
-
-    row: Callable[[dict[str, Any]], None]
-    close: Callable[[], None]
+Row = dict[str, Any]  # of metrics
 
 
-def tensorboard(folder: Path, cfg: dict[str, Any]) -> Track:
+def tensorboard(folder: Path, cfg: dict[str, Any]) -> Callable[[Row], None]:
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(folder / "tensorboard"))
 
-    def track(row: dict[str, Any]) -> None:
-        for key, value in row.items():
-            if isinstance(value, (int, float)) and key != "step":
-                writer.add_scalar(key, value, row["step"])
+    def track(row: Row) -> None:
+        for key in row.keys() - {"step"}:
+            writer.add_scalar(key, row[key], row["step"])
         writer.flush()
 
-    return Track(track, writer.close)
+    return track
 
 
-def wandb(folder: Path, cfg: dict[str, Any]) -> Track:
+def wandb(folder: Path, cfg: dict[str, Any]) -> Callable[[Row], None]:
     import wandb as service  # type: ignore[import-not-found]
 
     mode = os.environ.get("WANDB_MODE", "offline")
     run = service.init(project="etrm", name=folder.name, dir=str(folder), config=cfg, mode=mode)
-    return Track(lambda row: run.log(row, step=row["step"]), run.finish)
+    return lambda row: run.log(row, step=row["step"])
 
 
-TRACKERS: dict[str, Callable[[Path, dict[str, Any]], Track]] = {
-    "": lambda folder, cfg: Track(lambda row: None, lambda: None),
-    "tensorboard": tensorboard,
-    "wandb": wandb,
-}
+TRACKERS = {"tensorboard": tensorboard, "wandb": wandb}
 
 
-def rows_of(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """(rows of a metrics file, numbers of the lines that are no row)."""
+def rows_of(path: Path) -> tuple[list[Row], list[int]]:
+    """(rows of a metrics file, numbers of the lines that are no row); without a line that is cut
+    off, for the last one may be being written."""
     rows, broken = [], []
-    with contextlib.suppress(FileNotFoundError):
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-        for number, line in enumerate(lines, 1):
-            try:
-                row = parsed(line) if line else {}
-                if isinstance(row["step"], int):
-                    rows.append(row)
-                    continue
-            except (ValueError, KeyError, TypeError):
-                pass
-            if line:
-                broken.append(number)
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for number, line in enumerate(text.split("\n")[:-1], 1):
+        try:
+            row = parsed(line)
+            if not isinstance(row["step"], int):
+                raise ValueError
+            rows.append(row)
+        except (ValueError, LookupError, TypeError):
+            broken.append(number)
     return rows, broken
 
 
 def reached(folder: Path) -> int:
     """The step that a run without states has reached; 0 where it may have ended before any."""
-    steps = [row["step"] for row in rows_of(folder / "metrics.jsonl")[0]]
-    every = 0
+    every, last = 0, max((row["step"] for row in rows_of(folder / "metrics.jsonl")[0]), default=0)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         every = int(parsed((folder / "run.json").read_text())["config"]["train"]["save_every"])
-    with contextlib.suppress(UserError), opened(folder / "last.safetensors") as (_, meta, _):
-        steps.append(int(meta.get("step", 0)) + every)  # its state follows at once
-    last = max(steps, default=0)
     return last if last > 2 * every else 0  # a state is written while training goes on
 
 
-class Run:
+class Run(contextlib.ExitStack):
     """A run folder held by one group of processes: its lock, its metrics, what ends it early."""
 
     def __init__(self, folder: Path, rank: int, resume: bool) -> None:
+        super().__init__()
         self.folder, self.rank, self.stop = folder, rank, ""
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if rank == 0:
-                self.lock = open(folder / "lock", "w")  # noqa: SIM115 (held for the life of the run)
+                lock = self.enter_context(open(folder / "lock", "w"))  # noqa: SIM115
                 if fcntl:
-                    fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"run.dir: {folder} is held by a live process") from None
         except OSError as e:
@@ -426,67 +391,49 @@ class Run:
             raise UserError(f"run.dir: {folder} was at step {step}, but its states are gone")
         if begun and not resume:
             raise UserError(f"run.dir: {folder} holds a run already: --resume, or another run.dir")
-        self.writer = ThreadPoolExecutor(1)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.callback(signal.signal, number, signal.signal(number, self.interrupt))
+        self.writer = self.enter_context(ThreadPoolExecutor(1))
         self.writing: Future[None] | None = None
+
+    def interrupt(self, number: int, frame: Any) -> None:
+        """Handle a signal: the run ends after this step."""
+        self.stop = signal.Signals(number).name
 
     def begin(self, step: int, about: dict[str, Any], track: str) -> list[str]:
         """Drop what was written after `step`; in words, what is lost of the metrics up to it."""
-        for aside in self.folder.glob(".*.writing"):
-            aside.unlink()
-        for state in states(self.folder):
-            if step_of(state) > step:
-                state.unlink()
+        later = (state for state in states(self.folder) if step_of(state) > step)
+        for file in (*self.folder.glob(".*.writing"), *later):
+            file.unlink()
         log = self.folder / "metrics.jsonl"
         lost = [f"{log}: is missing"] if step and not log.exists() else []
         rows, broken = rows_of(log)
         if broken and step:
             lost.append(f"{log}: line {', '.join(map(str, broken[:5]))}: no row of metrics")
-        text = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
-        write_text(log, text)
+        write_text(log, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
         write_text(self.folder / "run.json", json.dumps({**about, **origin()}, indent=1))
-        self.log = open(log, "a", encoding="utf-8")  # noqa: SIM115
+        self.log = self.enter_context(open(log, "ab"))  # noqa: SIM115
         try:
-            self.track = TRACKERS[track](self.folder, about["config"])
+            self.track = TRACKERS[track](self.folder, about["config"]) if track else None
         except ImportError:
             raise UserError(f"run.track: the package {track} is not installed") from None
         return lost
 
-    def write(self, row: dict[str, Any]) -> None:
+    def write(self, row: Row) -> None:
         """One row of metrics; a number that is not finite is null there."""
         try:
-            self.log.write(json.dumps(finite(row)) + "\n")
+            self.log.write(msgspec.json.encode(row) + b"\n")
             self.log.flush()
         except OSError as e:
             raise UserError(f"{self.folder}/metrics.jsonl: {e.strerror}") from None
-        self.track.row(row)
+        if self.track:
+            self.track(row)
 
     def wait(self) -> None:
         """Until what was given to the writer is on disk; its error is raised here."""
         if self.writing:
             self.writing.result()
-            self.writing = None
-
-    def __enter__(self) -> Run:
-        def ask(signum: int, frame: Any) -> None:
-            self.stop = signal.Signals(signum).name
-
-        main = threading.current_thread() is threading.main_thread()
-        signals = (signal.SIGTERM, signal.SIGINT) if main else ()
-        self.handlers = {s: signal.signal(s, ask) for s in signals}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.writer.shutdown()
-        for s, handler in self.handlers.items():
-            signal.signal(s, handler)
-        for name in ("track", "log", "lock"):
-            if file := getattr(self, name, None):
-                file.close()
-
-
-def finite(row: dict[str, Any]) -> dict[str, Any]:
-    """The same row with null in the place of NaN and infinity, which JSON does not have."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
 def is_held(folder: Path) -> bool:
@@ -505,8 +452,7 @@ def described(folder: Path) -> dict[str, Any]:
     """A run: its state, step, best value of what it watches, and seconds since its last row."""
     try:
         about, facts = parsed((folder / "run.json").read_text()), newest_facts(folder)
-        cfg, guard = about["config"], warned(about)
-        age = time.time() - (folder / "metrics.jsonl").stat().st_mtime
+        cfg, now = about["config"], time.time()
         return {
             "run": str(folder),
             "state": "running" if is_held(folder) else facts.get("ended") or "stopped",
@@ -514,10 +460,10 @@ def described(folder: Path) -> dict[str, Any]:
             "steps": cfg["train"]["steps"],
             "best": facts.get("best"),
             "watched": f"{cfg['eval']['on']}/{cfg['eval']['weights'][0]}/own/loss",
-            **({"guard": guard} if guard else {}),
-            "age_s": round(age),
+            "guard": warned(about),
+            "age_s": round(now - (folder / "metrics.jsonl").stat().st_mtime),
         }
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         return {"run": str(folder), "state": f"unreadable: {e!r}", "age_s": 0}
 
 
@@ -528,110 +474,6 @@ def listing(root: Path) -> list[dict[str, Any]]:
     return [described(about.parent) for about in sorted(root.rglob("run.json"))]
 
 
-# ---------------------------------------------------------------- names of the published code
-
-CORE = {
-    "embed": "embed_tokens.embedding_weight", "head": "lm_head.weight", "q_weight": "q_head.weight",
-    "q_bias": "q_head.bias", "H_init": "H_init", "L_init": "L_init",
-}  # fmt: skip
-LAYER = {
-    "qkv": "self_attn.qkv_proj.weight", "o": "self_attn.o_proj.weight",
-    "gate_up": "mlp.gate_up_proj.weight", "down": "mlp.down_proj.weight",
-    "scale_1": "gamma_1", "scale_2": "gamma_2",
-}  # fmt: skip
-SET = {**LAYER, **{k: f"{k}_proj.weight" for k in "qkvo"}}
-ENCODER = {
-    "input_embed": "grid_encoder.input_embed.embedding_weight",
-    "output_embed": "grid_encoder.output_embed.embedding_weight",
-    "pool_proj": "grid_encoder.pool_proj.weight", "class_embed": "grid_encoder.cls_token",
-    "row_embed": "grid_encoder.pos_row_embed.weight",
-    "column_embed": "grid_encoder.pos_col_embed.weight",
-    "side_embed": "grid_encoder.channel_embed.weight", "queries": "set_encoder.query_tokens",
-    "up": "output_proj.weight", "up_bias": "decode_proj.bias",
-    "latent.mean": "mu_proj.weight", "latent.mean_bias": "mu_proj.bias",
-    "latent.log_var": "logvar_proj.weight", "latent.log_var_bias": "logvar_proj.bias",
-}  # fmt: skip
-POOL = ("pool_query", *(f"pool_{k}_proj.weight" for k in "qkvo"))
-PUBLISHED = (
-    "standard", "variational", "lpn_standard", "lpn_variational", "hybrid_standard",
-    "hybrid_variational", "recurrent", "trm_style",
-)  # fmt: skip
-
-
-def published_names(path: str, cfg: ModelConfig) -> tuple[str, ...]:
-    """The names of one leaf of ours in a published checkpoint; several are stacked in ours."""
-    kind, (module, *rest) = cfg.encoder.kind, path.split(".")
-    first, last, number = rest[0], rest[-1], rest[1] if len(rest) > 2 else ""
-    if module == "core":
-        if first == "blocks":
-            return (f"inner.L_level.layers.{number}.{LAYER[last]}",) if last in LAYER else ()
-        return (f"inner.{CORE[first]}",) if first in CORE else ()
-    if first == "table":
-        return ("inner.puzzle_emb.weights",)
-    if kind not in PUBLISHED:
-        return ()
-    if first == "start":
-        levels = ("z_e_init",) if kind == "recurrent" else ("z_e_H_init", "z_e_L_init")
-        return tuple(f"encoder.{k}" for k in levels)
-    if first == "cells":
-        wrapped = not kind.startswith(("lpn", "hybrid"))
-        layer = LAYER[last] if wrapped else LAYER[last].removeprefix("self_attn.")
-        name = f"grid_encoder.layers.{number}.{layer}"
-    elif first == "level":
-        name = f"L_level.layers.{number}.{LAYER[last]}"
-    elif first == "sets" and kind == "recurrent":
-        name = f"cross_attn.{SET[last]}" if last in "qkvo" else SET[last]
-    elif first == "sets":
-        name = f"set_encoder.layers.{number}.{SET[last]}"
-    elif first == "pool" and cfg.encoder.pooling == "weighted":
-        name = "grid_encoder.pool_weight_proj.weight"
-    elif first == "pool":
-        name = f"grid_encoder.{POOL[int(last)]}"
-    elif first == "up" and kind in ("variational", "hybrid_variational"):
-        name = "decode_proj.weight"
-    else:
-        name = ENCODER.get(".".join(rest), "")
-    return (f"encoder.{name}",) if name else ()
-
-
-def read_published(path: Path) -> dict[str, Tensor]:
-    """A bare state dict with names inner.* and encoder.*, whatever wrapped the model.
-
-    Nothing in the file is executed. Raises UserError on anything but a dict of dense real tensors.
-    """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # of many kinds, for a file may hold anything
-        reason = (str(e).strip() or repr(e)).splitlines()[0]
-        raise UserError(f"{path}: no state dict: {reason}") from None
-    if not isinstance(state, dict) or not state:
-        raise UserError(f"{path}: no bare state dict of names and tensors")
-    for name, x in state.items():
-        if not isinstance(name, str) or not isinstance(x, Tensor):
-            raise UserError(f"{path}: no bare state dict of names and tensors")
-        dense = x.layout == torch.strided and x.device.type == "cpu" and not x.is_nested
-        if not dense or x.is_quantized or x.is_complex():
-            raise UserError(f"{path}: {name[:80]!r} is no dense tensor of real numbers")
-    plain = {re.sub(r"^((_orig_mod|module|model)\.)+", "", k): v for k, v in state.items()}
-    owner = "encoder." if any(k.startswith("grid_encoder.") for k in plain) else "inner."
-    return {k if k.startswith(("inner.", "encoder.")) else owner + k: v for k, v in plain.items()}
-
-
-def joined(
-    state: dict[str, Tensor], like: dict[str, Tensor], cfg: ModelConfig
-) -> tuple[dict[str, Tensor], set[str]]:
-    """(leaves of ours, float32, as far as a published state dict has them; names they took)."""
-    taken, used = {}, set[str]()
-    for path, leaf in like.items():
-        names = published_names(path, cfg)
-        if names and all(k in state for k in names):
-            x = torch.stack([state[k] for k in names]) if len(names) > 1 else state[names[0]]
-            x = x.reshape(leaf.shape) if x.numel() == leaf.numel() else x
-            taken[path] = x.detach().float()
-            used |= set(names)
-    return taken, used
-
-
 # ---------------------------------------------------------------- what training starts from
 
 
@@ -639,18 +481,10 @@ class Source(NamedTuple):
     """A checkpoint of ours or a published one, as training starts from it."""
 
     path: Path
-    tensors: dict[str, Tensor]  # leaves of ours by path
-    unused: list[str]  # names in the file that are no leaf of the model
+    tensors: dict[str, Tensor]  # by paths of ours; what the model lacks, by names of the file
     meaning: dict[str, Any]  # see `meaning`, as far as the file says it
     started: str  # what is known of held-out tasks in its training; "" where it was held out
     pairs: Tensor  # (N, 16) digests of its training pairs
-
-
-class Start(NamedTuple):
-    params: dict[str, Tensor]  # the leaves that are taken
-    text: str  # what was taken, skipped and missing
-    started: str  # for the finding
-    pairs: Tensor  # (N, 16)
 
 
 def meaning(cfg: ModelConfig) -> dict[str, Any]:
@@ -662,29 +496,19 @@ def meaning(cfg: ModelConfig) -> dict[str, Any]:
     return core | {f"encoder.{k}": v for k, v in encoder.items() if k not in free}
 
 
-def source_of(path: str | Path, cfg: ModelConfig, like: dict[str, Tensor]) -> Source:
+def source_of(path: str, cfg: ModelConfig, like: dict[str, Tensor]) -> Source:
     """A checkpoint of ours (the average of its weights) or a published one (any other suffix)."""
     file = find(path)
     if not file.exists():
         raise UserError(f"init_from.path: {path}: no such checkpoint; an empty path: from scratch")
-    if file.suffix == ".safetensors":
-        c = load(file)
-        tensors, finding = leaves(c.ema), msgspec.convert(c.meta["finding"], Finding)
-        demos = f"{file.name}: trained on DEMOS of held-out tasks" if finding.admitted else ""
-        unused = [k for k in tensors if k not in like]
-        return Source(file, tensors, unused, meaning(c.model), finding.started or demos, c.pairs)
-    state, beside = read_published(file), file.with_name("all_config.yaml")
-    text = beside.read_text(encoding="utf-8", errors="replace") if beside.is_file() else ""
-    fields = re.findall(r"^\s*(H_cycles|L_cycles|num_heads|L_layers): *(\d{1,9})\b", text, re.M)
-    ours = {"num_heads": "heads", "L_layers": "layers"}
-    tensors, used = joined(state, like, cfg)
-    unused = [k for k in state if k not in used]
-    about = "published, unknown what it was trained on"
-    if "inner.puzzle_emb.weights" in state:
-        about = "a published table, trained on demos of evaluation tasks: NOT strictly held out"
-    started = f"{file.name}: {about}"
-    known = {ours.get(k, k): int(v) for k, v in fields}
-    return Source(file, tensors, unused, known, started, torch.zeros(0, 16, dtype=torch.uint8))
+    if file.suffix != ".safetensors":
+        published = importlib.import_module(f"{__package__}.extras.published")
+        no_pairs = torch.zeros(0, 16, dtype=torch.uint8)
+        return Source(file, *published.read(file, cfg.encoder.kind, like), no_pairs)
+    c = load(file)
+    finding = msgspec.convert(c.meta["finding"], Finding)
+    demos = f"{file.name}: trained on DEMOS of held-out tasks" if finding.admitted else ""
+    return Source(file, leaves(c.ema), meaning(c.model), finding.started or demos, c.pairs)
 
 
 def other_meaning(source: Source, cfg: ModelConfig, taken: Iterable[str]) -> str:
@@ -710,38 +534,28 @@ def grouped(paths: Iterable[str]) -> str:
     return ", ".join(k if n == 1 else f"{k} ({n})" for k, n in counts.items()) or "nothing"
 
 
-def start(init: InitConfig, cfg: ModelConfig, like: dict[str, Tensor]) -> Start:
-    """The leaves of a checkpoint that match a pattern; rows of a table only for the same tasks.
+def start(init: InitConfig, cfg: ModelConfig, like: dict[str, Tensor]) -> tuple[Source, str]:
+    """(source with the leaves that are taken, what was taken, skipped and missing): the leaves that
+    match a pattern; rows of a table only for the same tasks.
 
     Raises UserError on other cycles, heads, depths or sizes, unless init.force."""
     source = source_of(init.path, cfg, like)
-    skipped = dict.fromkeys(source.unused, "no such parameter here")
     wanted = {path for pattern in init.take for path in matched("init_from.take", pattern, like)}
-    rows, keys = source.tensors.get("encoder.keys"), like.get("encoder.keys")
-    same_rows = rows is not None and keys is not None and torch.equal(rows, keys)
-    taken: dict[str, Tensor] = {}
-    for path, x in source.tensors.items():
-        if path in skipped:
-            continue
-        if path in ("encoder.table", "encoder.keys") and not same_rows:
-            skipped[path] = "rows of another training set's tasks"
-        elif path not in wanted:
-            skipped[path] = "init_from.take leaves it out"
-        elif x.shape == like[path].shape:
-            taken[path] = x
-        elif init.force:
-            skipped[path] = f"{tuple(x.shape)}, here {tuple(like[path].shape)}"
-        else:
-            sizes = f"{tuple(x.shape)} in {source.path}, {tuple(like[path].shape)} here"
-            raise UserError(f"init_from: {path} is {sizes} (init_from.force leaves it out)")
+    keys = [tensors.get("encoder.keys", torch.empty(0)) for tensors in (source.tensors, like)]
+    if not (len(keys[0]) and torch.equal(*keys)):  # rows of other tasks
+        wanted -= {"encoder.table", "encoder.keys"}
+    taken = {k: source.tensors[k] for k in like if k in wanted and k in source.tensors}
+    other_size = [k for k, x in taken.items() if x.shape != like[k].shape]
+    if other_size and not init.force:
+        path = other_size[0]
+        sizes = f"{tuple(taken[path].shape)} in {source.path}, {tuple(like[path].shape)} here"
+        raise UserError(f"init_from: {path} is {sizes} (init_from.force leaves it out)")
+    taken = {k: x for k, x in taken.items() if k not in other_size}
     if not taken:
-        names = grouped((*source.tensors, *source.unused))
+        names = grouped(source.tensors)
         raise UserError(f"init_from: nothing of {source.path} is taken; it holds {names}")
     if (other := other_meaning(source, cfg, taken)) and not init.force:
         raise UserError(f"init_from: {source.path} {other}; init_from.force takes it all the same")
-    drawn = [k for k in like if k not in taken]
-    text = (
-        f"init_from {source.path}: taken {grouped(taken)}; skipped {grouped(skipped)}; "
-        f"missing, so drawn anew: {grouped(drawn)}"
-    )
-    return Start(taken, text, source.started, source.pairs)
+    skipped, drawn = (grouped(k for k in tree if k not in taken) for tree in (source.tensors, like))
+    text = f"init_from {source.path}: taken {grouped(taken)}; skipped {skipped}"
+    return source._replace(tensors=taken), f"{text}; missing, so drawn anew: {drawn}"

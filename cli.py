@@ -524,9 +524,7 @@ def runs_command(
         echo(*map(run_line, rows))
         return last_line(as_json, {"runs": rows})
     facts = checkpoint.inspect(paths[0])
-    for module, shapes in facts["modules"].items():
-        echo(f"{module}: {facts['sizes'][module]:,}")
-        echo(*(f"  {name:40} {' x '.join(map(str, shape))}" for name, shape in shapes.items()))
+    echo(*(f"{name:42} {' x '.join(map(str, shape))}" for name, shape in facts["shapes"].items()))
     echo(*(f"[{name}] {json.dumps(fields)[1:-1]}" for name, fields in facts["config"].items()))
     size = f"{facts['parameters']:,} parameters, step {facts['step']}, {facts['dtype']}"
     trained = f"trained on {facts['tasks']} tasks, hash {facts['data']}; guard: {facts['finding']}"

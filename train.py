@@ -570,9 +570,9 @@ def setup(
     if resume and (saved := checkpoint.newest_facts(Path(cfg.run.dir))):
         meta |= {k: saved[k] for k in ("finding", "init_from") if k in saved}
     elif cfg.init_from.path:
-        begun = checkpoint.start(cfg.init_from, cfg.model, drawn)
-        drawn, pairs = drawn | begun.params, begun.pairs
-        meta["finding"]["started"], meta["init_from"] = begun.started, begun.text
+        source, meta["init_from"] = checkpoint.start(cfg.init_from, cfg.model, drawn)
+        drawn, pairs = drawn | source.tensors, source.pairs
+        meta["finding"]["started"] = source.started
     fixed = (baselines.TABLE, "encoder.keys")  # rows are trained one by one, keys not at all
     params = {
         k: v.to(device).requires_grad_(k not in fixed and not is_frozen(cfg.optimizer, k))

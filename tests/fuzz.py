@@ -23,6 +23,7 @@ import torch
 
 from etrm_arc import checkpoint, config, score, solve, sources, train
 from etrm_arc.config import UserError
+from etrm_arc.extras import published
 
 HERE = Path(__file__).parent
 SET = HERE / "data" / "set"
@@ -102,7 +103,7 @@ def main() -> None:
         "checkpoint": ([run / "last.safetensors"], weights),
         "state": ([checkpoint.states(run)[-1]], state),
         "metrics": ([run / "metrics.jsonl"], checkpoint.rows_of),
-        "published": ([work / "step_1"], checkpoint.read_published),
+        "published": ([work / "step_1"], published.read_state),
         "config": (sorted(CONFIGS.glob("*.toml")), config.load_config),
         "predictions": ([votes], predictions),
         "submission": ([sent], predictions),

@@ -10,7 +10,8 @@ import torch
 from etrm_arc import checkpoint, config, sources, train
 from etrm_arc.config import UserError
 from etrm_arc.encoders import encoder_of, init_params
-from etrm_arc.etrm import leaves
+from etrm_arc.etrm import leaves, rebuild
+from etrm_arc.extras import published as extras
 from etrm_arc.tests import published
 from etrm_arc.tests.published import sub
 from etrm_arc.tests.test_parity import asked, close, encoder_config, published_encoder
@@ -38,7 +39,7 @@ def initialised(folder, path, **options):
     return tiny(folder, init_from__path=str(path), **options)
 
 
-@pytest.mark.parametrize("name", checkpoint.PUBLISHED)
+@pytest.mark.parametrize("name", sorted(extras.KINDS))
 def test_a_published_encoder_is_read_bit_for_bit(golden, tmp_path, name):
     state = sub(
         golden("enc_recurrent_standard" if name == "recurrent" else f"enc_{name}")[0], "sd."
@@ -46,22 +47,20 @@ def test_a_published_encoder_is_read_bit_for_bit(golden, tmp_path, name):
     model = encoder_config(name, **({"set_layers": 2} if name == "trm_style" else {}))
     file = written(tmp_path / "x", {f"module.encoder.{k}": v for k, v in state.items()})
     like = leaves(init_params(model, 1))
-    found = checkpoint.source_of(file, model, like)
+    found = extras.read(file, name, like)
     expected = leaves(published.standard(state), "encoder")
     assert found.tensors.keys() == expected.keys() == {k for k in like if k.startswith("encoder.")}
     for k, v in expected.items():
         assert torch.equal(found.tensors[k], v), k
-    assert not found.unused and "unknown what it was trained on" in found.started
+    assert "unknown what it was trained on" in found.started
 
 
 def test_a_published_encoder_gives_the_published_context_from_a_file(golden, tmp_path):
     t, model, _, demos = published_encoder(golden, "standard")
     file = written(tmp_path / "x", sub(t, "sd."))
     like = init_params(model, 1)
-    leaf = checkpoint.source_of(file, model, leaves(like)).tensors
-    tree = checkpoint.rebuild(
-        like.encoder, {k.removeprefix("encoder."): v for k, v in leaf.items()}
-    )
+    leaf = extras.read(file, "standard", leaves(like)).tensors
+    tree = rebuild(like.encoder, {k.removeprefix("encoder."): v for k, v in leaf.items()})
     close(encoder_of(model).read(tree, asked(*demos)).tokens, t["eval.context"])
 
 
@@ -74,10 +73,9 @@ def test_training_starts_from_a_published_core_and_says_what_it_took(golden, tmp
     (tmp_path / "all_config.yaml").write_text("arch:\n  H_cycles: 2\n  L_cycles: 2\n")
     cfg = initialised(tmp_path / "a", file)
     s = train.setup(cfg)
-    for k, v in s.params.items():
-        if k.startswith("core."):
-            [name] = checkpoint.published_names(k, cfg.model)
-            assert torch.equal(v.detach(), state[prefix + name.removeprefix("inner.")].float()), k
+    for name, v in state.items():
+        path = extras.our_path(f"inner.{name.removeprefix(prefix)}")
+        assert path == "encoder.table" or torch.equal(s.params[path].detach(), v.float()), name
     text = train.plan(cfg, s, timed=False)["text"]
     assert re.search(r"taken core.embed, core.blocks \(8\).*skipped inner.puzzle_emb", text)
     assert "missing, so drawn anew: encoder." in text and "NOT strictly held out" in text
@@ -177,7 +175,7 @@ def test_what_is_no_state_dict_is_one_line_and_nothing_in_it_runs(tmp_path, monk
     else:
         written(Path("x"), content)
     with pytest.raises(UserError, match="^x: no |^x: 'x' is no dense") as e:
-        checkpoint.read_published(Path("x"))
+        extras.read_state(Path("x"))
     assert "\n" not in str(e.value) and not Path("ran").exists()
 
 
@@ -188,7 +186,7 @@ def test_a_view_in_a_published_file_is_read_like_its_copy(golden, tmp_path):
     assert not views[key].is_contiguous()
     cfg = tiny(tmp_path, model=MODEL).model
     like = leaves(init_params(cfg, 0))
-    a, b = (checkpoint.source_of(written(tmp_path / "x", x), cfg, like) for x in (state, views))
+    a, b = (extras.read(written(tmp_path / "x", x), "perceiver", like) for x in (state, views))
     assert all(torch.equal(v, b.tensors[k]) for k, v in a.tensors.items())
 
 
