@@ -30,7 +30,7 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .config import InitConfig, ModelConfig, UserError
 from .data import parsed
@@ -89,7 +89,7 @@ def commit(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """As `commit`, of a text in UTF-8."""
+    """Commit a text in UTF-8."""
     commit(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
@@ -125,20 +125,12 @@ def opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
         raise UserError(f"{path}: no such checkpoint")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            raw = file.metadata() or {}
-            if "etrm" not in raw:
-                raise UserError(f"{path}: a safetensors file, but not a checkpoint of ETRM")
-            meta = parsed(raw["etrm"])
-            kind = meta.get("format") if isinstance(meta, dict) else None
-            if kind != FORMAT:
-                raise UserError(f"{path}: format {kind}, this version reads {FORMAT}")
+            meta = parsed((file.metadata() or {}).get("etrm", "null"))
+            if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+                raise UserError(f"{path}: not a checkpoint of ETRM in format {FORMAT}")
             yield file, meta
     except (safetensors.SafetensorError, OSError, ValueError, RuntimeError) as e:
-        with contextlib.suppress(OSError), open(path, "rb") as content:
-            if content.read(2) in (b"PK", b"\x80\x02"):  # of torch.save
-                what = "a state dict of PyTorch, not a checkpoint of ETRM"
-                raise UserError(f"{path}: {what}; init_from.path can read it") from None
-        raise UserError(f"{path}: truncated or damaged: {e}") from None
+        raise UserError(f"{path}: truncated, damaged or no safetensors file: {e}") from None
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -172,29 +164,13 @@ class Checkpoint(NamedTuple):
     pairs: Tensor  # (N, 16) uint8 digests of its training pairs, and of those it started from
 
 
-class WithoutDraws(TorchFunctionMode):
-    """Lets factories ignore their random generator, so that they work on the meta device."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        return func(*args, **{k: v for k, v in (kwargs or {}).items() if k != "generator"})
-
-
 def shapes_of(cfg: ModelConfig, tensors: int) -> Params:
-    """The tree of parameters, on no device. Raises UserError on more layers than tensors."""
+    """The tree of parameters, without memory. Raises UserError on more layers than tensors."""
     layers = max(cfg.layers, cfg.encoder.layers, cfg.encoder.set_layers)
     if layers > max(tensors, 2) or max(cfg.H_cycles, cfg.L_cycles, cfg.halt_max_steps) > LONGEST:
         raise UserError("a model of that depth is not in this file")
-    with torch.device("meta"), WithoutDraws():
+    with FakeTensorMode():
         return init_params(cfg, 0)
-
-
-def same_shape(shape: Iterable[int], like: Tensor) -> bool:
-    """Whether the shapes agree; a table without rows agrees with any number of rows."""
-    shape = tuple(shape)
-    rows = like.ndim > 0 and len(like) == 0 and shape[:1] + like.shape[1:] == shape
-    return shape == like.shape or rows
 
 
 def find(path: str | Path) -> Path:
@@ -224,12 +200,15 @@ def load(path: str | Path) -> Checkpoint:
     trees = ["params", *["ema"] * any(k.startswith("ema.") for k in shapes)]
     expected = {f"{tree}.{k}": x for tree in trees for k, x in leaves(like).items()}
     expected["pairs"] = torch.empty(0, 16)
-    for name in sorted(expected.keys() ^ shapes.keys()):
-        raise UserError(f"{file}: {name} is {'missing' if name in expected else 'unknown'}")
+    if odd := sorted(expected.keys() ^ shapes.keys()):
+        problem = "missing" if odd[0] in expected else "unknown"
+        raise UserError(f"{file}: {odd[0]} is {problem}")
     for name, x in expected.items():
-        if not same_shape(shapes[name], x):
-            wanted = tuple(x.shape)
-            raise UserError(f"{file}: {name} is of shape {shapes[name]}, must be {wanted}")
+        shape, wanted = shapes[name], tuple(x.shape)
+        if 0 in wanted:  # a table: how many rows it has, the config does not say
+            wanted = shape[:1] + wanted[1:]
+        if shape != wanted:
+            raise UserError(f"{file}: {name} is of shape {shape}, must be {wanted}")
     tensors, meta = read(file)
     params, ema = (
         rebuild(like, {k: tensors[f"{tree}.{k}"].float() for k in leaves(like)})
@@ -322,30 +301,6 @@ def origin() -> dict[str, Any]:
 Row = dict[str, Any]  # of metrics
 
 
-def tensorboard(folder: Path, cfg: dict[str, Any]) -> Callable[[Row], None]:
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer = SummaryWriter(str(folder / "tensorboard"))
-
-    def track(row: Row) -> None:
-        for key in row.keys() - {"step"}:
-            writer.add_scalar(key, row[key], row["step"])
-        writer.flush()
-
-    return track
-
-
-def wandb(folder: Path, cfg: dict[str, Any]) -> Callable[[Row], None]:
-    import wandb as service  # type: ignore[import-not-found]
-
-    mode = os.environ.get("WANDB_MODE", "offline")
-    run = service.init(project="etrm", name=folder.name, dir=str(folder), config=cfg, mode=mode)
-    return lambda row: run.log(row, step=row["step"])
-
-
-TRACKERS = {"tensorboard": tensorboard, "wandb": wandb}
-
-
 def rows_of(path: Path) -> tuple[list[Row], list[int]]:
     """(rows of a metrics file, numbers of the lines that are no row); without a line that is cut
     off, for the last one may be being written."""
@@ -415,7 +370,8 @@ class Run(contextlib.ExitStack):
         write_text(self.folder / "run.json", json.dumps({**about, **origin()}, indent=1))
         self.log = self.enter_context(open(log, "ab"))  # noqa: SIM115
         try:
-            self.track = TRACKERS[track](self.folder, about["config"]) if track else None
+            trackers = importlib.import_module(f"{__package__}.extras.trackers")
+            self.track = trackers.TRACKERS[track](self.folder, about["config"])
         except ImportError:
             raise UserError(f"run.track: the package {track} is not installed") from None
         return lost
@@ -427,8 +383,7 @@ class Run(contextlib.ExitStack):
             self.log.flush()
         except OSError as e:
             raise UserError(f"{self.folder}/metrics.jsonl: {e.strerror}") from None
-        if self.track:
-            self.track(row)
+        self.track(row)
 
     def wait(self) -> None:
         """Until what was given to the writer is on disk; its error is raised here."""
@@ -499,12 +454,10 @@ def meaning(cfg: ModelConfig) -> dict[str, Any]:
 def source_of(path: str, cfg: ModelConfig, like: dict[str, Tensor]) -> Source:
     """A checkpoint of ours (the average of its weights) or a published one (any other suffix)."""
     file = find(path)
-    if not file.exists():
-        raise UserError(f"init_from.path: {path}: no such checkpoint; an empty path: from scratch")
     if file.suffix != ".safetensors":
         published = importlib.import_module(f"{__package__}.extras.published")
-        no_pairs = torch.zeros(0, 16, dtype=torch.uint8)
-        return Source(file, *published.read(file, cfg.encoder.kind, like), no_pairs)
+        tensors, stated, started = published.read(file, cfg.encoder.kind, like)
+        return Source(file, tensors, stated, started, torch.zeros(0, 16, dtype=torch.uint8))
     c = load(file)
     finding = msgspec.convert(c.meta["finding"], Finding)
     demos = f"{file.name}: trained on DEMOS of held-out tasks" if finding.admitted else ""

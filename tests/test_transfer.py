@@ -166,7 +166,6 @@ class Evil:
         b"\x80\x02.",
         b"PK\x03\x04",
     ],
-    ids=str,
 )
 def test_what_is_no_state_dict_is_one_line_and_nothing_in_it_runs(tmp_path, monkeypatch, content):
     monkeypatch.chdir(tmp_path)
