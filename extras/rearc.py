@@ -58,15 +58,16 @@ def generators() -> dict[str, Generator]:
 
 
 def pair(generate: Generator, rng: random.Random, low: float, where: str) -> Pair:
-    """The next pair of valid grids of a difficulty from low to low + SPREAD."""
-    for _ in range(TRIES):
-        drawn = generate(rng, low, low + SPREAD)
+    """The next pair of valid grids of a difficulty from low to low + SPREAD; of any difficulty
+    where these are all too large."""
+    for low, high in [(low, low + SPREAD)] * TRIES + [(0.0, 1.0)] * TRIES:
+        drawn = generate(rng, low, high)
         try:
             x, y = (sources.check_grid(drawn[key], where) for key in ("input", "output"))
         except UserError:
             continue
         return x, y
-    raise UserError(f"{where}: no valid pair in {TRIES}")
+    raise UserError(f"{where}: no valid pair in {2 * TRIES}")
 
 
 def task(family: str, generate: Generator, index: int, seed: int = 0) -> Task:
