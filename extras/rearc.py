@@ -60,8 +60,8 @@ def generators() -> dict[str, Generator]:
 def pair(generate: Generator, rng: random.Random, low: float, where: str) -> Pair:
     """The next pair of valid grids of a difficulty from low to low + SPREAD; of any difficulty
     where these are all too large."""
-    for low, high in [(low, low + SPREAD)] * TRIES + [(0.0, 1.0)] * TRIES:
-        drawn = generate(rng, low, high)
+    for bounds in [(low, low + SPREAD)] * TRIES + [(0.0, 1.0)] * TRIES:
+        drawn = generate(rng, *bounds)
         try:
             x, y = (sources.check_grid(drawn[key], where) for key in ("input", "output"))
         except UserError:

@@ -101,7 +101,7 @@ PUBLISHED = {
     "experiments/H32": ETRM | {"model.halt_max_steps": 32},
     "experiments/scratch": ETRM | {"init_from.path": ""},
     "experiments/frozen": ETRM | {"optimizer.freeze": FROZEN},
-    **{f"encoders/{kind}": ETRM | encoder(kind) for kind in kinds() if kind not in OURS | {"table"}},
+    **{f"encoders/{k}": ETRM | encoder(k) for k in kinds() if k not in OURS | {"table"}},
     "encoders/lpn_standard": ETRM | encoder("lpn_standard", layers=4),
     "encoders/lpn_variational": ETRM | encoder("lpn_variational", layers=4),
     "encoders/hybrid_standard": ETRM | encoder("hybrid_standard", **HYBRID),
