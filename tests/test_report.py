@@ -1,6 +1,5 @@
 """A report shows what the run's files hold; failures are marked where they are, nowhere else."""
 
-import csv
 import json
 import math
 import re
@@ -14,9 +13,8 @@ import pytest
 import torch
 from hypothesis import given
 
-from etrm_arc import checkpoint, score, show, solve, sources
-from etrm_arc.config import UserError, parse_config
-from etrm_arc.encoders import init_params
+from etrm_arc import checkpoint, etrm, score, show, solve, sources
+from etrm_arc.config import UserError
 from etrm_arc.tests import puzzles
 from etrm_arc.tests.puzzles import SET
 
@@ -53,12 +51,9 @@ def test_the_gallery_shows_what_predictions_hold(copy):
         e = entries[line["task"]]
         votes = Counter(v["grid"] for v in line["votes"] if v["grid"])
         assert {a["grid"]: a["votes"] for a in e["answers"]} == votes
-        assert all(a["right"] == (a["grid"] == e["target"]) for a in e["answers"])
         assert e["votes"] == len(line["votes"])
-    assert f"pass@1 {score.with_interval(0.25, 4)}" in page["notes"][0]
-    assert "NOT held out" in page["notes"][0]  # among them are tasks of the training set
-    s = solve.opened(copy)
-    steps = show.timeline(s.params, s.cfg, tasks[0]).steps
+    assert "NOT held out" in page["note"]  # among them are tasks of the training set
+    steps = show.timeline(solve.opened(copy), tasks[0], 0).steps
     drawn = entries[tasks[0].name]["steps"]
     assert [x["tokens"] for x in drawn] == [score.canvas_text(x.tokens) for x in steps]
 
@@ -67,15 +62,15 @@ def test_hidden_outputs_and_absent_files_are_said(copy, tmp_path):
     task = json.loads((SET / "mirror.json").read_text())
     task["test"] = [{"input": [[1, 2]]}]
     (tmp_path / "h.json").write_text(json.dumps(task))
-    assert "no vote for a task of" in show.page(copy)["notes"][0]
+    assert "0 queries" in show.page(copy)["note"]
     vote(copy, sources.load([str(tmp_path / "h.json")])[0], np.eye(2, dtype=np.uint8), source="x")
     page = show.page(copy, [str(tmp_path / "h.json")])
     assert [(e["status"], e["target"]) for e in page["gallery"]] == [("output hidden", None)]
-    assert "not these weights" in page["notes"][0] and "pass@" not in page["notes"][0]
+    assert "not these weights" in page["note"]
     for weights in copy.glob("*.safetensors"):
         weights.unlink()
     page = show.page(copy)
-    assert "neither gallery nor contexts" in page["notes"][0] and page["curves"]
+    assert "neither gallery nor contexts" in page["note"] and page["curves"]
 
 
 def test_a_run_that_diverged_is_reported_and_shown(copy):
@@ -83,58 +78,37 @@ def test_a_run_that_diverged_is_reported_and_shown(copy):
     found = checkpoint.load(copy)
     weights = {f"{name}.{k}": torch.full_like(v, math.nan)
                for name, tree in (("params", found.params), ("ema", found.ema))
-               for k, v in show.etrm.leaves(tree).items()}  # fmt: skip
+               for k, v in etrm.leaves(tree).items()}  # fmt: skip
     checkpoint.save(found.path, {**weights, "pairs": found.pairs}, found.meta)
     with open(copy / "metrics.jsonl", "a") as file:
-        file.write('{"step": 5, "all/lm_loss": NaN, "grad_norm": null}\n')
+        file.write('{"step": 5, "all/lm_loss": null, "grad_norm": null}\n')
     vote(copy, sources.load([str(SET / "mirror.json")])[0], np.eye(2, dtype=np.uint8))
-    path, page = show.report(copy, "", [str(SET)])
+    path, page = show.report(copy, [str(SET)])
     assert "NaN" not in path.read_text() and page["gallery"][0]["steps"]
-    assert {m["kind"] for m in page["marks"]} == {"divergence"}
-    assert "0 of 6 tasks" in page["space"]["text"] and not page["space"]["points"]
+    assert page["space"] == show.plane({})
 
 
 @given(puzzles.generators)
 def test_contexts_in_a_plane_keep_their_distances(g):
-    n = int(torch.randint(3, 12, (), generator=g))
+    n = puzzles.integer(g, 3, 11)
     x = (torch.randn(n, 2, generator=g) @ torch.randn(2, 20, generator=g) + 5).double().numpy()
-    tasks = puzzles.tasks(g, n)
-    points = show.space(dict(enumerate(x)), tasks)["points"]
+    points = show.plane({f"t{i}": v for i, v in enumerate(x)})["points"]
     at = np.array([(p["x"], p["y"]) for p in points])
     distances = [np.linalg.norm(z[:, None] - z[None], axis=-1) for z in (x, at)]
-    assert np.allclose(*distances, atol=1e-5) and [p["task"] for p in points] == [
-        t.name for t in tasks
-    ]
+    assert np.allclose(*distances, atol=1e-5)
+    assert [p["task"] for p in points] == [f"t{i}" for i in range(n)]
 
 
-@pytest.mark.parametrize("kind", ["perceiver", "recurrent", "lpn_variational"])
-def test_contexts_are_those_of_each_task_and_need_no_query(kind):
-    model = {"hidden": 32, "heads": 2, "context_tokens": 4, "encoder": {"kind": kind}}
-    cfg = parse_config({"model": model, "train": {"dtype": "fp32"}}, "test")
-    params, g = init_params(cfg.model, 0), torch.Generator().manual_seed(3)
-    tasks = [puzzles.task(g, f"t{i}", 6 - i, 6 - i) for i in range(4)]
-    vectors = show.contexts(params, cfg, tasks)
-    assert sorted(vectors) == [0, 1, 2, 3] != list(vectors)  # batches go by size
-    for number, vector in vectors.items():
-        alone = show.contexts(params, cfg, [tasks[number]._replace(queries=[])])
-        assert np.allclose(vector, alone[0], atol=1e-4)
-    x = np.stack(list(vectors.values()))
-    assert np.linalg.norm(x - x[0], axis=1)[1:].min() > 1e-3
-
-
-def test_odd_rows_are_left_out_and_counted(copy):
+def test_what_is_no_row_is_left_out(copy):
     good = show.opened(copy).rows
     odd = ["null", "3", "[1]", '{"lr": 1}', '{"step": null}', '{"step": "x"}', '{"step"', "\xff",
            '{"step": 1e999}', '{"step": [1]}', "[" * 100_000, ""]  # fmt: skip
     with open(copy / "metrics.jsonl", "ab") as file:
         file.write(b"\xfe\n" + "".join(f"{line}\n" for line in odd).encode())
-        file.write(b'{"step": 9, "all/lm_loss": null, "lr": "fast", "x": [1]}\n')
-        file.write(b'{"step": 10, "all/lm_lo')  # being written
+        file.write(b'{"step": 9, "all/lm_loss": null}\n{"step": 10, "all/lm_lo')  # being written
     run = show.opened(copy)
-    assert run.rows[:-1] == good and run.odd >= len(odd)
-    page = show.page(copy)
-    assert any(f"{run.odd} lines" in note for note in page["notes"])
-    assert show.compared([run, run])[0]["step"] is not None
+    assert run.rows[:-1] == good and run.rows[-1]["step"] == 9
+    assert show.page(copy)["curves"] and show.compared([run, run])[0]["step"] == 9
     for text in ("{}", "[]", "3", '{"config": {"eval": {"on": "dev", "weights": []}}}'):
         (copy / "run.json").write_text(text)
         with pytest.raises(UserError, match="no run of ours"):
@@ -156,34 +130,28 @@ def healthy(n=40):
 
 
 def marks_of(rows):
-    run = show.Run(Path("x"), {}, rows, 0, "dev/ema")
+    run = show.Run(Path("x"), {}, rows, "dev/ema")
     return [(m["kind"], m["first"], m["last"]) for m in show.failure_marks(run)]
 
 
 FAILURES = [
-    ("collapse", "encoder/context_var_across", 0.009, 3),
-    ("collapse", "all/kl", 0.004, 3),
-    ("collapse", "dev/ema/foreign/loss", 0.0, 3),
-    ("starvation", "encoder/grad_ratio", 0.0, 3),
-    ("divergence", "grad_norm", math.inf, 1),
-    ("divergence", "all/lm_loss", math.nan, 1),
+    ("collapse", "encoder/context_var_across", 0.009),
+    ("collapse", "all/kl", 0.004),
+    ("collapse", "dev/ema/foreign/loss", 0.0),
+    ("starvation", "encoder/grad_ratio", 0.0),
 ]
 
 
-@pytest.mark.parametrize("kind, key, bad, least", FAILURES)
-def test_a_failure_is_marked_where_it_is(kind, key, bad, least):
+@pytest.mark.parametrize("kind, key, bad", FAILURES)
+def test_a_failure_is_marked_where_it_is(kind, key, bad):
     assert marks_of(healthy()) == []
-    for first, length in ((2, 5), (5, 3), (6, 100)):
+    for first, length in ((2, 5), (5, 3), (6, 100), (5, 2)):
         rows = healthy()
-        hit = [r for r in rows if key in r]
-        for r in hit[first : first + length]:
+        hit = [r for r in rows if key in r][first : first + length]
+        for r in hit:
             r[key] = bad
-        after = hit[first + length]["step"] if first + length < len(hit) else None
-        assert marks_of(rows) == [(kind, hit[first]["step"], after)]
-    rows = healthy()
-    for r in [r for r in rows if key in r][5 : 5 + least - 1]:
-        r[key] = bad
-    assert marks_of(rows) == []  # too short
+        marks = [(kind, hit[0]["step"], hit[-1]["step"])]
+        assert marks_of(rows) == (marks if length >= show.LEAST else [])
     assert marks_of([{k: v for k, v in r.items() if k != key} for r in healthy()]) == []
 
 
@@ -192,31 +160,26 @@ def test_a_loss_that_rises_is_marked_and_a_spike_is_not():
     losses = [r for r in rows if "all/lm_loss" in r]
     losses[20]["all/lm_loss"] = losses[21]["all/lm_loss"] = 9.0
     assert marks_of(rows) == []
-    for r in losses[30:]:
+    for r in losses[30:]:  # from 32 on, three of five rows are high
         r["all/lm_loss"] = 1.5
-    assert marks_of(rows) == [("divergence", losses[32]["step"], None)]  # three of five rows rose
+    assert marks_of(rows) == [("divergence", losses[32]["step"], losses[-1]["step"])]
 
 
-@given(st.integers(0, 3000), st.integers(0, 9))
-def test_a_long_curve_is_thinned_and_keeps_its_mean(n, broken):
-    rows = [{"step": i, "lr": float(i)} for i in range(n)]
-    c = show.curve(rows, "lr")
-    assert len(c["x"]) == len(c["y"]) <= show.POINTS and c["x"][-1:] == ([n - 1] if n else [])
-    if n <= show.POINTS:
-        assert c["y"] == [r["lr"] for r in rows]
-    elif n % len(c["y"]) == 0:
-        assert np.mean(c["y"]) == pytest.approx((n - 1) / 2, rel=1e-3)
-    for r in rows[:broken]:
-        r["lr"] = math.nan
-    y = show.curve(rows, "lr")["y"]
-    assert bool(y and math.isnan(y[0])) == (n > 0 and broken > 0)
+@given(st.integers(0, 3000))
+def test_a_long_curve_is_thinned(n):
+    rows = [{"step": i, "lr": i / 2} for i in range(n)]
+    panels = show.curves(rows)
+    assert list(panels) == ["lr"] * (n > 0)
+    for c in panels.get("lr", ()):
+        assert c["name"] == "lr" and min(n, show.POINTS // 2) <= len(c["x"]) <= show.POINTS
+        assert list(c["y"]) == [x / 2 for x in c["x"]]
 
 
 def test_the_page_needs_nothing_but_itself(copy, monkeypatch):
     nasty = '</script><img src="http://example.com/x">&"'
     page = show.page(copy) | {"title": nasty, "facts": math.nan}
     monkeypatch.setattr(show, "page", lambda *_: page)
-    text = show.report(copy, "", ())[0].read_text()
+    text = show.report(copy, ())[0].read_text()
     data = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1]
     back = json.loads(data)
     assert back["title"] == nasty and back["facts"] is None and back["config"] == page["config"]
@@ -224,10 +187,9 @@ def test_the_page_needs_nothing_but_itself(copy, monkeypatch):
     assert not re.search(r"https?:|//[a-z]|@import|url\(|fetch\(|import\(", rest)
     assert not re.search(r"<(script|img|iframe|link)[^>]+(src|href)=(?!\"data:)", rest)
     rows = show.opened(copy).rows
-    for series in (s for c in page["curves"] for s in c["series"]):
+    for series in (s for panel in page["curves"].values() for s in panel):
         points = [(r["step"], r[series["name"]]) for r in rows if series["name"] in r]
-        assert series["x"] == [x for x, _ in points]
-        assert series["y"] == pytest.approx([y for _, y in points], rel=1e-4)
+        assert list(zip(series["x"], series["y"], strict=True)) == points
 
 
 def test_runs_side_by_side(run, copy, tmp_path):
@@ -244,14 +206,10 @@ def test_runs_side_by_side(run, copy, tmp_path):
     assert (two["step"], two["loss"], two["best_loss"], two["exact"]) == (9, 7.0, min(losses), 1.0)
     assert {k: (one[k], two[k]) for k in one if "." in k} == {"train.batch": ("6", "4")}
     lines = {line.split(maxsplit=1)[0]: line for line in show.columns([one, two])}
-    assert score.with_interval(1.0, 2) in lines["exact"] and lines["train.batch"].split()[1:] == [
-        "6",
-        "4",
-    ]
-    rows = list(csv.DictReader(show.csv_of([one, two]).splitlines()))
-    assert [float(r["loss"]) for r in rows] == [one["loss"], two["loss"]]
+    assert score.with_interval(1.0, 2) in lines["exact"]
+    assert lines["train.batch"].split() == ["train.batch", "6", "4"]
     axes = show.plotted(runs).axes
-    assert [a.get_title() for a in axes] == [c["title"] for c in show.curves(runs[0].rows)]
+    assert [a.get_title() for a in axes] == list(show.curves(runs[0].rows))
     labels = axes[0].get_legend_handles_labels()[1]
     assert {label.partition(":")[0] for label in labels} == {f"1 {run}", f"2 {copy}"}
     show.plotted([runs[0]._replace(folder=Path("$\\frac$"))]).draw_without_rendering()
