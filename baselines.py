@@ -26,6 +26,7 @@ from .etrm import Block, Carry, Output, Params, normal, rms
 # ---------------------------------------------------------------- the table of tasks
 
 TABLE = "encoder.table"
+TABLE_LR = 1e-2  # of its rows, as published, with the schedule of optimizer.lr
 
 
 class Table(NamedTuple):

@@ -71,8 +71,7 @@ class EncoderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     norm: Literal["post", "pre"] = "post"  # where a class token is read, cells are always "pre"
     layer_scale: NonNegative = 0.0  # 0: none
     cached: bool = False  # published: read at an episode's first step alone, which starves it
-    H_cycles: Count = 2  # trm_style; refinements in each forward of recurrent
-    L_cycles: Count = 3
+    H_cycles: Count = 2  # of trm_style; refinements in each forward of recurrent
     latent: Optional = 0  # numbers drawn by a variational encoder, or in a row of a table; 0: width
     kl_weight: NonNegative = 1e-3
 
@@ -119,7 +118,6 @@ class OptimizerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weight_decay: NonNegative = 0.1
     clip: NonNegative = 1.0  # of the global norm, after the all-reduce; 0: none
     lr_scale: dict[str, Rate] = {}
-    table_lr: Rate = 1e-2  # of the rows of a table of tasks, with lr's schedule
     freeze: dict[str, Optional] = msgspec.field(default_factory=UNTRAINED.copy)  # steps; 0: all
 
 
@@ -162,7 +160,6 @@ class SolveConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     adapt: Literal["none", "context", "full"] = "none"  # to the demos alone, see solve.py
     adapt_steps: Count = 60
     adapt_lr: Annotated[float, msgspec.Meta(ge=0, le=1e6)] = 0.0  # 0: context 0.1, full 1e-3
-    adapt_batch: Count = 16  # slots of a step of full adaptation
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -133,10 +133,10 @@ def adaptation_config(cfg: Config) -> Config:
     if cfg.model.encoder.kind == "table":
         raise UserError("solve.adapt: a table's rows are its tasks': there is nothing to adapt")
     replace, solve = msgspec.structs.replace, cfg.solve
-    shards = 1 if train.undivided(cfg.model) else min(4, solve.adapt_batch)
+    shards = 1 if train.undivided(cfg.model) else 4
     optimizer: dict[str, Any] = {"lr": solve.adapt_lr or 1e-3, "warmup": 0, "final_lr": 0.1}
     optimizer["freeze"] = {k: n for k, n in cfg.optimizer.freeze.items() if n == 0}  # for ever
-    steps = {"batch": solve.adapt_batch, "shards": shards, "steps": solve.adapt_steps}
+    steps = {"batch": ADAPT_BATCH, "shards": shards, "steps": solve.adapt_steps}
     return replace(
         cfg,
         init_from=InitConfig(),
@@ -336,6 +336,7 @@ def predictions(
 
 
 SOLVERS = {"experts": "etrm_arc.extras.experts"}  # name: a module with `predict`
+ADAPT_BATCH = 16  # slots of a step of full adaptation
 FREE = ("train.device", "train.dtype", "solve.")  # of a checkpoint's config
 
 

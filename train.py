@@ -753,7 +753,7 @@ def apply(cfg: Config, s: Setup, state: State, out: Step) -> float:
             averages = [state.ema[k] for k in trained]
             torch._foreach_lerp_(averages, list(trained.values()), 1 - cfg.train.ema)
         if out.touched:
-            share = lr / (cfg.optimizer.lr or 1.0) * cfg.optimizer.table_lr
+            share = lr / (cfg.optimizer.lr or 1.0) * baselines.TABLE_LR
             table, (rows, ids) = s.params[baselines.TABLE], out.touched
             baselines.sign_step(table, rows, ids, share, cfg.optimizer.weight_decay)
     elif finite and progress.scale > 1:

@@ -293,7 +293,7 @@ def recur_cycles(p: Standard, cfg: ModelConfig, read: DemoVectors, z: Tensor) ->
         return tokens.x
 
     for _ in range(cfg.encoder.H_cycles):
-        for _ in range(cfg.encoder.L_cycles):
+        for _ in range(3):  # as published
             z_L = level(z_L + z_H + e)
         z_H = level(z_H + z_L)
     return settled(cfg, z, torch.stack((z_H, z_L)).unflatten(1, (slots, t)).transpose(0, 1))

@@ -29,7 +29,7 @@ TRM = {
     "model.q_weight": 0.5, "model.encoder.kind": "table",
     "optimizer.kind": "adam_atan2", "optimizer.lr": 1e-4, "optimizer.warmup": 2000,
     "optimizer.final_lr": 1.0, "optimizer.weight_decay": 0.1,
-    "optimizer.clip": 0.0, "optimizer.table_lr": 1e-2, "optimizer.lr_scale": {},
+    "optimizer.clip": 0.0, "optimizer.lr_scale": {},
     "train.batch": 768, "train.ema": 0.999, "init_from.path": "",
     "data.policy": "demos", "data.symmetries": 1000, "data.dihedral": True,
     "data.colours": "keep_black", "data.translate": True, "data.max_train_tasks": 0,

@@ -82,7 +82,7 @@ def test_predictions_do_not_depend_on_hidden_outputs_or_on_the_other_tasks(run):
 @pytest.mark.parametrize("adapted", ["none", "context", "full"])
 def test_solutions_replaced_by_noise_change_no_prediction(run, tmp_path, adapted):
     """Through the command's own path, files and all: what is on disk is the same."""
-    sets = [f"solve.adapt={adapted}", "solve.adapt_steps=2", "solve.adapt_batch=6"]
+    sets = [f"solve.adapt={adapted}", "solve.adapt_steps=2"]
     for name, spoil in (("true", lambda y: y), ("noise", lambda y: [[9 - y[0][0]]])):
         folder = written(tmp_path / name, tasks_of_all(), spoil)
         evaluate(run, f"{name}.jsonl", [folder], sets)
@@ -459,7 +459,7 @@ def test_a_single_demo_is_no_question_and_answered_as_without_adaptation(run):
     one = task._replace(demos=task.demos[:1])
     plain = told(solve.predict(s.params, s.cfg, one, 2))
     for adapt in ("context", "full"):
-        cfg = with_solve(s.cfg, adapt=adapt, adapt_steps=2, adapt_batch=2)
+        cfg = with_solve(s.cfg, adapt=adapt, adapt_steps=2)
         assert told(solve.predict(s.params, cfg, one, 2)) == plain
     assert questions(s, [one]) is None
     assert 1 not in questions(s, [tasks_of_all()[1], one])[1]
@@ -470,7 +470,7 @@ def test_full_adaptation_learns_the_demos_and_touches_only_its_copy(run):
     before = {k: v.clone() for k, v in leaves(s.params).items()}
     official = msgspec.structs.replace(s.cfg.data, query="test")  # what training asked is no matter
     trained = msgspec.structs.replace(s.cfg, data=official)
-    cfg = with_solve(trained, adapt_steps=12, adapt_lr=1e-2, adapt_batch=8)
+    cfg = with_solve(trained, adapt_steps=12, adapt_lr=1e-2)
     adapted = solve.adapt_weights(s.params, cfg, task, FOREVER)
     packed = data.pack([task._replace(queries=[])])
     loss = [
@@ -547,7 +547,7 @@ def test_adaptation_in_half_precision_moves_and_stays_finite(run, monkeypatch):
     half = solve.opened(run, ["train.dtype=fp16"]).cfg
     monkeypatch.setattr(solve, "update", lambda *args: norms.append(update(*args)) or norms[-1])
     for cfg in (s.cfg, half):
-        cfg = with_solve(cfg, adapt_steps=1, adapt_lr=1e-2, adapt_batch=4)
+        cfg = with_solve(cfg, adapt_steps=1, adapt_lr=1e-2)
         adapted = solve.adapt_weights(s.params, cfg, task, FOREVER)
     assert float(norms[1]) == pytest.approx(float(norms[0]), rel=0.05)  # scaled back
     assert all(x.isfinite().all() for x in leaves(adapted).values())
@@ -574,6 +574,6 @@ def test_full_adaptation_ends_when_its_demos_are_solved(run, monkeypatch):
         return carries, grads, sums, *more
 
     monkeypatch.setattr(train, "one_step", solved)
-    cfg = with_solve(s.cfg, adapt_steps=9, adapt_batch=2)
+    cfg = with_solve(s.cfg, adapt_steps=9)
     solve.adapt_weights(s.params, cfg, task, FOREVER)
     assert len(count) == 3

@@ -78,7 +78,7 @@ def test_training_trace_of_the_published_trainer(golden):
     opt = config.OptimizerConfig(
         kind="adam_atan2", lr=hyper["lr"], warmup=hyper["lr_warmup_steps"],
         final_lr=hyper["lr_min_ratio"], clip=0.0,
-        weight_decay=hyper["weight_decay"], table_lr=hyper["puzzle_emb_lr"],
+        weight_decay=hyper["weight_decay"],
     )  # fmt: skip
     assert (hyper["beta1"], hyper["beta2"]) == optim.BETAS
     params = {
@@ -105,7 +105,7 @@ def test_training_trace_of_the_published_trainer(golden):
         carry, lr = out.carry, optim.learning_rate(opt, i + 1, hyper["total_steps"])
         assert abs(lr - float(t[f"t{i}.reported.lr"])) < 1e-9
         touched = baselines.spread(torch.arange(6), batch, out.grads.pop(), 6)
-        share = lr / opt.lr * opt.table_lr
+        share = lr / opt.lr * hyper["puzzle_emb_lr"]
         baselines.sign_step(params[baselines.TABLE], *touched, share, decay)
         optim.update(opts, trained, out.grads, lr, 0.0)
         torch._foreach_lerp_(list(ema.values()), list(params.values()), 1 - hyper["ema_rate"])
