@@ -7,7 +7,9 @@ canvases. Tokens as published: 0 PAD, 1 end of grid, 2..11 the colours 0..9.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +21,6 @@ from .config import DataConfig, UserError
 
 PAD, EOS, FIRST_COLOUR, MAX_SIDE = 0, 1, 2, 30
 IGNORE = -100  # label of a cell that is not asked for
-# ARC's colours
 PALETTE = ("#000000", "#0074D9", "#FF4136", "#2ECC40", "#FFDC00",
            "#AAAAAA", "#F012BE", "#FF851B", "#7FDBFF", "#870C25")  # fmt: skip
 
@@ -45,11 +46,8 @@ def task_digest(task: Task) -> bytes:
     h = hashlib.blake2b(digest_size=16)
     for pairs in (task.demos, task.queries):
         h.update(b"|")
-        for pair in pairs:
-            for grid in pair:
-                h.update(
-                    b"?" if grid is None else bytes(grid.shape) + grid.astype("uint8").tobytes()
-                )
+        for grid in itertools.chain(*pairs):
+            h.update(b"?" if grid is None else bytes(grid.shape) + grid.astype("uint8").tobytes())
     return h.digest()
 
 
@@ -121,18 +119,13 @@ def pack(tasks: Sequence[Task], device: torch.device | str = "cpu") -> Tasks:
     for task in tasks:
         for pair in (*task.demos, *task.queries):
             for grid in pair:
-                h, w = (0, 0) if grid is None else grid.shape
-                grids.append((offset, h, w))
-                offset += h * w
-                if grid is not None:
-                    flat.append(grid.reshape(-1))
+                cells = np.zeros((0, 0), np.uint8) if grid is None else grid.astype(np.uint8)
+                grids.append((offset, *cells.shape))
+                flat.append(cells.reshape(-1))
+                offset += cells.size
     counts = torch.tensor([0] + [len(t.demos) + len(t.queries) for t in tasks])
-    cells = np.concatenate(flat)
-    for colour in (cells.min(), cells.max()):
-        if not 0 <= colour <= 9:
-            raise UserError(f"tasks: colour {colour}, must be 0..9")
     return Tasks(
-        torch.from_numpy(cells.astype(np.uint8)).to(device),
+        torch.from_numpy(np.concatenate(flat)).to(device),
         torch.tensor(grids).view(-1, 2, 3),
         counts.cumsum(0),
         torch.tensor([len(t.demos) for t in tasks]),
@@ -158,47 +151,42 @@ def snug(size: Tensor, cfg: DataConfig) -> Tensor:
 
 
 def queries(tasks: Tasks, rule: str, cfg: DataConfig) -> Queries:
-    """Every (task, query) and its canvas: the smallest that holds all its demos and its input, and
-    the output that the demos foretell where all of them multiply the input's height or width by
-    the same number. A query without a demo is left out.
+    """Every query that has a demo, and its canvas: the smallest that holds all its demos and its
+    input, and the output that the demos foretell where all of them multiply the input's height or
+    width by the same number.
 
     leave_one_out: any pair with a known output is a query, the task's other such pairs its demos.
-    test: the official test pairs are the queries, the task's demos their demos.
-    """
+    test: the official test pairs are the queries, the task's demos their demos."""
     size = tasks.grids[:, :, 1:]  # (P, 2, 2)
     known = size[:, 1, 0] > 0
     number = torch.arange(len(size)) - tasks.first[tasks.task_of]
-    is_demo = known if rule == "leave_one_out" else number < tasks.n_demos[tasks.task_of]
-    is_query = known if rule == "leave_one_out" else ~is_demo
-    ratio = size[:, 1] / size[:, 0].double()  # (P, 2) of output to input
-    per_axis = []
-    for axis in (0, 1):
-        shown = _largest_other(tasks, torch.where(is_demo, size[:, :, axis].amax(1), 0))
-        largest = _largest_other(tasks, torch.where(is_demo, ratio[:, axis], 0.0))
-        smallest = _largest_other(tasks, torch.where(is_demo, 1 / ratio[:, axis], 0.0))
-        agree = (largest * smallest - 1).abs() < 1e-9
-        foretold = torch.where(agree, (largest * size[:, 0, axis]).round(), 0).long()
-        per_axis.append((shown, foretold.clamp(max=MAX_SIDE)))
-    demos, foretold = (torch.stack(x, -1) for x in zip(*per_axis, strict=True))
-    pair = torch.nonzero(is_query & (demos[:, 0] > 0)).flatten()
-    shown = torch.maximum(demos[pair], size[pair, 0])
-    canvas = snug(torch.maximum(shown, foretold[pair]), cfg)
+    is_query = known if rule == "leave_one_out" else number >= tasks.n_demos[tasks.task_of]
+    pair = torch.nonzero(is_query).flatten()
+    demos = candidates(tasks, pair, rule)
+    pair, demos = (x[(demos >= 0).any(1)] for x in (pair, demos))
+    is_demo = (demos >= 0)[..., None]
+    shown = torch.where(is_demo, size.amax(1)[demos], 0).amax(1)
+    shown = torch.maximum(shown, size[pair, 0])  # (Q, 2) as all below
+    ratio = (size[:, 1] / size[:, 0].double())[demos]  # of output to input
+    largest = torch.where(is_demo, ratio, 0.0).amax(1)
+    agree = largest == torch.where(is_demo, ratio, math.inf).amin(1)
+    foretold = torch.where(agree, (largest * size[pair, 0]).round(), 0).long()
+    canvas = snug(torch.maximum(shown, foretold.clamp(max=MAX_SIDE)), cfg)
     canvas = torch.where(canvas > 0, canvas, snug(shown, cfg))
     fits = (size[pair, 1] <= canvas).all(-1) & (canvas[:, 0] > 0)
     return Queries(pair, tasks.task_of[pair], fits, canvas, known[pair])
 
 
-def _largest_other(tasks: Tasks, value: Tensor) -> Tensor:
-    """(P,) the largest value among the *other* pairs of each pair's task, 0 where there is none."""
-    order = torch.argsort(value, descending=True, stable=True)
-    order = order[torch.argsort(tasks.task_of[order], stable=True)]
-    top = order[tasks.first[:-1]]  # (T,) the pair with the largest value
-    rest = value.clone()
-    rest[top] = 0
-    second = torch.zeros(len(top), dtype=value.dtype)
-    second = second.scatter_reduce(0, tasks.task_of, rest, "amax")
-    is_top = top[tasks.task_of] == torch.arange(len(value))
-    return torch.where(is_top, second[tasks.task_of], value[top][tasks.task_of])
+def candidates(tasks: Tasks, query: Tensor, rule: str) -> Tensor:
+    """(B, M) the pairs that may be demos of each query, -1 beyond their number."""
+    task = tasks.task_of[query]
+    first, any_pair = tasks.first[task][:, None], rule == "leave_one_out"
+    count = tasks.first.diff()[task] if any_pair else tasks.n_demos[task]
+    pair = first + torch.arange(int(count.max()))
+    may = (pair < first + count[:, None]) & (pair != query[:, None])
+    if any_pair:
+        may &= tasks.grids[pair.clamp(max=len(tasks.grids) - 1), 1, 1] > 0
+    return torch.where(may, pair, -1)
 
 
 def chosen(asked: Queries, rows: Tensor) -> Queries:
@@ -209,14 +197,12 @@ def chosen(asked: Queries, rows: Tensor) -> Queries:
 def donors(asked: Queries, seed: int) -> Tensor:
     """(Q,) for each query the row of another task's, whose demos it is shown instead, fixed by the
     seed. Raises UserError where fewer than two tasks have a canvas, which donors need."""
-    has_canvas = asked.canvas[:, 0] > 0
-    tasks = asked.task[has_canvas].unique()
+    rows = torch.nonzero(asked.canvas[:, 0] > 0).flatten()
+    tasks = asked.task[rows].unique()
     if len(tasks) < 2:
-        number = ("none", "one")[len(tasks)]
-        raise UserError(f"data: foreign demos need two tasks that fit a canvas, there is {number}")
+        raise UserError("data: foreign demos need two tasks that fit a canvas")
     order = tasks[uniform(len(tasks), seed, DONOR).argsort()].tolist()
     next_task = dict(zip(order, order[-1:] + order[:-1], strict=True))
-    rows = torch.nonzero(has_canvas).flatten()
     row_of = dict(zip(asked.task[rows].tolist(), rows.tolist(), strict=True))
     return torch.tensor([row_of[next_task.get(t, order[0])] for t in asked.task.tolist()])
 
@@ -241,9 +227,7 @@ def deck(asked: Queries, slots: int, weight: Tensor | None = None) -> Deck:
     """weight (T,) f64 of each task, by default all the same. Raises UserError without a query."""
     asked = chosen(asked, asked.fits & asked.known)
     if not len(asked.pair):
-        raise UserError(
-            "data: no query to train on: a task needs two pairs and an output that fits its canvas"
-        )
+        raise UserError("data: no query to train on: none with a demo and an output that fits")
     h, w = asked.canvas.T
     asked = chosen(asked, torch.argsort(h * w * 1000 + torch.maximum(h, w), stable=True))
     each = 1.0 / torch.bincount(asked.task).double()
@@ -268,8 +252,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def uniform(lanes: int, *counters: Tensor | int) -> Tensor:
-    """(..., lanes) float64 in [0, 1): a pure function of the counters, which broadcast; lane i
-    does not depend on `lanes`."""
+    """(..., lanes) float64 in [0, 1): a pure function of the counters (they broadcast) and lane."""
     x = torch.zeros((), dtype=torch.int64)
     for counter in counters:
         x = _mix((x ^ counter) - 7046029254386353131)
@@ -292,18 +275,6 @@ class Episodes(NamedTuple):
     shift: Tensor  # (B, 1 + K, 2) where query and demos lie, as a share of the room left
     canvas: Tensor  # (B, 2) of the query, under the symmetry
     row: Tensor | None = None  # (B,) task * symmetries + k, where each task has so many
-
-
-def candidates(tasks: Tasks, query: Tensor, rule: str) -> Tensor:
-    """(B, M) the pairs that may be demos of each query, -1 beyond their number."""
-    task = tasks.task_of[query]
-    first, any_pair = tasks.first[task][:, None], rule == "leave_one_out"
-    count = tasks.first.diff()[task] if any_pair else tasks.n_demos[task]
-    pair = first + torch.arange(int(count.max()))
-    may = (pair < first + count[:, None]) & (pair != query[:, None])
-    if any_pair:
-        may &= tasks.grids[pair.clamp(max=len(tasks.grids) - 1), 1, 1] > 0
-    return torch.where(may, pair, -1)
 
 
 def draw_symmetry(u: Tensor, dihedral: bool, colours: str) -> Symmetry:
@@ -348,26 +319,21 @@ def draw(tasks: Tasks, d: Deck, cfg: DataConfig, seed: int, slot: Tensor, n: Ten
     return Episodes(query, demos, symmetry, shift if cfg.translate else shift * 0, canvas, row)
 
 
-def posed(
-    tasks: Tasks,
-    cfg: DataConfig,
-    rule: str,
-    asked: Queries,
-    shown: Tensor | None = None,
-    view: tuple[Symmetry, Tensor] | None = None,
-) -> Episodes:
-    """Queries as evaluation asks them: no offset.
+View = tuple[Symmetry, Tensor]  # (B,), and (B, 1 + M) numbers: all but the first order the demos
 
-    view: symmetries (B,) and numbers (B, 1 + M) whose order is that of the demos, the first left
-    out; by default the tasks as they are. shown: pairs (B,) whose demos are shown instead."""
-    possible = candidates(tasks, asked.pair if shown is None else shown, rule)
+
+def posed(
+    tasks: Tasks, cfg: DataConfig, rule: str, asked: Queries, view: View | None = None
+) -> Episodes:
+    """Queries as evaluation asks them: no offset, by default no symmetry and demos in order."""
+    possible = candidates(tasks, asked.pair, rule)
     slots, most = possible.shape
-    as_is = identity(slots), torch.arange(most + 1).expand(slots, -1) / 1e4
-    symmetry, lots = view or as_is
+    symmetry, lots = view or (identity(slots), torch.arange(most + 1).expand(slots, -1) / 1e4)
     demos = choose_demos(possible, lots[:, 1:], cfg.max_demos)
     shift = torch.zeros(slots, 1 + demos.shape[1], 2, dtype=torch.float64)
-    canvas = turned_size(symmetry.dihedral, asked.canvas)
-    return Episodes(asked.pair, demos, symmetry, shift, canvas)
+    return Episodes(
+        asked.pair, demos, symmetry, shift, turned_size(symmetry.dihedral, asked.canvas)
+    )
 
 
 # ---------------------------------------------------------------- painting
@@ -418,9 +384,7 @@ def paint(
 
     As published: a row of EOS right below the grid and a column right of it, no corner, none
     beyond the canvas; input and output share an offset, floor(shift * (room + 1)) with the room
-    that the larger of both leaves. The canvas lies on the raster by the same rule. A cell's colour
-    is one gather from the packed grids: its source is affine in the cell's row and column.
-    """
+    that the larger of both leaves. The canvas lies on the raster by the same rule."""
     dihedral = sym.dihedral[:, None]
     swap, flip_r, flip_c = SWAP[dihedral], FLIP_R[dihedral], FLIP_C[dihedral]
     start, height, width = tasks.grids[pair].unbind(-1)  # (m, 2): input, output
@@ -432,9 +396,9 @@ def paint(
     corner = torch.where(flip_r, (height - 1) * width, 0) + torch.where(flip_c, width - 1, 0)
     source = start + corner - per_row * offset[:, :1] - per_column * offset[:, 1:]
     end = (size + offset[:, None]).flatten(1)
+    # A cell's colour is one gather from the packed grids, affine in its row and column. From here
+    # on the device: facts (m, 14) become those of every cell, (14, M).
     facts = torch.cat((offset, origin, source, per_row, per_column, end), 1)
-
-    # from here on the device: facts (m, 14) become those of every cell, (14, M)
     device, area = tasks.cells.device, canvas.prod(1)
     total = int(area.sum())
     of = torch.arange(len(pair)).repeat_interleave(area, output_size=total).to(device)
@@ -473,9 +437,7 @@ def batch(tasks: Tasks, e: Episodes, raster: int = MAX_SIDE) -> Batch:
     by_slot = torch.argsort(owner.repeat_interleave(area), stable=True)
     slot_cells = torch.zeros(len(e.query), dtype=torch.int64).index_add_(0, owner, area)
     demos = Demos(
-        shown.inputs,
-        shown.outputs,
-        shown.at,
+        **shown._asdict(),
         cells=tuple(area.tolist()),
         gaps=tuple(gaps.int().tolist()),
         owner=owner.to(device),
@@ -483,7 +445,6 @@ def batch(tasks: Tasks, e: Episodes, raster: int = MAX_SIDE) -> Batch:
         most=e.demos.shape[1],
         by_slot=by_slot.to(device),
         slot_cells=tuple(slot_cells.tolist()),
-        borders=shown.borders,
     )
     labels = asked.outputs.masked_fill(asked.outputs == PAD, IGNORE)
     cells = tuple(e.canvas.prod(1).tolist())
@@ -491,9 +452,7 @@ def batch(tasks: Tasks, e: Episodes, raster: int = MAX_SIDE) -> Batch:
     return Batch(asked.inputs, labels, asked.at, cells, demos, asked.borders, rows=rows)
 
 
-def tokenise(
-    grid: np.ndarray, canvas: tuple[int, int], offset: tuple[int, int] = (0, 0)
-) -> np.ndarray:
+def tokenise(grid: np.ndarray, canvas: Sequence[int], offset: Sequence[int] = (0, 0)) -> np.ndarray:
     """One grid as tokens of a canvas, the plain way; `paint` is tested against it."""
     (h, w), (r, c) = grid.shape, offset
     out = np.zeros(canvas, np.uint8)
@@ -504,9 +463,8 @@ def tokenise(
 
 
 def crop(tokens: np.ndarray) -> np.ndarray:
-    """The largest all-colour rectangle anchored at the top left; may be empty.
-
-    As published: columns shrink row by row, the first of several equally large ones counts."""
+    """The largest all-colour rectangle anchored at the top left, the first of several equally large
+    ones; may be empty. As published."""
     width = np.minimum.accumulate(np.logical_and.accumulate(tokens >= FIRST_COLOUR, axis=1).sum(1))
     rows = int(np.argmax(width * np.arange(1, len(tokens) + 1))) + 1
     columns = width[rows - 1]
@@ -514,8 +472,7 @@ def crop(tokens: np.ndarray) -> np.ndarray:
 
 
 def untokenise(tokens: np.ndarray) -> np.ndarray | None:
-    """The grid on a canvas (height, width); None (no answer) when it is empty or a colour lies
-    where its border must be."""
+    """The grid on a canvas; None where it is empty or a colour lies where its border must be."""
     grid = crop(tokens)
     h, w = grid.shape
     border = np.concatenate((tokens[h : h + 1, :w].ravel(), tokens[:h, w : w + 1].ravel()))

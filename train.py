@@ -451,8 +451,9 @@ def probe(
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
     def answer(rows: Tensor) -> None:
-        e = data.posed(tasks, cfg.data, rule, data.chosen(asked, rows), shown[rows])
-        e = e._replace(row=tasks.task_of[shown[rows]] * cfg.data.symmetries)  # of the task as it is
+        demos_of = data.chosen(asked, rows)._replace(pair=shown[rows])
+        row = tasks.task_of[shown[rows]] * cfg.data.symmetries  # of the task as it is
+        e = data.posed(tasks, cfg.data, rule, demos_of)._replace(query=asked.pair[rows], row=row)
         batch = data.batch(tasks, e, cfg.model.raster)
         out, _ = etrm.think(cast, cfg.model, encode, batch, dtype, cfg.model.halt_max_steps)
         loss = act_loss(cfg.model, out, batch.labels, batch.cells)
