@@ -1,9 +1,8 @@
 """Files: checkpoints, full states, the run folder, and weights that training starts from.
 
-A checkpoint (best, last) is what users share: weights, their average and the digests of the
-training pairs; its metadata holds the config and the held-out guard's finding. A state is all that
-a run needs to continue bit for bit. Both are whole or absent: written aside, synced, renamed, with
-a checksum.
+A checkpoint (best, last) is what users share: weights, their average, digests of the training pairs
+and, as metadata, the config and the held-out guard's finding. A state is all that a run needs to
+continue bit for bit. Both are whole or absent: written aside, synced, renamed, with a checksum.
 """
 
 from __future__ import annotations
@@ -39,11 +38,7 @@ from .etrm import Params, leaves, rebuild
 from .optim import matched
 from .sources import Finding
 
-try:
-    import fcntl
-except ImportError:  # Windows: run folders are not locked
-    fcntl = None  # type: ignore[assignment]
-
+fcntl = importlib.import_module("fcntl") if os.name == "posix" else None  # Windows: no locks
 FORMAT = 2
 SHIPPED = Path(__file__).parent / "checkpoints"
 LONGEST = 1000  # cycles and ACT steps that a checkpoint may ask for
@@ -179,10 +174,8 @@ def find(path: str | Path) -> Path:
     path = shipped if not Path(path).exists() and shipped.is_file() else Path(path)
     if not path.is_dir():
         return path
-    files = [p for p in (path / "best.safetensors", path / "last.safetensors") if p.is_file()]
-    if not files:
-        raise UserError(f"{path}: holds neither best.safetensors nor last.safetensors")
-    return files[0]
+    best, last = path / "best.safetensors", path / "last.safetensors"
+    return best if best.is_file() else last
 
 
 def load(path: str | Path) -> Checkpoint:
@@ -201,8 +194,7 @@ def load(path: str | Path) -> Checkpoint:
     expected = {f"{tree}.{k}": x for tree in trees for k, x in leaves(like).items()}
     expected["pairs"] = torch.empty(0, 16)
     if odd := sorted(expected.keys() ^ shapes.keys()):
-        problem = "missing" if odd[0] in expected else "unknown"
-        raise UserError(f"{file}: {odd[0]} is {problem}")
+        raise UserError(f"{file}: {odd[0]} is {'missing' if odd[0] in expected else 'unknown'}")
     for name, x in expected.items():
         shape, wanted = shapes[name], tuple(x.shape)
         if 0 in wanted:  # a table: how many rows it has, the config does not say
@@ -268,8 +260,6 @@ def load_state(folder: Path) -> SavedState:
     for path in reversed(states(folder)):
         try:
             tensors, facts = read(path)
-            if facts.get("step") != step_of(path):
-                raise UserError(f"{path}: is of step {facts.get('step')}")
             return SavedState(facts, tensors, skipped)
         except UserError as e:
             skipped.append(str(e))
@@ -298,12 +288,8 @@ def origin() -> dict[str, Any]:
     return {**about, "threads": torch.get_num_threads()}
 
 
-Row = dict[str, Any]  # of metrics
-
-
-def rows_of(path: Path) -> tuple[list[Row], list[int]]:
-    """(rows of a metrics file, numbers of the lines that are no row); without a line that is cut
-    off, for the last one may be being written."""
+def rows_of(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """(rows of a metrics file, numbers of the lines that are none), without a cut-off last line."""
     rows, broken = [], []
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     for number, line in enumerate(text.split("\n")[:-1], 1):
@@ -376,7 +362,7 @@ class Run(contextlib.ExitStack):
             raise UserError(f"run.track: the package {track} is not installed") from None
         return lost
 
-    def write(self, row: Row) -> None:
+    def write(self, row: dict[str, Any]) -> None:
         """One row of metrics; a number that is not finite is null there."""
         try:
             self.log.write(msgspec.json.encode(row) + b"\n")
