@@ -297,10 +297,9 @@ def evaluate(
         shared = "NOT held out: shares pairs with the training data"
         what = "held out" if result["held_out"] else shared
     echo(f"{', '.join(result['data'])}: {what}; {facts}", *lines)
-    if result["too_large"]:
-        echo(f"{result['too_large']} queries need a canvas larger than any trained on: no answer")
-    if left := result["unanswered"] - result["too_large"]:
-        echo(f"{left} queries have no answer yet: the budget ended; the same command goes on")
+    if result["unanswered"]:
+        reason = f"{result['too_large']} need a larger canvas than any trained on, the others time"
+        echo(f"{result['unanswered']} queries have no answer: {reason}; the same command goes on")
     last_line(as_json, result)
 
 
@@ -319,8 +318,7 @@ def merge(
     counts = f"{result['votes']} votes for {result['queries']} queries"
     echo(f"{counts}, {result['unanswered']} of them without any")
     if "pass@2" in result:
-        note = "whether held out: etrm eval CHECKPOINT --predictions FILE says it"
-        echo(note, *score_lines(result))
+        echo(*score_lines(result))
     last_line(as_json, result)
 
 
@@ -362,7 +360,7 @@ def solve(checkpoint: str, task: str, sets: Set = [], as_json: Json = False) -> 
 @app.command()
 def show(
     checkpoint: str,
-    task: Annotated[str, option("--task", "-t", help="Its id, where there are several.")] = "",
+    task: Annotated[str, option("--task", "-t", help="Its id; by default the first one.")] = "",
     sources: Data = [],  # noqa: B006
     output: Output = "",
     query: Annotated[int, option(help="Which of the task's queries, from 0.")] = 0,

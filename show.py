@@ -15,11 +15,9 @@ import msgspec
 import numpy as np
 import torch
 
-from . import checkpoint, data, etrm, score, solve, sources, train
+from . import checkpoint, data, encoders, etrm, score, solve, sources, train
 from .config import Config, UserError
 from .data import EOS, FIRST_COLOUR, PAD, PALETTE, Task, tokenise
-from .encoders import encoder_of
-from .etrm import tree_map
 
 # ---------------------------------------------------------------- timelines
 
@@ -54,10 +52,10 @@ def timelines(solver: solve.Solver, tasks: Sequence[Task]) -> list[Timeline]:
     """Of every query of the tasks, unaugmented: the answer after every ACT step; of the
     argmax-feedback TRM after every cycle, until it is sure."""
     cfg, (device, dtype) = solver.cfg, train.hardware(solver.cfg)
-    params = tree_map(lambda x: x.to(device, dtype), solver.params)
+    params = etrm.tree_map(lambda x: x.to(device, dtype), solver.params)
     cycles, leave = (cfg.model.H_cycles, "q") if cfg.model.feedback else (1, "never")
     model = msgspec.structs.replace(cfg.model, H_cycles=cfg.model.H_cycles // cycles)
-    encode, last = encoder_of(model), cfg.model.halt_max_steps * cycles
+    encode, last = encoders.encoder_of(model), cfg.model.halt_max_steps * cycles
     shown = [Timeline(t._replace(queries=[pair]), []) for t in tasks for pair in t.queries]
     questions = solve.questions_of(solver.params, cfg, tasks, 1)
     outputs: list[tuple[int, Sequence[int], etrm.Output]] = []
@@ -88,17 +86,15 @@ def timeline(solver: solve.Solver, task: Task, query: int) -> Timeline:
 
 
 def find_task(places: Sequence[str], name: str) -> Task:
-    """The task of that id among sources, or the only one. Raises UserError with the nearest id."""
+    """The task of that id among sources, or the first. Raises UserError with the nearest id."""
     tasks: dict[str, Task] = {}
     for source in sorted(places, key=lambda s: s.startswith("composed")):  # slow ones last
         tasks |= {t.name: t for t in sources.load([source])}
-        if name in tasks:
-            return tasks[name]
-    if not name and len(tasks) == 1:
-        return next(iter(tasks.values()))
-    close = difflib.get_close_matches(name, tasks, n=1, cutoff=0)[0]
-    where = f"one of {len(tasks)} tasks of {', '.join(places)}"
-    raise UserError(f"--task {name}: must name {where}, for instance {close}")
+        if name in tasks or not name:
+            return tasks[name or min(tasks)]
+    [close] = difflib.get_close_matches(name, tasks, n=1, cutoff=0)
+    where = f"one of {len(tasks)} tasks of {', '.join(places)}, for instance {close}"
+    raise UserError(f"--task {name}: must name {where}")
 
 
 def marks(t: Timeline, i: int) -> tuple[np.ndarray, np.ndarray]:
@@ -207,13 +203,11 @@ def beside(left: np.ndarray, right: np.ndarray | None) -> Any:
 
 # ---------------------------------------------------------------- a run, its curves and failures
 
-Row = dict[str, float]  # a line of metrics.jsonl: its numbers, NaN for null
-
 
 class Run(NamedTuple):
     folder: Path
     about: dict[str, Any]  # run.json, and "guard": see checkpoint.warned
-    rows: list[Row]
+    rows: list[dict[str, float]]  # of metrics.jsonl; NaN for null
     watched: str  # the evaluation that decides what is best, e.g. "dev/ema"
 
 
@@ -240,11 +234,11 @@ def flat(table: dict[str, Any], path: str = "") -> dict[str, Any]:
     return fields
 
 
-LEAST = 3  # bad rows on end that are a failure
+LEAST = 3  # rows on end with the sign of a failure
 
 
-def signs_of(run: Run) -> dict[str, list[tuple[float, bool]]]:
-    """Failure and reason -> (step, is it bad?) of the rows that can tell."""
+def failure_marks(run: Run) -> list[dict[str, Any]]:
+    """Spans of steps in which a run shows signs of a failure."""
 
     def rows(*keys: str) -> list[list[float]]:
         return [[r[k] for k in ("step", *keys)] for r in run.rows if set(keys) <= r.keys()]
@@ -254,7 +248,7 @@ def signs_of(run: Run) -> dict[str, list[tuple[float, bool]]]:
     losses = [(step, loss) for step, loss in rows("all/lm_loss") if math.isfinite(loss)]
     medians = [median(x for _, x in losses[i - 4 : i + 1]) for i in range(4, len(losses))]
     recent = zip(losses[4:], medians, itertools.accumulate(medians, min), strict=True)
-    return {
+    signs = {
         "collapse: contexts of different tasks differ by less than 1 % of their mean square": [
             (step, across < 0.01 * (mean**2 + std**2)) for step, across, mean, std in contexts
         ],
@@ -269,14 +263,10 @@ def signs_of(run: Run) -> dict[str, list[tuple[float, bool]]]:
             (step, now > 1.5 * low + 0.1) for (step, _), now, low in recent
         ],
     }
-
-
-def failure_marks(run: Run) -> list[dict[str, Any]]:
-    """Spans of steps in which a run shows signs of a failure."""
     spans = []
-    for reason, signs in signs_of(run).items():
+    for reason, points in signs.items():
         kind, _, why = reason.partition(": ")
-        for bad, group in itertools.groupby(signs, lambda sign: sign[1]):
+        for bad, group in itertools.groupby(points, lambda point: point[1]):
             steps = [step for step, _ in group]
             if bad and len(steps) >= LEAST:
                 text = f"{kind} from step {steps[0]} to {steps[-1]}: {why}"
@@ -288,7 +278,7 @@ SILENT = {"step", "samples", "seconds", "n", "count"}  # keys that are no curve
 POINTS = 600  # about the most of a curve
 
 
-def curves(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
+def curves(rows: Sequence[dict[str, float]]) -> dict[str, list[dict[str, Any]]]:
     """A panel for each measure: title -> curves {"name", "x": steps, "y": values}; all/lm_loss is
     drawn with dev/ema/own/loss. Of a long curve every n-th point."""
     panels: dict[str, list[dict[str, Any]]] = {}
@@ -309,9 +299,9 @@ def entry(p: score.Prediction, t: Timeline) -> dict[str, Any]:
     """One query of the gallery: its answers by votes, and how the answer formed, unadapted."""
     (x, y), ranked = t.task.queries[0], score.rank(p.votes)
     right = [y is not None and np.array_equal(a.grid, y) for a in ranked]
-    place = right.index(True) + 1 if any(right) else 0
-    names = {0: "unsolved", 1: "solved at 1", 2: "solved at 2"}
-    status = "output hidden" if y is None else names.get(place, "solved by some view")
+    names = ("solved at 1", "solved at 2", "solved by some view")
+    solved = names[min(right.index(True), 2)] if any(right) else "unsolved"
+    status = "output hidden" if y is None else solved
     about = {"task": p.task, "query": p.query, "status": status, "votes": len(p.votes)}
     about |= {"input": score.grid_text(x), "target": score.grid_text(y), "too_large": p.too_large}
     answers = [{"grid": score.grid_text(a.grid), "votes": a.votes, "q": a.q} for a in ranked[:8]]
@@ -322,18 +312,15 @@ def entry(p: score.Prediction, t: Timeline) -> dict[str, Any]:
     return about | {"answers": answers, "steps": steps}
 
 
-def plane(vectors: dict[str, np.ndarray]) -> dict[str, Any]:
-    """The finite contexts of tasks on their two principal components."""
-    names = [name for name, x in vectors.items() if np.isfinite(x).all()]
-    text = f"{len(names)} tasks have a canvas and a finite context"
+def plane(contexts: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    """The finite contexts of tasks on their two principal components; of fewer than three none."""
+    names = [name for name, x in contexts.items() if np.isfinite(x).all()]
     if len(names) < 3:
-        return {"points": [], "text": text}
-    x = np.stack([vectors[name] for name in names])
+        return []
+    x = np.stack([contexts[name] for name in names])
     u, s, _ = np.linalg.svd(x - x.mean(0), full_matrices=False)
-    share = (s[:2] ** 2).sum() / max((s**2).sum(), 1e-30)
-    text += f"; the two components have {share:.0%} of their variance"
     places = zip(names, (u * s)[:, :2].tolist(), strict=True)
-    return {"points": [{"task": name, "x": a, "y": b} for name, (a, b) in places], "text": text}
+    return [{"task": name, "x": a, "y": b} for name, (a, b) in places]
 
 
 def gallery(folder: Path, places: Sequence[str]) -> dict[str, Any]:
@@ -343,6 +330,8 @@ def gallery(folder: Path, places: Sequence[str]) -> dict[str, Any]:
     chosen = solver.cfg.data
     known = score.load_by_source(places or chosen.dev, 0 if places else chosen.max_eval_tasks)
     tasks = [t for ts in known.values() for t in ts]
+    if not tasks:
+        raise UserError("trained without a dev split; name tasks with --data")
     lines = score.read(file) if file.exists() else []
     voters = [p.source for p in lines]
     voter = solver.source if solver.source in voters else "".join(voters[-1:])
@@ -353,11 +342,11 @@ def gallery(folder: Path, places: Sequence[str]) -> dict[str, Any]:
     note = f"{len(entries)} queries of {', '.join(known)} have votes of {voter or 'any solver'}"
     note += " (not these weights, or adapted)" if voter not in ("", solver.source) else ""
     note += "" if score.held_out(solver.pairs, tasks) else "; NOT held out"
-    starts = {t.task.name: t.steps[0].context for t in shown if t.steps}
+    contexts = {t.task.name: t.steps[0].context for t in shown if t.steps}
     return {
         "note": f"{note}; weights {solver.source} of {solver.path.name}",
         "gallery": entries,
-        "space": plane({name: x for name, x in starts.items() if x is not None}),
+        "space": plane({name: x for name, x in contexts.items() if x is not None}),
         "demos": {t.name: [list(map(score.grid_text, pair)) for pair in t.demos] for t in tasks},
     }
 
@@ -372,8 +361,8 @@ def page(folder: str | Path, places: Sequence[str] = ()) -> dict[str, Any]:
     try:
         solved = gallery(run.folder, places)
     except UserError as e:
-        solved = {"note": f"neither gallery nor contexts: {e}", "gallery": [], "demos": {}}
-        solved["space"] = plane({})
+        note = f"neither gallery nor contexts: {e}"
+        solved = {"note": note, "gallery": [], "space": [], "demos": {}}
     return solved | {
         "title": run.folder.resolve().name,
         "facts": ", ".join(filter(None, facts)),
@@ -407,12 +396,12 @@ def compared(runs: Sequence[Run]) -> list[dict[str, Any]]:
     for run, config in zip(runs, configs, strict=True):
         own = f"{run.watched}/own"
         evaluated = [r for r in run.rows if f"{own}/loss" in r]
+        losses = [r[f"{own}/loss"] for r in evaluated if math.isfinite(r[f"{own}/loss"])]
         last, end = (evaluated or [{}])[-1], (run.rows or [{}])[-1]
-        losses = [r[f"{own}/loss"] for r in evaluated]
         row: dict[str, Any] = {"run": str(run.folder)}
         row |= {k: end.get(k) for k in ("step", "samples", "seconds")}
         row |= {k: last.get(f"{own}/{k}") for k in ("n", "loss", "cell_accuracy", "exact")}
-        row["best_loss"] = min(filter(math.isfinite, losses), default=None)
+        row["best_loss"] = min(losses, default=None)
         row["gap_own_foreign"] = last.get("gap/own_foreign/loss")
         row["failures"] = ", ".join(dict.fromkeys(m["kind"] for m in failure_marks(run)))
         row["guard"] = run.about["guard"]

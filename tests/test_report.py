@@ -85,14 +85,14 @@ def test_a_run_that_diverged_is_reported_and_shown(copy):
     vote(copy, sources.load([str(SET / "mirror.json")])[0], np.eye(2, dtype=np.uint8))
     path, page = show.report(copy, [str(SET)])
     assert "NaN" not in path.read_text() and page["gallery"][0]["steps"]
-    assert page["space"] == show.plane({})
+    assert page["space"] == []
 
 
 @given(puzzles.generators)
 def test_contexts_in_a_plane_keep_their_distances(g):
     n = puzzles.integer(g, 3, 11)
     x = (torch.randn(n, 2, generator=g) @ torch.randn(2, 20, generator=g) + 5).double().numpy()
-    points = show.plane({f"t{i}": v for i, v in enumerate(x)})["points"]
+    points = show.plane({f"t{i}": v for i, v in enumerate(x)})
     at = np.array([(p["x"], p["y"]) for p in points])
     distances = [np.linalg.norm(z[:, None] - z[None], axis=-1) for z in (x, at)]
     assert np.allclose(*distances, atol=1e-5)
