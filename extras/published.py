@@ -83,18 +83,25 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return {k if k.startswith(("inner.", "encoder.")) else owner + k: v for k, v in plain.items()}
 
 
-def read(path: Path, kind: str, like: dict[str, Tensor]) -> Published:
-    """The leaves (float32) that a published checkpoint has of a model with this kind of encoder."""
-    state, parts = read_state(path), collections.defaultdict[str, list[Tensor]](list)
+def leaves_of(state: dict[str, Tensor], kind: str, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The leaves (float32) that a published state dict has of a model with this kind of encoder;
+    what the model lacks keeps its name."""
+    parts = collections.defaultdict[str, list[Tensor]](list)
     for name in sorted(state):  # H before L, as they are stacked
         ours = our_path(name)
         known = ours in like and (kind in KINDS or ours.startswith(("core.", "encoder.table")))
         parts[ours if known else name].append(state[name].detach().float())
-    tensors = {}
+    leaves = {}
     for name, xs in parts.items():
         x = xs[0] if len(xs) == 1 else torch.cat([x.flatten() for x in xs])
         fits = name in like and x.numel() == like[name].numel()
-        tensors[name] = x.reshape(like[name].shape) if fits else x
+        leaves[name] = x.reshape(like[name].shape) if fits else x
+    return leaves
+
+
+def read(path: Path, kind: str, like: dict[str, Tensor]) -> Published:
+    """A published checkpoint, as far as it fits a model of ours."""
+    state = read_state(path)
     beside = path.with_name("all_config.yaml")
     text = beside.read_text(encoding="utf-8", errors="replace") if beside.is_file() else ""
     fields = re.findall(r"^\s*(H_cycles|L_cycles|num_heads|L_layers): *(\d{1,9})\b", text, re.M)
@@ -103,4 +110,4 @@ def read(path: Path, kind: str, like: dict[str, Tensor]) -> Published:
     if "inner.puzzle_emb.weights" in state:
         about = "a published table, trained on demos of evaluation tasks: NOT strictly held out"
     meaning = {ours_of.get(k, k): int(v) for k, v in fields}
-    return Published(tensors, meaning, f"{path.name}: {about}")
+    return Published(leaves_of(state, kind, like), meaning, f"{path.name}: {about}")

@@ -11,7 +11,7 @@ from etrm_arc.config import EncoderConfig
 from etrm_arc.data import Batch, Demos
 from etrm_arc.encoders import encoder_of
 from etrm_arc.etrm import Context, Encode, Output, Params, act_loss, act_step, leaves, tree_map
-from etrm_arc.tests.published import config, core, standard, sub
+from etrm_arc.tests.published import by_path, config, core, encoder, sub, tree
 
 
 def close(ours, theirs, tolerance=2e-5):
@@ -93,20 +93,14 @@ def test_core(golden):
             loss = act_loss(cfg, out, batch.labels, batch.cells).total.sum()
             close(loss, t["loss.total"])
             (loss / 4).backward()
-    norms, grads = sub(t, "gradnorm.inner."), sub(t, "grad.inner.")
-    names = core({k: k for k in [*sd, "H_init", "L_init"]})
-    checked = 0
-    for path, leaf in leaves(p).items():
-        name = names
-        for part in path.split("."):
-            name = name[int(part)] if part.isdigit() else getattr(name, part)
-        if name in norms:
-            close(leaf.grad.norm(), norms[name])
-            checked += 1
-            if name in grads:
-                close(leaf.grad, grads[name])
-    assert checked == 12
-    close(context.grad.flatten(1), grads["puzzle_emb.local_weights"])
+    norms, grads = (by_path(sub(t, f"{k}.inner."), "inner.") for k in ("gradnorm", "grad"))
+    checked = {k: x for k, x in leaves(p, "core").items() if k in norms}
+    assert len(checked) == 12
+    for path, leaf in checked.items():
+        close(leaf.grad.norm(), norms[path])
+        if path in grads:
+            close(leaf.grad, grads[path])
+    close(context.grad.flatten(1), t["grad.inner.puzzle_emb.local_weights"])
 
 
 @pytest.mark.parametrize("name", ["trm", "etrm_train", "etrm_train_kl", "etrm_eval"])
@@ -202,7 +196,8 @@ def golden_demos(golden):
 def published_encoder(golden, kind):
     """(golden, config, our tree, demos)"""
     t = golden(f"enc_{kind}")[0]
-    return t, encoder_config(kind), standard(sub(t, "sd.")), golden_demos(golden)
+    cfg = encoder_config(kind)
+    return t, cfg, encoder(sub(t, "sd."), cfg), golden_demos(golden)
 
 
 @pytest.mark.parametrize(
@@ -212,8 +207,8 @@ def published_encoder(golden, kind):
 )
 def test_encoders(golden, kind):
     """Context, KL and gradients at evaluation; the same with the noise drawn in training."""
-    t, cfg, tree, demos = published_encoder(golden, kind)
-    p = grad_tree(tree)
+    t, cfg, p, demos = published_encoder(golden, kind)
+    p = grad_tree(p)
     context = context_of(p, cfg, demos)
     close(context.tokens, t["eval.context"])
     loss = (context.tokens * t["gradprobe.W"]).sum()
@@ -223,10 +218,8 @@ def test_encoders(golden, kind):
     close(loss, t["gradprobe.scalar"])
     loss.backward()
     norms = sub(t, "gradprobe.norm.")
-    ours, theirs = leaves(p), leaves(standard(norms))
-    assert len(theirs) == len(norms)
-    for leaf, norm in theirs.items():
-        close(ours[leaf].grad.norm(), norm)
+    for path, norm in by_path(norms, "encoder.").items():
+        close(leaves(p, "encoder")[path].grad.norm(), norm)
     if "train.eps" in t:
         noise = t["train.eps"] if t["train.eps"].ndim == 3 else t["train.eps"][:, None]
         context = context_of(p, cfg, demos, noise)
@@ -243,17 +236,18 @@ def test_standard_options(golden, variant):
                  set_encoder_layers="set_layers")  # fmt: skip
     options = {names[k]: v for k, v in meta["variants"][variant].items()}
     sd = {**sub(golden("enc_standard")[0], "sd."), **sub(t, f"{variant}.sd.")}
-    p, demos = standard(sd, options.get("set_layers", 1)), golden_demos(golden)
+    cfg, demos = encoder_config(**options), golden_demos(golden)
     want = t[f"{variant}.eval.context"]
     if variant == "weightedpool":  # published: NaN wherever a demo is padded, so one demo each
         demos = [x[:, :1] for x in demos]
         want = t["weightedpool.eval.context_first_demo_only"]
-    close(context_of(p, encoder_config(**options), demos).tokens, want)
+    close(context_of(encoder(sd, cfg), cfg, demos).tokens, want)
 
 
 def test_no_demo_gives_the_published_context(golden):
-    p = standard(sub(golden("enc_standard")[0], "sd."))
-    context = context_of(p, encoder_config(), [x[:1] * 0 for x in golden_demos(golden)])
+    cfg = encoder_config()
+    p = encoder(sub(golden("enc_standard")[0], "sd."), cfg)
+    context = context_of(p, cfg, [x[:1] * 0 for x in golden_demos(golden)])
     close(context.tokens, golden("enc_standard_options")[0]["nodemos.standard.context"])
 
 
@@ -263,7 +257,7 @@ def test_recurrent_encoders(golden, kind):
     t, _ = golden("enc_recurrent_standard" if kind == "recurrent" else "enc_trm_style")
     states = ("z_e",) if kind == "recurrent" else ("z_e_H", "z_e_L")
     cfg = encoder_config(kind, set_layers=len(states), H_cycles=len(states))
-    p, encode = standard(sub(t, "sd.")), encoder_of(cfg)
+    p, encode = encoder(sub(t, "sd."), cfg), encoder_of(cfg)
     read = context_of(p, cfg, golden_demos(golden))
     z_E = torch.stack([t[f"carry0.{k}"] for k in states], 1)
     for step in (1, 2, 3):
@@ -280,13 +274,8 @@ def test_gradients_of_the_whole(golden):
     batch = batch_of(t["batch.inputs"], t["batch.labels"], demos)
     carry, sd = etrm.fresh_carry(cfg, batch.cells, torch.float32), sub(t, "sd.")
 
-    def build(tensors):
-        """The tree with None where there is no tensor."""
-        tensors = {**dict.fromkeys(sd), "inner.H_init": None, "inner.L_init": None, **tensors}
-        return Params(standard(sub(tensors, "encoder.")), core(sub(tensors, "inner.")))
-
     for step in (1, 2):
-        p = grad_tree(build(sd))
+        p = grad_tree(tree(sd, cfg))
         least = (t[f"step{step}.rand"] < cfg.exploration) * t[f"step{step}.randint"]
         carry, out = act_step(p, cfg, encoder_of(cfg), carry, batch, least)
         loss = act_loss(cfg, out, batch.labels, batch.cells).total.sum()
@@ -294,11 +283,11 @@ def test_gradients_of_the_whole(golden):
         (loss / 4).backward()
         assert torch.equal(carry.halted, t[f"step{step}.halted"])
         close(out.logits, t[f"step{step}.logits"].flatten(0, 1))
-        norms = leaves(build(sub(t, f"step{step}.gradnorm.")))
+        norms = by_path(sub(t, f"step{step}.gradnorm."))
         assert len(norms) == len(leaves(p)) - 2
         for path, norm in norms.items():
             close(leaves(p)[path].grad.norm(), norm)
-        grads = leaves(build(sub(t, f"step{step}.grad.")))
+        grads = by_path(sub(t, f"step{step}.grad."))
         assert len(grads) == (len(sub(t, "step1.grad.")) if step == 1 else 0)
         for path, grad in grads.items():
             close(leaves(p)[path].grad, grad)
