@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from ..data import INVERSE, MAX_SIDE, Task, turn
-from .grids import NONE, Fn, Grid
+from .grids import Fn, Grid
 from .rules import RULES, recoloured
 from .scenes import SCENES, Dice, Scene, World
 
@@ -26,7 +28,6 @@ class Made(NamedTuple):
 
     names: tuple[str, ...]
     scene: str
-    fn: Fn
     task: Task
 
 
@@ -36,8 +37,8 @@ NAMES, AFTER = list(RULES), [n for n, r in RULES.items() if r.after]
 def is_held_out(names: Sequence[str]) -> bool:
     """About every tenth combination of two or more rules, in any order. A rule by itself never is,
     so that only the combination is new in a held-out task."""
-    said = " + ".join(sorted(names))
-    return len(names) > 1 and hashlib.blake2b(said.encode(), digest_size=2).digest() < b"\x19\x99"
+    key = " + ".join(sorted(names)).encode()
+    return len(names) > 1 and hashlib.blake2b(key, digest_size=2).digest() < b"\x19\x99"
 
 
 def composition(d: Dice, held_out: bool) -> tuple[str, ...]:
@@ -64,12 +65,12 @@ def world(d: Dice, names: Sequence[str]) -> World:
 
 def chain(steps: Sequence[Fn], x: Grid) -> list[Grid]:
     """What every step gives; [] where one has no answer or gives too large a grid."""
-    found = [x]
+    grids = [x]
     for step in steps:
-        found.append(step(found[-1]))
-        if min(found[-1].shape) == 0 or max(found[-1].shape) > MAX_SIDE:
+        grids.append(step(grids[-1]))
+        if min(grids[-1].shape) == 0 or max(grids[-1].shape) > MAX_SIDE:
             return []
-    return found[1:]
+    return grids[1:]
 
 
 def wrapped(fn: Fn, g: int) -> Fn:
@@ -77,11 +78,7 @@ def wrapped(fn: Fn, g: int) -> Fn:
     return lambda x: turn(int(INVERSE[g]), fn(turn(g, x)))
 
 
-def equal(a: Grid, b: Grid) -> bool:
-    return a.shape == b.shape and bool((a == b).all())
-
-
-def drawn(d: Dice, names: Sequence[str], draw: Scene, name: str) -> tuple[Fn, Task] | None:
+def drawn(d: Dice, names: Sequence[str], draw: Scene, name: str) -> Task | None:
     """The task of one world, or None when it has to be drawn again."""
     w = world(d, names)
     steps = [RULES[n].make(d, w) for n in names]
@@ -90,7 +87,7 @@ def drawn(d: Dice, names: Sequence[str], draw: Scene, name: str) -> tuple[Fn, Ta
     wanted = 1 + d.pick((2, 3, 3, 3, 3, 4, 4, 4, 5))
     for _ in range(4 * wanted):
         x = draw(d, w)
-        is_new = (x != x[0, 0]).any() and not any(equal(x, r[0]) for r in rows)
+        is_new = (x != x[0, 0]).any() and not any(np.array_equal(x, r[0]) for r in rows)
         if max(x.shape) <= MAX_SIDE and is_new and (found := chain(steps, x)):
             rows.append([x, *found])
         if len(rows) == wanted:
@@ -99,13 +96,8 @@ def drawn(d: Dice, names: Sequence[str], draw: Scene, name: str) -> tuple[Fn, Ta
         return None
     g, ground = d.pick(TURNS), d.pick((0,) * 9 + (d.between(1, 9),))
     ground_swap = recoloured((0, ground), (ground, 0))
-
-    def fn(x: Grid) -> Grid:
-        y = chain(steps, turn(int(INVERSE[g]), ground_swap(x)))
-        return turn(g, ground_swap(y[-1])) if y else NONE
-
-    pairs = [tuple(turn(g, ground_swap(x)) for x in (r[0], r[-1])) for r in rows]
-    return fn, Task(name, [(a, b) for a, b in pairs[1:]], [(pairs[0][0], pairs[0][1])])
+    pairs = [(turn(g, ground_swap(r[0])), turn(g, ground_swap(r[-1]))) for r in rows]
+    return Task(name, list(pairs[1:]), list(pairs[:1]))
 
 
 def sound(
@@ -114,15 +106,21 @@ def sound(
     """Whether the demos can show what the query asks, whichever pair is the query."""
     few = len(rows) // 3
     for i in range(len(steps)):
-        if sum(equal(r[i], r[i + 1]) for r in rows) > few:
+        if sum(np.array_equal(r[i], r[i + 1]) for r in rows) > few:
             return False  # a step that does nothing
         if i + 1 < len(steps):
             short = [chain([*steps[:i], *steps[i + 1 :]], r[0]) for r in rows]
-            if sum(bool(s) and equal(s[-1], r[-1]) for s, r in zip(short, rows, strict=True)) > few:
+            if (
+                sum(
+                    bool(s) and np.array_equal(s[-1], r[-1])
+                    for s, r in zip(short, rows, strict=True)
+                )
+                > few
+            ):
                 return False  # a step that makes no difference
-    if sum(equal(r[0], r[-1]) for r in rows) > few:
+    if sum(np.array_equal(r[0], r[-1]) for r in rows) > few:
         return False  # nothing is changed
-    if all(equal(rows[0][-1], r[-1]) for r in rows[1:]):
+    if all(np.array_equal(rows[0][-1], r[-1]) for r in rows[1:]):
         return False  # all outputs are the same
     if not RULES[names[-1]].last and sum(bool((r[-1] == r[-1].flat[0]).all()) for r in rows) > few:
         return False  # outputs of one colour
@@ -145,7 +143,7 @@ def make(seed: int, index: int, held_out: bool = False) -> Made:
         which = d.pick(RULES[names[0]].scenes.split())
         for _ in range(8):
             if found := drawn(d, names, SCENES[which], name):
-                return Made(names, which, *found)
+                return Made(names, which, found)
     raise RuntimeError(f"seed {seed}, index {index}: no sound task in {TRIES} compositions")
 
 

@@ -92,31 +92,3 @@ def enlarged(x: Grid, k: int) -> Grid:
 def mirror_tiled(x: Grid) -> Grid:
     x = np.hstack([x, x[:, ::-1]])
     return np.vstack([x, x[::-1]])
-
-
-def neighbours(x: Grid) -> Grid:
-    return np.sum([n > 0 for n in around(x)], 0)
-
-
-def inside(x: Grid) -> Grid:
-    return np.min(around(x, True), 0) > 0
-
-
-def outline(part: Sequence[int], w: int) -> tuple[int, ...]:
-    """The shape of an object, wherever it is."""
-    rows, columns = box(part, w)
-    return tuple(sorted(i - rows.start * w - columns.start for i in part))
-
-
-def on_border(x: Grid, p: list[int]) -> bool:
-    r, c = box(p, x.shape[1])
-    return r.start == 0 or c.start == 0 or r.stop == x.shape[0] or c.stop == x.shape[1]
-
-
-def has_hole(x: Grid, p: list[int]) -> bool:
-    return bool(enclosed(painted(np.zeros_like(x), [p], [1])).any())
-
-
-def is_tall(x: Grid, p: list[int]) -> bool:
-    r, c = box(p, x.shape[1])
-    return r.stop - r.start > c.stop - c.start

@@ -8,31 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from .grids import (
-    NONE,
-    Fn,
-    Grid,
-    around,
-    border,
-    box,
-    crop,
-    enclosed,
-    enlarged,
-    has_hole,
-    inside,
-    is_tall,
-    mirror_tiled,
-    neighbours,
-    on_border,
-    outline,
-    painted,
-    parts,
-    where,
-)
+from . import grids
+from .grids import NONE, Fn, Grid, around, box, crop, painted, parts, where
 from .scenes import Dice, World, cells_of, panels_of
 
 Make = Callable[[Dice, World], Fn]
@@ -49,17 +30,19 @@ class Rule(NamedTuple):
     colours: bool = False  # reads colours, so every input has those that the others show
 
 
-def plain(fn: Fn) -> Make:
-    return lambda d, w: fn
+def plain(scenes: str, fn: Fn, after: bool = False, **traits: Any) -> Rule:
+    """A rule without parameters."""
+    return Rule(scenes, lambda d, w: fn, after, **traits)
 
 
-def of(fn: Callable[[World, Grid], Grid]) -> Make:
-    return lambda d, w: lambda x: fn(w, x)
+def of(scenes: str, fn: Callable[[World, Grid], Grid], after: bool = False, **traits: Any) -> Rule:
+    """A rule whose parameters are those of the task's world."""
+    return Rule(scenes, lambda d, w: lambda x: fn(w, x), after, **traits)
 
 
-def new(mask: Callable[[Grid], Grid], i: int = 0) -> Make:
+def new(scenes: str, mask: Fn, after: bool = False, number: int = 0) -> Rule:
     """The cells under the mask get a colour that the rule brings in."""
-    return lambda d, w: lambda x: where(mask(x), w.new[i], x)
+    return of(scenes, lambda w, x: where(mask(x), w.new[number], x), after)
 
 
 def recoloured(old: Sequence[int], to: Sequence[int]) -> Fn:
@@ -71,11 +54,6 @@ def recoloured(old: Sequence[int], to: Sequence[int]) -> Fn:
 def permuted(d: Dice, w: World) -> Fn:
     order = d.some(w.ink, len(w.ink))
     return recoloured(order, [*order[1:], d.pick((order[0], w.new[0]))])
-
-
-def by_rank(i: int) -> Make:
-    """The commonest or rarest colour becomes a new one."""
-    return lambda d, w: lambda x: where(x == o[i], w.new[0], x) if (o := ranked(x))[1:] else NONE
 
 
 def chosen(do: str, at: At) -> Make:
@@ -111,6 +89,34 @@ def sorted_out(do: str, holds: Holds) -> Make:
         return fn
 
     return make
+
+
+def neighbours(x: Grid) -> Grid:
+    return np.sum([n > 0 for n in around(x)], 0)
+
+
+def inside(x: Grid) -> Grid:
+    return np.min(around(x, True), 0) > 0
+
+
+def outline(part: Sequence[int], w: int) -> tuple[int, ...]:
+    """The shape of an object, wherever it is."""
+    rows, columns = box(part, w)
+    return tuple(sorted(i - rows.start * w - columns.start for i in part))
+
+
+def on_border(x: Grid, p: list[int]) -> bool:
+    r, c = box(p, x.shape[1])
+    return r.start == 0 or c.start == 0 or r.stop == x.shape[0] or c.stop == x.shape[1]
+
+
+def has_hole(x: Grid, p: list[int]) -> bool:
+    return bool(grids.enclosed(painted(np.zeros_like(x), [p], [1])).any())
+
+
+def is_tall(x: Grid, p: list[int]) -> bool:
+    r, c = box(p, x.shape[1])
+    return r.stop - r.start > c.stop - c.start
 
 
 def single(keys: list[int], best: Callable[[list[int]], int] = max) -> int:
@@ -247,14 +253,14 @@ def cells_fall(x: Grid) -> Grid:
     return np.take_along_axis(x, np.argsort(x > 0, 0, kind="stable"), 0)
 
 
-def overlay(how: Callable[[Grid, Grid], Grid]) -> Make:
+def overlay(how: Callable[[Grid, Grid], Grid]) -> Rule:
     """Where two halves are both / either / ... coloured."""
 
     def fn(w: World, x: Grid) -> Grid:
         halves = panels_of(w, x, 2)
         return where(how(halves[0] > 0, halves[1] > 0), w.new[0], halves[0] * 0) if halves else NONE
 
-    return of(fn)
+    return of("halves", fn)
 
 
 def stacked(d: Dice, w: World) -> Fn:
@@ -286,28 +292,29 @@ def continued(w: World, x: Grid) -> Grid:
     return y
 
 
-def patch(fill: Callable[[World, Grid], Grid]) -> Make:
-    return of(lambda w, x: crop(y, x == w.mark) if (y := fill(w, x)).size else NONE)
+def patch(scene: str, fill: Callable[[World, Grid], Grid]) -> Rule:
+    return of(scene, lambda w, x: crop(y, x == w.mark) if (y := fill(w, x)).size else NONE)
 
 
-def condensed(colour: Callable[[World, Grid], int]) -> Make:
-    """One cell for each cell of a lattice."""
-    return of(
-        lambda w, x: np.array([[colour(w, y) for y in row] for row in cells_of(w, x)], np.uint8)
-    )
+def condensed(colour: Callable[[World, int], int]) -> Rule:
+    """One cell for each cell of a lattice, by how many cells of it are coloured."""
+
+    def fn(w: World, x: Grid) -> Grid:
+        colours = [colour(w, filled(y)) for y in cells_of(w, x)]
+        return np.array(colours, np.uint8).reshape((len(x) + 1) // (w.k + 1), -1)
+
+    return of("lattice", fn)
 
 
-def panels_in(w: World, x: Grid) -> list[Grid]:
-    return panels_of(w, x, w.number)
+def filled(x: Grid) -> int:
+    return int(np.count_nonzero(x))
 
 
-def cells_in(w: World, x: Grid) -> list[Grid]:
-    return [y for row in cells_of(w, x) for y in row]
-
-
-def one_part(split: Callable[[World, Grid], list[Grid]], at: Callable[[list[Grid]], int]) -> Make:
+def one_part(
+    scene: str, split: Callable[[World, Grid], list[Grid]], at: Callable[[list[Grid]], int]
+) -> Rule:
     """One panel or cell of a lattice."""
-    return of(lambda w, x: ys[i] if (ys := split(w, x)) and (i := at(ys)) >= 0 else NONE)
+    return of(scene, lambda w, x: ys[i] if (ys := split(w, x)) and (i := at(ys)) >= 0 else NONE)
 
 
 def histogram(x: Grid) -> Grid:
@@ -321,8 +328,15 @@ def counted(colour: int, n: int, total: int) -> Grid:
     return where(np.arange(max(n, total))[None] < n, colour, np.zeros((1, 1), np.uint8))
 
 
-def ranking(part: slice) -> Make:
-    return plain(lambda x: np.array([o[part]], np.uint8) if (o := ranked(x))[1:] else NONE)
+def to_new(x: Grid, rank: int, colour: int) -> Grid:
+    order = ranked(x)
+    return where(x == order[rank], colour, x) if len(order) > 1 else NONE
+
+
+def listed(x: Grid, part: slice) -> Grid:
+    """A row of the colours of these ranks."""
+    order = ranked(x)
+    return np.array([order[part]], np.uint8) if len(order) > 1 else NONE
 
 
 CHOICES: dict[str, tuple[str, At]] = {
@@ -346,12 +360,8 @@ OVERLAYS: dict[str, Callable[[Grid, Grid], Grid]] = {
     "first half without second": lambda a, b: a & ~b,
     "halves agree": np.equal,
 }
-ROW, COLUMN, DIAGONAL, OTHER = (
-    [(0, 1), (0, -1)],
-    [(1, 0), (-1, 0)],
-    [(1, 1), (-1, -1)],
-    [(1, -1), (-1, 1)],
-)
+ROW, COLUMN = [(0, 1), (0, -1)], [(1, 0), (-1, 0)]
+DIAGONAL, OTHER = [(1, 1), (-1, -1)], [(1, -1), (-1, 1)]
 RAYS = {
     "ray": ROW[:1],
     "row": ROW,
@@ -359,145 +369,132 @@ RAYS = {
     "diagonal ray": DIAGONAL[:1],
     "diagonals": DIAGONAL + OTHER,
 }
-ANY = "noise sprite shapes full blocks"
+ANY, MIXED = "noise sprite shapes full blocks", "noise full shapes"
 RULES: dict[str, Rule] = {
     # the grid as a whole
-    "mirror": Rule(ANY, plain(lambda x: x[:, ::-1]), True),
-    "half turn": Rule(ANY, plain(lambda x: x[::-1, ::-1]), True),
-    "quarter turn": Rule(ANY, plain(lambda x: x.T[::-1]), True),
-    "transpose": Rule(ANY, plain(lambda x: x.T), True),
-    "enlarge": Rule(ANY, of(lambda w, x: enlarged(x, w.k)), True, top=9),
-    "stretch": Rule(ANY, of(lambda w, x: x.repeat(w.k, 1)), True, top=10),
-    "shrink": Rule("coarse", of(lambda w, x: x[:: w.k, :: w.k])),
-    "enlarge by colours": Rule("full noise",
-        plain(lambda x: enlarged(x, len(set(x.tobytes()) - {0}))), top=6),
-    "tile": Rule("noise full", of(lambda w, x: np.tile(x, (w.number - 1, w.k))), True, top=8),
-    "tile mirrored": Rule("noise full sprite", plain(mirror_tiled), True, top=10),
-    "tile alternating": Rule("noise full",
-        plain(lambda x: np.vstack([np.tile(y, 3) for y in (x, x[:, ::-1], x)])), top=5),
-    "append mirror": Rule("noise full shapes", plain(lambda x: np.hstack([x, x[:, ::-1]])), True,
-        top=12),
-    "append turned": Rule("noise full shapes", plain(lambda x: np.hstack([x, x[::-1, ::-1]])), True,
-        top=12),
-    "self-similar": Rule("mono noise", plain(lambda x: np.kron(x > 0, x)), top=5),
-    "self-similar inverse": Rule("mono", plain(lambda x: np.kron(x == 0, x)), top=5),
-    "self-similar by colour": Rule("full noise", of(lambda w, x: np.kron(x == w.ink[0], x)), top=5,
-        colours=True),
-    "roll": Rule("noise full shapes", of(lambda w, x: np.roll(x, w.k - 1, 1)), True),
-    "shift": Rule("shapes noise blocks",
-        of(lambda w, x: np.pad(x, ((0, 0), (w.k - 1, 0)))[:, : x.shape[1]]), True),
-    "shear": Rule("bars full coarse bands blocks",
-        plain(lambda x: np.array([np.roll(r, i) for i, r in enumerate(x)])), top=10),
-    "swap halves": Rule("noise full shapes",
-        plain(lambda x: NONE if len(x.T) % 2 else np.roll(x, len(x.T) // 2, 1)), True),
-    "left half": Rule("noise full shapes", plain(lambda x: x[:, : (x.shape[1] + 1) // 2]), True),
-    "corner quarter": Rule("noise full",
-        plain(lambda x: x[: (len(x) + 1) // 2, : (x.shape[1] + 1) // 2]), True),
-    "mirror half": Rule("noise full shapes",
-        plain(lambda x: np.hstack([x[:, : (len(x.T) + 1) // 2], x[:, : len(x.T) // 2][:, ::-1]])),
-        True),
-    "overlay mirror": Rule("noise shapes blocks", plain(lambda x: np.where(x > 0, x, x[:, ::-1])),
-        True),
-    "every other row": Rule("noise full blocks", plain(lambda x: x[::2]), True),
-    "drop doubles": Rule("bands coarse", plain(deduped)),
-    "drop empty lines": Rule("dots shapes links", plain(lambda x: x[x.any(1)][:, x.any(0)]), True),
-    "columns by height": Rule("bars",
-        plain(lambda x: x[:, np.argsort(np.count_nonzero(x, 0), kind="stable")]), True),
-    "columns by depth": Rule("bars",
-        plain(lambda x: x[:, np.argsort(-np.count_nonzero(x, 0), kind="stable")])),
-    "unframe": Rule("framed",
-        of(lambda w, x: y[1:-1, 1:-1] if min((y := crop(x, x == w.mark)).shape) > 2 else NONE)),
-    "frame outside": Rule(ANY, of(lambda w, x: np.pad(x, 1, constant_values=w.new[1])), True,
-        top=16),
-    "frame inside": Rule("noise full shapes", new(border, 1), True),
+    "mirror": plain(ANY, lambda x: x[:, ::-1], True),
+    "half turn": plain(ANY, lambda x: x[::-1, ::-1], True),
+    "quarter turn": plain(ANY, lambda x: x.T[::-1], True),
+    "transpose": plain(ANY, lambda x: x.T, True),
+    "enlarge": of(ANY, lambda w, x: grids.enlarged(x, w.k), True, top=9),
+    "stretch": of(ANY, lambda w, x: x.repeat(w.k, 1), True, top=10),
+    "shrink": of("coarse", lambda w, x: x[:: w.k, :: w.k]),
+    "enlarge by colours": plain("full noise",
+        lambda x: grids.enlarged(x, len(set(x.tobytes()) - {0})), top=6),
+    "tile": of("noise full", lambda w, x: np.tile(x, (w.number - 1, w.k)), True, top=8),
+    "tile mirrored": plain("noise full sprite", grids.mirror_tiled, True, top=10),
+    "tile alternating": plain("noise full",
+        lambda x: np.vstack([np.tile(y, 3) for y in (x, x[:, ::-1], x)]), top=5),
+    "append mirror": plain(MIXED, lambda x: np.hstack([x, x[:, ::-1]]), True, top=12),
+    "append turned": plain(MIXED, lambda x: np.hstack([x, x[::-1, ::-1]]), True, top=12),
+    "self-similar": plain("mono noise", lambda x: np.kron(x > 0, x), top=5),
+    "self-similar inverse": plain("mono", lambda x: np.kron(x == 0, x), top=5),
+    "self-similar by colour": of("full noise",
+        lambda w, x: np.kron(x == w.ink[0], x), top=5, colours=True),
+    "roll": of(MIXED, lambda w, x: np.roll(x, w.k - 1, 1), True),
+    "shift": of("shapes noise blocks",
+        lambda w, x: np.pad(x, ((0, 0), (w.k - 1, 0)))[:, : x.shape[1]], True),
+    "shear": plain("bars full coarse bands blocks",
+        lambda x: np.array([np.roll(r, i) for i, r in enumerate(x)]), top=10),
+    "swap halves": plain(MIXED,
+        lambda x: NONE if len(x.T) % 2 else np.roll(x, len(x.T) // 2, 1), True),
+    "left half": plain(MIXED, lambda x: x[:, : (x.shape[1] + 1) // 2], True),
+    "corner quarter": plain("noise full",
+        lambda x: x[: (len(x) + 1) // 2, : (x.shape[1] + 1) // 2], True),
+    "mirror half": plain(MIXED,
+        lambda x: np.hstack([x[:, : (len(x.T) + 1) // 2], x[:, : len(x.T) // 2][:, ::-1]]), True),
+    "overlay mirror": plain("noise shapes blocks", lambda x: np.where(x > 0, x, x[:, ::-1]), True),
+    "every other row": plain("noise full blocks", lambda x: x[::2], True),
+    "drop doubles": plain("bands coarse", deduped),
+    "drop empty lines": plain("dots shapes links", lambda x: x[x.any(1)][:, x.any(0)], True),
+    "columns by height": plain("bars",
+        lambda x: x[:, np.argsort(np.count_nonzero(x, 0), kind="stable")], True),
+    "columns by depth": plain("bars",
+        lambda x: x[:, np.argsort(-np.count_nonzero(x, 0), kind="stable")]),
+    "unframe": of("framed",
+        lambda w, x: y[1:-1, 1:-1] if min((y := crop(x, x == w.mark)).shape) > 2 else NONE),
+    "frame outside": of(ANY, lambda w, x: np.pad(x, 1, constant_values=w.new[1]), True, top=16),
+    "frame inside": new(MIXED, grids.border, True, number=1),
     # colours
     "permute colours": Rule("noise full shapes blocks", permuted, True, colours=True),
-    "swap colours": Rule("noise full shapes", lambda d,
-        w: recoloured(a := d.some(w.ink, 2), a[::-1]), True, colours=True),
-    "replace a colour": Rule("noise full blocks", lambda d,
-        w: recoloured([d.pick(w.ink)], w.new[:1]), True, colours=True),
-    "erase a colour": Rule("noise full blocks", lambda d, w: recoloured([d.pick(w.ink)], [0]), True,
-        colours=True),
-    "one colour": Rule("noise shapes sprite", new(lambda x: x > 0), True),
-    "negative": Rule("mono noise blocks",
-        of(lambda w, x: where(x > 0, 0, where(x == 0, w.new[0], x))), True),
-    "exchange": Rule("mono", plain(lambda x: where(x > 0, 0, np.full_like(x, x.max())))),
-    "paint background": Rule("noise shapes blocks", new(lambda x: x == 0, 2), True),
-    "checkerboard": Rule("mono blocks solids",
-        new(lambda x: (x > 0) & (np.indices(x.shape).sum(0) % 2 == 1)), True),
-    "alternate columns": Rule("mono blocks bars solids",
-        new(lambda x: (x > 0) & (np.arange(x.shape[1]) % 2 == 1)), True),
-    "commonest to new": Rule("noise full shapes", by_rank(0), True),
-    "rarest to new": Rule("noise full shapes", by_rank(-1), True),
-    "keep commonest": Rule("noise shapes blocks",
-        plain(lambda x: where(x != o[0], 0, x) if (o := ranked(x))[1:] else NONE)),
-    "column colours": Rule("keyed_columns",
-        plain(lambda x: where(x == 0, 0, x[:1].repeat(len(x), 0)))),
-    "corner colour": Rule("keyed_corner", plain(lambda x: where(x > 0, int(x[0, 0]), x))),
+    "swap colours": Rule(MIXED,
+        lambda d, w: recoloured(a := d.some(w.ink, 2), a[::-1]), True, colours=True),
+    "replace a colour": Rule("noise full blocks",
+        lambda d, w: recoloured([d.pick(w.ink)], w.new[:1]), True, colours=True),
+    "erase a colour": Rule("noise full blocks",
+        lambda d, w: recoloured([d.pick(w.ink)], [0]), True, colours=True),
+    "one colour": new("noise shapes sprite", lambda x: x > 0, True),
+    "negative": of("mono noise blocks",
+        lambda w, x: where(x > 0, 0, where(x == 0, w.new[0], x)), True),
+    "exchange": plain("mono", lambda x: where(x > 0, 0, np.full_like(x, x.max()))),
+    "paint background": new("noise shapes blocks", lambda x: x == 0, True, number=2),
+    "checkerboard": new("mono blocks solids",
+        lambda x: (x > 0) & (np.indices(x.shape).sum(0) % 2 == 1), True),
+    "alternate columns": new("mono blocks bars solids",
+        lambda x: (x > 0) & (np.arange(x.shape[1]) % 2 == 1), True),
+    "commonest to new": of(MIXED, lambda w, x: to_new(x, 0, w.new[0]), True),
+    "rarest to new": of(MIXED, lambda w, x: to_new(x, -1, w.new[0]), True),
+    "keep commonest": plain("noise shapes blocks",
+        lambda x: where(x != o[0], 0, x) if (o := ranked(x))[1:] else NONE),
+    "column colours": plain("keyed_columns", lambda x: where(x == 0, 0, x[:1].repeat(len(x), 0))),
+    "corner colour": plain("keyed_corner", lambda x: where(x > 0, int(x[0, 0]), x)),
     # objects
     **{f"{do} {k}": Rule(s, chosen(do, at), k == "largest")
         for do in ("mark", "keep", "crop") for k, (s, at) in CHOICES.items()},
     **{f"{do} {k}": Rule(s, sorted_out(do, h), "off" in k)
         for do in ("colour", "keep") for k, (s, h) in PROPERTIES.items()},
-    "colours by rank": Rule("shapes blocks", of(colours_by_rank)),
+    "colours by rank": of("shapes blocks", colours_by_rank),
     "colours by size": Rule("shapes blocks", colours_by_size),
-    "crop to all": Rule("sprite shapes", plain(lambda x: crop(x, x > 0)), True),
-    "hollow": Rule("solids", plain(lambda x: where(inside(x), 0, x)), True),
-    "core": Rule("solids", new(inside), True),
-    "outline": Rule("shapes blocks boxes",
-        new(lambda x: (x == 0) & (np.max(around(x, True), 0) > 0)), True),
-    "halo": Rule("dots shapes", new(lambda x: (x == 0) & (np.max(around(x), 0) > 0)), True),
-    "fill enclosed": Rule("boxes", new(enclosed), True),
-    "fill outside": Rule("boxes", new(lambda x: (x == 0) & ~enclosed(x))),
-    "fill by seed": Rule("seeds", plain(fill_seeded)),
-    "fill bounding boxes": Rule("shapes", of(boxed), True),
-    "like twins": Rule("twins", of(like_twins)),
-    "stamp": Rule("stamps", of(stamped)),
+    "crop to all": plain("sprite shapes", lambda x: crop(x, x > 0), True),
+    "hollow": plain("solids", lambda x: where(inside(x), 0, x), True),
+    "core": new("solids", inside, True),
+    "outline": new("shapes blocks boxes",
+        lambda x: (x == 0) & (np.max(around(x, True), 0) > 0), True),
+    "halo": new("dots shapes", lambda x: (x == 0) & (np.max(around(x), 0) > 0), True),
+    "fill enclosed": new("boxes", grids.enclosed, True),
+    "fill outside": new("boxes", lambda x: (x == 0) & ~grids.enclosed(x)),
+    "fill by seed": plain("seeds", fill_seeded),
+    "fill bounding boxes": of("shapes", boxed, True),
+    "like twins": of("twins", like_twins),
+    "stamp": of("stamps", stamped),
     # motion, lines, neighbourhoods
-    "cells fall": Rule("noise dots sprite mono", plain(cells_fall), True),
-    "objects fall": Rule("shapes walled", plain(objects_fall), True),
-    **{name: Rule("dots", plain(rays(steps)), name == "ray") for name, steps in RAYS.items()},
+    "cells fall": plain("noise dots sprite mono", cells_fall, True),
+    "objects fall": plain("shapes walled", objects_fall, True),
+    **{name: plain("dots", rays(steps), name == "ray") for name, steps in RAYS.items()},
     "link": Rule("links", linked),
-    "lines only": Rule("ruled", plain(lines_only)),
-    "mark crowded": Rule("mono noise", new(lambda x: (x > 0) & (neighbours(x) >= 2)), True),
-    "mark lonely": Rule("mono noise", new(lambda x: (x > 0) & (neighbours(x) == 0))),
-    "remove lonely": Rule("mono noise", plain(lambda x: where(neighbours(x) == 0, 0, x)), True),
-    "fill crowded": Rule("mono noise", new(lambda x: (x == 0) & (neighbours(x) >= 3))),
+    "lines only": plain("ruled", lines_only),
+    "mark crowded": new("mono noise", lambda x: (x > 0) & (neighbours(x) >= 2), True),
+    "mark lonely": new("mono noise", lambda x: (x > 0) & (neighbours(x) == 0)),
+    "remove lonely": plain("mono noise", lambda x: where(neighbours(x) == 0, 0, x), True),
+    "fill crowded": new("mono noise", lambda x: (x == 0) & (neighbours(x) >= 3)),
     # panels, patterns, lattices
-    **{name: Rule("halves", overlay(how)) for name, how in OVERLAYS.items()},
+    **{name: overlay(how) for name, how in OVERLAYS.items()},
     "stack panels": Rule("panels", stacked),
-    "odd panel": Rule("odd_panels",
-        one_part(panels_in, lambda ys: odd_one([y.tobytes() for y in ys]))),
-    "symmetric panel": Rule("even_panels",
-        one_part(panels_in, lambda ys: single([int((y == y[:, ::-1]).all()) for y in ys]))),
-    "fullest panel": Rule("panels",
-        one_part(panels_in, lambda ys: single([int(np.count_nonzero(y)) for y in ys]))),
-    "complete symmetry": Rule("mirrored", of(uncovered)),
-    "symmetric patch": Rule("mirrored", patch(uncovered)),
-    "complete period": Rule("periodic", of(continued)),
-    "periodic patch": Rule("periodic", patch(continued)),
-    "continue rows": Rule("strips",
-        of(lambda w, x: np.tile(x[:, : w.period[0]], x.shape[1])[:, : x.shape[1]])),
-    "lattice majority": Rule("lattice",
-        condensed(lambda w, y: w.new[0] if 2 * np.count_nonzero(y) > y.size else 0)),
-    "lattice counts": Rule("lattice",
-        condensed(lambda w, y: w.new[min(int(np.count_nonzero(y)), 3)])),
-    "fullest cell": Rule("lattice",
-        one_part(cells_in, lambda ys: single([int(np.count_nonzero(y)) for y in ys]))),
-    "emptiest cell": Rule("lattice",
-        one_part(cells_in, lambda ys: single([int(np.count_nonzero(y)) for y in ys], min))),
-    "overlay lattice": Rule("lattice",
-        of(lambda w, x: np.max(cells_in(w, x), 0) if w.p[2] < 0.5 else NONE)),
+    "odd panel": one_part("odd_panels", panels_of, lambda ys: odd_one([y.tobytes() for y in ys])),
+    "symmetric panel": one_part("even_panels",
+        panels_of, lambda ys: single([int((y == y[:, ::-1]).all()) for y in ys])),
+    "fullest panel": one_part("panels", panels_of, lambda ys: single([filled(y) for y in ys])),
+    "complete symmetry": of("mirrored", uncovered),
+    "symmetric patch": patch("mirrored", uncovered),
+    "complete period": of("periodic", continued),
+    "periodic patch": patch("periodic", continued),
+    "continue rows": of("strips",
+        lambda w, x: np.tile(x[:, : w.period[0]], x.shape[1])[:, : x.shape[1]]),
+    "lattice majority": condensed(lambda w, n: w.new[0] if 2 * n > w.k**2 else 0),
+    "lattice counts": condensed(lambda w, n: w.new[min(n, 3)]),
+    "fullest cell": one_part("lattice", cells_of, lambda ys: single([filled(y) for y in ys])),
+    "emptiest cell": one_part("lattice", cells_of, lambda ys: single([filled(y) for y in ys], min)),
+    "overlay lattice": of("lattice",
+        lambda w, x: np.max(cells_of(w, x), 0) if w.p[2] < 0.5 else NONE),
     # counts
-    "commonest colour": Rule("noise full", ranking(slice(1)), last=True),
-    "rarest colour": Rule("noise full", ranking(slice(-1, None)), last=True),
-    "colours by frequency": Rule("noise shapes blocks", ranking(slice(None)), last=True),
-    "histogram": Rule("dots shapes noise", plain(histogram), last=True, top=7),
-    "count objects": Rule("shapes dots boxes", of(lambda w, x: counted(w.new[0], len(parts(x)), 6)),
-        last=True),
-    "count diagonal": Rule("shapes blocks",
-        of(lambda w, x: np.eye(len(parts(x)), dtype=np.uint8) * np.uint8(w.new[0])), last=True),
-    "count cells": Rule("mono dots",
-        of(lambda w, x: counted(w.new[0], int(np.count_nonzero(x)), 0)), last=True, top=6),
-    "order of bands": Rule("bands", plain(lambda x: deduped(x)[:, :1]), last=True),
+    "commonest colour": plain("noise full", lambda x: listed(x, slice(1)), last=True),
+    "rarest colour": plain("noise full", lambda x: listed(x, slice(-1, None)), last=True),
+    "colours by frequency": plain("noise shapes blocks", lambda x: listed(x, slice(9)), last=True),
+    "histogram": plain("dots shapes noise", histogram, last=True, top=7),
+    "count objects": of("shapes dots boxes",
+        lambda w, x: counted(w.new[0], len(parts(x)), 6), last=True),
+    "count diagonal": of("shapes blocks",
+        lambda w, x: np.eye(len(parts(x)), dtype=np.uint8) * np.uint8(w.new[0]), last=True),
+    "count cells": of("mono dots", lambda w, x: counted(w.new[0], filled(x), 0), last=True, top=6),
+    "order of bands": plain("bands", lambda x: deduped(x)[:, :1], last=True),
 }  # fmt: skip

@@ -27,9 +27,6 @@ class Dice:
             self.ahead = self.rng.random(256).tolist()
         return self.ahead.pop()
 
-    def below(self, n: int) -> int:
-        return int(self.chance() * n)
-
     def between(self, low: int, high: int) -> int:
         """Both ends included."""
         return low + int(self.chance() * (high - low + 1))
@@ -76,14 +73,8 @@ class World(NamedTuple):
         return low + int(u * span), low + int((u if self.square else v) * span)
 
     def colours(self, d: Dice) -> list[int]:
-        if not self.fresh:
-            return d.some(self.ink, len(self.ink))
-        return d.some(
-            [c for c in range(1, 10) if c not in self.new and c != self.mark], len(self.ink)
-        )
-
-
-# ---------------------------------------------------------------- scenes
+        free = [c for c in range(1, 10) if c not in (*self.new, self.mark)]
+        return d.some(free if self.fresh else self.ink, len(self.ink))
 
 
 def scatter(d: Dice, size: tuple[int, int], ink: Sequence[int], density: float = 1.0) -> Grid:
@@ -96,7 +87,7 @@ def blob(d: Dice, steps: int, colour: int, side: int = 4) -> Grid:
     y, at = np.zeros((side, side), np.uint8), [side // 2, side // 2]
     for _ in range(steps + 1):
         y[at[0], at[1]] = colour
-        i = d.below(2)
+        i = d.between(0, 1)
         at[i] = min(max(at[i] + d.pick((-1, 1)), 0), side - 1)
     return crop(y, y > 0)
 
@@ -126,11 +117,11 @@ def laid(d: Dice, w: World, things: Sequence[Grid], low: int = 6) -> Grid:
 
 
 def several(
-    d: Dice, w: World, low: int, top: int, thing: Callable[[int], Grid], side: int = 6
+    d: Dice, w: World, things: tuple[int, int], thing: Callable[[int], Grid], side: int = 6
 ) -> Grid:
-    """low to top things, each in a colour of the input's."""
+    """From .. to so many things, each in a colour of the input's."""
     ink = w.colours(d)
-    return laid(d, w, [thing(d.pick(ink)) for _ in range(d.between(low, top))], side)
+    return laid(d, w, [thing(d.pick(ink)) for _ in range(d.between(*things))], side)
 
 
 def row_of(w: World, panels: Sequence[Grid]) -> Grid:
@@ -139,9 +130,9 @@ def row_of(w: World, panels: Sequence[Grid]) -> Grid:
     return np.hstack([y for p in panels for y in (line, p)][1:] if w.p[1] < 0.6 else panels)
 
 
-def panels_of(w: World, x: Grid, n: int) -> list[Grid]:
-    """The n panels of a row; [] unless n of a width fit."""
-    line = int(w.p[1] < 0.6)
+def panels_of(w: World, x: Grid, n: int = 0) -> list[Grid]:
+    """The n panels of a row, as many as the task has; [] unless n of a width fit."""
+    n, line = n or w.number, int(w.p[1] < 0.6)
     k, rest = divmod(x.shape[1] - line * (n - 1), n)
     return [x[:, i * (k + line) :][:, :k] for i in range(n)] if k > 0 and rest == 0 else []
 
@@ -191,7 +182,7 @@ def odd_panels(d: Dice, w: World) -> Grid:
     """All equal but one; a row of two shows no odd one."""
     size, ink = w.size(d, 2, 0.4), w.colours(d)
     row = [scatter(d, size, ink, 0.6)] * w.number
-    row[d.below(len(row))] = scatter(d, size, ink, 0.6)
+    row[d.between(0, len(row) - 1)] = scatter(d, size, ink, 0.6)
     return row_of(w, row)
 
 
@@ -230,13 +221,10 @@ def bars(d: Dice, w: World) -> Grid:
     return np.where(np.arange(h)[:, None] >= [d.between(0, h) for _ in range(n)], row, np.uint8(0))
 
 
-def cells_of(w: World, x: Grid) -> list[list[Grid]]:
-    """The cells of a lattice, by row."""
-    k = w.k
-    return [
-        [x[i : i + k, j : j + k] for j in range(0, x.shape[1], k + 1)]
-        for i in range(0, x.shape[0], k + 1)
-    ]
+def cells_of(w: World, x: Grid) -> list[Grid]:
+    """The cells of a lattice, row by row."""
+    rows, columns = (range(0, n, w.k + 1) for n in x.shape)
+    return [x[i : i + w.k, j : j + w.k] for i in rows for j in columns]
 
 
 def lattice(d: Dice, w: World) -> Grid:
@@ -244,7 +232,7 @@ def lattice(d: Dice, w: World) -> Grid:
     k, ink = w.k, w.colours(d)[: 1 + int(w.p[2] * 2)]
     a, b = (min(4, s) for s in w.size(d, 2, 0.35))
     x = np.full((a * (k + 1) - 1, b * (k + 1) - 1), w.mark, np.uint8)
-    for y in (y for row in cells_of(w, x) for y in row):
+    for y in cells_of(w, x):
         y[:] = scatter(d, (k, k), ink, 0.1 + 0.55 * d.chance() ** 1.5)
     return x
 
@@ -285,7 +273,7 @@ def framed(d: Dice, w: World) -> Grid:
 def walled(d: Dice, w: World) -> Grid:
     """Objects over a wall along or near the border."""
     x, ink = np.zeros(w.size(d, 6), np.uint8), w.colours(d)
-    x[len(x) - 1 - d.below(2)] = w.mark
+    x[len(x) - 1 - d.between(0, 1)] = w.mark
     for _ in range(d.between(1, 3)):
         place(d, x[: len(x) - 3], blob(d, d.between(1, 5), d.pick(ink), 3))
     return x
@@ -332,9 +320,9 @@ SCENES: dict[str, Scene] = {
     "sprite": lambda d, w: laid(
         d, w, [scatter(d, (d.between(2, 5), d.between(2, 5)), w.colours(d), 0.75)], 5
     ),
-    "shapes": lambda d, w: several(d, w, 2, 6, lambda c: blob(d, d.between(1, 9), c)),
-    "blocks": lambda d, w: several(d, w, 2, 5, lambda c: block(d, 1, 5, c)),
-    "solids": lambda d, w: several(d, w, 1, 4, lambda c: block(d, 3, 6, c), 7),
+    "shapes": lambda d, w: several(d, w, (2, 6), lambda c: blob(d, d.between(1, 9), c)),
+    "blocks": lambda d, w: several(d, w, (2, 5), lambda c: block(d, 1, 5, c)),
+    "solids": lambda d, w: several(d, w, (1, 4), lambda c: block(d, 3, 6, c), 7),
     "halves": lambda d, w: panels(d, w, 2),
     "mirrored": lambda d, w: covered(
         d, w, mirror_tiled(scatter(d, w.size(d, 3, 0.6), w.colours(d), 0.8))

@@ -39,12 +39,10 @@ def test_a_task_is_a_pure_function_of_seed_and_index(seed, index, held_out):
 @few
 @given(st.integers(0, 100), st.integers(1, 8), st.integers(0, 8))
 def test_fewer_tasks_are_the_first_of_more(seed, n, more):
-    few_of, many = (
-        [data.task_digest(t) for t in compose.tasks(k, seed=seed)] for k in (n, n + more)
-    )
-    assert few_of == many[:n]
-    others = compose.task(seed + 1, 0), compose.task(seed, 0, True)
-    assert not {many[0]} & {data.task_digest(t) for t in others}
+    first = [data.task_digest(t) for t in compose.tasks(n, seed=seed)]
+    assert first == [data.task_digest(t) for t in compose.tasks(n + more, seed=seed)][:n]
+    for other in compose.task(seed + 1, 0), compose.task(seed, 0, True):
+        assert data.task_digest(other) != first[0]
 
 
 def test_every_task_is_a_valid_one(made, held_out):
@@ -53,13 +51,6 @@ def test_every_task_is_a_valid_one(made, held_out):
         assert all(g.dtype == np.uint8 for pair in pairs(m.task) for g in pair)
         assert 2 <= len(m.task.demos) <= 5 and len(m.task.queries) == 1
     assert len({data.task_digest(m.task) for m in made}) == len({m.task.name for m in made}) == 1500
-
-
-def test_an_output_depends_on_its_input_alone(made, held_out):
-    for m in (*made, *held_out):
-        for x, y in reversed(pairs(m.task)):
-            before = x.copy()
-            assert np.array_equal(m.fn(x), y) and np.array_equal(x, before)
 
 
 def test_demos_can_show_what_is_asked(made, held_out):
