@@ -236,6 +236,8 @@ def score_lines(result: dict[str, Any]) -> list[str]:
     """Every score with its interval, by size, source and solver; held-out evaluations so far."""
     from .score import PASS, verdicts, with_interval
 
+    if "pass@2" not in result:  # no output is known
+        return []
     tasks, queries = result["n_tasks"], result["n_queries"]
     sizes = {f"pass@{k}": tasks for k in PASS} | {"all_queries/pass@2": tasks}
     sizes |= {"per_output/pass@2": queries, "oracle": queries, "exact_match": queries}
@@ -290,13 +292,11 @@ def evaluate(
         facts += f", {result['act_steps']:.1f} ACT steps a view"
     facts += f", {result['seconds_per_task']:.3g} s a task; in {result['predictions']}"
     facts += f"; guard: {result['guard']}" if result["guard"] else ""
-    what, lines = "no output is known, so nothing is scored", []
-    if "pass@2" in result:
-        what, lines = "hand-made, no weights", score_lines(result)
+    what = "hand-made, no weights" if "pass@2" in result else "no output is known: no scores"
     if "held_out" in result:
         shared = "NOT held out: shares pairs with the training data"
         what = "held out" if result["held_out"] else shared
-    echo(f"{', '.join(result['data'])}: {what}; {facts}", *lines)
+    echo(f"{', '.join(result['data'])}: {what}; {facts}", *score_lines(result))
     if result["unanswered"]:
         reason = f"{result['too_large']} need a larger canvas than any trained on, the others time"
         echo(f"{result['unanswered']} queries have no answer: {reason}; the same command goes on")
@@ -316,9 +316,7 @@ def merge(
 
     result = score.merge([Path(f) for f in files], sources, output, submission)
     counts = f"{result['votes']} votes for {result['queries']} queries"
-    echo(f"{counts}, {result['unanswered']} of them without any")
-    if "pass@2" in result:
-        echo(*score_lines(result))
+    echo(f"{counts}, {result['unanswered']} of them without any", *score_lines(result))
     last_line(as_json, result)
 
 
@@ -392,8 +390,7 @@ def report(
     from . import show as pages
 
     path, page = pages.report(run, sources)
-    echo(*(mark["text"] for mark in page["marks"]), page["note"])
-    echo(f"{path}: {len(page['curves'])} panels, {len(page['gallery'])} queries")
+    echo(*(mark["text"] for mark in page["marks"]), page["note"], path)
     last_line(as_json, {"output": str(path), "marks": page["marks"], "note": page["note"]})
 
 

