@@ -38,20 +38,15 @@ def init_table(cfg: ModelConfig, g: torch.Generator) -> Table:
     """Without rows: training makes them, a checkpoint has them."""
     width, most = cfg.encoder.latent or cfg.hidden, cfg.context_tokens * cfg.hidden
     if width > most or cfg.encoder.width:
-        raise UserError(
-            f"model.encoder: a row of the table has latent = {width} numbers, at most {most}, and "
-            "no width of its own"
-        )
+        reason = f"a table has rows of latent = {width} numbers, at most {most}, and no width"
+        raise UserError(f"model.encoder: {reason}")
     return Table(torch.zeros(0, width), torch.zeros(0, 3))
 
 
 def apply_table(p: Table, cfg: ModelConfig, batch: Batch) -> Tensor:
     """Context (B, T, D): the row of each slot's task and symmetry, then zeros."""
     if batch.rows is None:
-        raise UserError(
-            "a model with a table of tasks has no context for demos alone: only etrm train, eval "
-            "and solve can ask it"
-        )
+        raise UserError("a table of tasks has no context for demos alone: use train, eval or solve")
     rows = p.table[batch.rows]
     rows = F.pad(rows, (0, cfg.context_tokens * cfg.hidden - rows.shape[1]))
     return rows.unflatten(1, (cfg.context_tokens, -1))
@@ -69,14 +64,9 @@ def with_rows(params: Params, cfg: Config, tasks: Sequence[Task]) -> Params:
     if cfg.model.encoder.kind != "table":
         return params
     if not cfg.data.symmetries:
-        raise UserError(
-            "data.symmetries: a table needs a number of symmetries per task (published: 1000)"
-        )
+        raise UserError("data.symmetries: a table needs so many for each task (published: 1000)")
     if cfg.eval.on == "dev":
-        raise UserError(
-            "eval.on: a table has no row for the dev split, which is never trained on: "
-            'eval.on = "train"'
-        )
+        raise UserError('eval.on: must be "train": a table has no rows for the dev split')
     rows = torch.zeros(len(tasks) * cfg.data.symmetries, params.encoder.table.shape[1])
     return params._replace(encoder=Table(rows, keys_of(tasks)))
 
@@ -87,19 +77,16 @@ def numbers(params: Params, cfg: Config, tasks: Sequence[Task], views: int) -> T
     if cfg.model.encoder.kind != "table":
         return None
     if views > cfg.data.symmetries:
-        raise UserError(
-            f"--views {views}: the table has rows for {cfg.data.symmetries} symmetries of a task"
-        )
+        have = f"the table has rows for {cfg.data.symmetries} symmetries of a task"
+        raise UserError(f"--views {views}: {have}")
     keys = params.encoder.keys.cpu()
     if not len(keys):
         raise UserError("this table was converted: which tasks its rows belong to is not known")
     equal = (keys_of(tasks)[:, None] == keys).all(-1)
     for task, row in zip(tasks, equal, strict=True):
         if not row.any():
-            raise UserError(
-                f"task {task.name}: unseen: the table has rows for the {len(keys)} tasks that "
-                "were trained on, no others"
-            )
+            have = f"the table has rows for the {len(keys)} tasks trained on"
+            raise UserError(f"task {task.name}: unseen: {have}")
     return equal.float().argmax(1)
 
 
@@ -184,7 +171,7 @@ def feedback_step(
     def net(*colours: Tensor) -> Tensor:
         h = torch.stack([F.embedding(c, p.embed) for c in colours]).sum(0)
         for b in p.blocks:
-            attended = etrm.self_attention(b.block.qkv, b.block.o, cfg.heads, h, runs, rotary)
+            attended = etrm.self_attention(b.block, cfg.heads, h, runs, rotary)
             h = rms(h + attended) * b.norm_1
             h = rms(h + etrm.swiglu(b.block.gate_up, b.block.down, h)) * b.norm_2
         return h
@@ -210,4 +197,4 @@ def feedback_step(
     halted = etrm.halts(cfg, q, steps, min_steps)
     logits = F.pad(y, (FIRST_COLOUR, 0), value=-math.inf)  # it cannot say where a grid ends
     carry = carry._replace(z_H=y.detach(), z_L=z.detach(), steps=steps, halted=halted)
-    return carry, Output(logits, q, q)
+    return carry, Output(logits, q)

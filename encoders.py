@@ -98,7 +98,7 @@ def cell_block(
     runs = runs_of(t.sizes, masked or [t.seen is not None] * len(t.sizes))
 
     def attend(x: Tensor) -> Tensor:
-        return etrm.self_attention(p.qkv, p.o, cfg.heads, x, runs, t.rotary, t.seen)
+        return etrm.self_attention(p, cfg.heads, x, runs, t.rotary, t.seen)
 
     return t._replace(x=block(p, cfg, t.x, attend))
 
@@ -191,7 +191,7 @@ def aligned(p: Perceiver, cfg: ModelConfig, demos: Demos, extra: Tensor | None =
     x, parts = F.embedding(demos.inputs, p.input_embed), 2
     x = x + F.embedding(demos.outputs, p.output_embed)
     if p.border_embed is not None:
-        x, parts = x + etrm.codes(cfg, p.border_embed, demos.at, demos.borders), 3
+        x, parts = x + etrm.codes(cfg, p.border_embed, demos), 3
     x = x * math.sqrt(cfg.hidden / parts)
     if extra is not None:
         x = (x * math.sqrt(parts) + extra) / math.sqrt(parts + 3)

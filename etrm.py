@@ -1,8 +1,7 @@
 """The recursive core and its ACT step: pure functions of parameters, config and data.
 
 Axes: N tokens of all slots (packed: slot after slot), B slots, M cells of all canvases, T context
-tokens, D hidden, F inner width, V tokens, h heads. A run is some consecutive slots (b) with equally
-many tokens (s): only attention goes run by run.
+tokens, D hidden, F inner width, V tokens, h heads. A run is b consecutive slots of s tokens each.
 """
 
 from __future__ import annotations
@@ -18,7 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import ModelConfig
-from .data import Batch
+from .data import Batch, Demos
+
+Rotary = tuple[Tensor, Tensor] | None  # cos, sin (N, 2, h, head) of queries and keys
+Runs = Sequence[tuple[int, int, int]]  # (slots, tokens of each, kind), in packed order
+RUN = 512  # tokens of a run, about
+SCORES = 4_000_000  # numbers in the score matrices that attention makes at once
 
 
 class _Rms(torch.autograd.Function):
@@ -66,9 +70,6 @@ def swiglu(gate_up: Tensor, down: Tensor, x: Tensor) -> Tensor:
     return _Gate.apply(x @ gate.T, x @ up.T) @ down.T
 
 
-Rotary = tuple[Tensor, Tensor] | None  # cos, sin (N, 2, h, head) of queries and keys
-
-
 @functools.lru_cache(maxsize=16)
 @torch.inference_mode(False)  # tables made while evaluating must serve training too
 def waves(size: int, planes: int, device: str) -> tuple[Tensor, Tensor]:
@@ -97,8 +98,7 @@ def rotary_of(position: Tensor | None, heads: int, head: int, dtype: torch.dtype
     cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
     scale = torch.tensor([head**-0.5, 1.0], device=position.device)[:, None, None]
     cos, sin = ((x[:, None, None] * scale).to(dtype) for x in (cos, sin))
-    cos, sin = (x.expand(-1, -1, heads, -1).contiguous() for x in (cos, sin))
-    return cos, sin
+    return cos.repeat(1, 1, heads, 1), sin.repeat(1, 1, heads, 1)
 
 
 def rotate(qk: Tensor, rotary: Rotary) -> Tensor:
@@ -109,17 +109,11 @@ def rotate(qk: Tensor, rotary: Rotary) -> Tensor:
     return torch.addcmul(qk * cos, qk.roll(qk.shape[-1] // 2, -1), sin)
 
 
-RUN = 512  # tokens of a run, about
-SCORES = 4_000_000  # numbers in the score matrices that attention makes at once
-Runs = Sequence[tuple[int, int, int]]  # (slots, tokens of each, kind), in packed order
-
-
 def runs_of(tokens: Sequence[int], masked: Sequence[int] | None = None) -> Runs:
-    """Neighbours of equal size and kind together, in powers of two and few if they are large: a new
-    shape costs a kernel's compilation on CPU (bf16, every canvas new: 3.0 instead of 2.5 s)."""
+    """Neighbours of equal size and kind together, few if they are large; in powers of two: on CPU a
+    new shape costs a kernel's compilation (bf16, every canvas new: 3.0 instead of 2.5 s)."""
     runs: list[tuple[int, int, int]] = []
-    kinds = zip(tokens, masked or [0] * len(tokens), strict=True)
-    for (s, m), group in itertools.groupby(kinds):
+    for (s, m), group in itertools.groupby(zip(tokens, masked or [0] * len(tokens), strict=True)):
         left, most = len(list(group)), 1 << (RUN // max(1, s)).bit_length() >> 1
         while left:
             b = min(max(1, most), 1 << left.bit_length() >> 1)
@@ -130,10 +124,10 @@ def runs_of(tokens: Sequence[int], masked: Sequence[int] | None = None) -> Runs:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Softmax attention of scaled queries, (b, h, s, head) each; mask (b, 1, 1, s) true where a key
-    may be seen, none gives 0. On CPU plain products, a few slots at a time so that their scores
-    stay in cache: in bf16 2 to 5 times as fast as torch's fused kernel."""
+    may be seen, none gives 0."""
     if q.device.type == "cuda":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+    # A few slots at a time, whose scores stay in cache: in bf16 2 to 5 times torch's fused kernel.
     at_once = max(1, SCORES // (q.shape[1] * q.shape[2] * max(1, k.shape[2])))
     out = []
     for i in range(0, max(1, len(q)), at_once):
@@ -147,21 +141,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 
 
 def self_attention(
-    qkv: Tensor,
-    o: Tensor,
-    heads: int,
-    x: Tensor,
-    runs: Runs,
-    rotary: Rotary,
-    seen: Tensor | None = None,
+    p: Any, heads: int, x: Tensor, runs: Runs, rotary: Rotary, seen: Tensor | None = None
 ) -> Tensor:
     """Tokens (N, D) of each slot attend to each other, to those that are seen (N,), by default all;
-    products and positions for all tokens at once, attention run by run."""
-    if not runs:
-        return x
-    d, sizes, out = x.shape[1], [b * s for b, s, _ in runs], []
-    queries_keys = rotate((x @ qkv[: 2 * d].T).unflatten(-1, (2, heads, -1)), rotary)
-    values = (x @ qkv[2 * d :].T).unflatten(-1, (heads, -1))
+    p: any block with qkv and o. Only the attention itself goes run by run."""
+    d, sizes, out = x.shape[1], [b * s for b, s, _ in runs], [x[:0]]
+    queries_keys = rotate((x @ p.qkv[: 2 * d].T).unflatten(-1, (2, heads, -1)), rotary)
+    values = (x @ p.qkv[2 * d :].T).unflatten(-1, (heads, -1))
     masks = [None] * len(runs) if seen is None else seen.split(sizes)
     parts = zip(runs, queries_keys.split(sizes), values.split(sizes), masks, strict=True)
     for (b, s, masked), qk, v, mask in parts:
@@ -169,7 +155,7 @@ def self_attention(
         mask = mask.view(b, 1, 1, s) if masked and mask is not None else None
         y = attention(q, k, v.unflatten(0, (b, s)).transpose(1, 2), mask)
         out.append(y.transpose(1, 2).reshape(b * s, d))
-    return torch.cat(out) @ o.T
+    return torch.cat(out) @ p.o.T
 
 
 # ---------------------------------------------------------------- parameters
@@ -186,7 +172,7 @@ class Core(NamedTuple):
     embed: Tensor  # (V, D)
     blocks: tuple[Block, ...]  # shared by the L and the H update
     head: Tensor | None  # (V, D), None when tied to embed
-    q_weight: Tensor  # (2, D) halt, continue
+    q_weight: Tensor  # (2, D) halt, continue (published, unused)
     q_bias: Tensor  # (2,)
     H_init: Tensor  # (D,) drawn, not trained unless a config unfreezes it
     L_init: Tensor  # (D,)
@@ -220,14 +206,14 @@ def init_block(cfg: ModelConfig, g: torch.Generator) -> Block:
     return Block(normal(g, 3 * d, d), normal(g, d, d), normal(g, 2 * f, d), normal(g, d, f))
 
 
-def init_core(cfg: ModelConfig, g: torch.Generator, offers: int = 0, vocab: int = 12) -> Core:
+def init_core(cfg: ModelConfig, g: torch.Generator, offers: int = 0) -> Core:
     """The parameters of the core, whose encoder offers so many tokens for each cell."""
     d, cells = cfg.hidden, cfg.raster**2
     rows = {"learned": cells, "both": cells, "borders": 4 * (cfg.raster + 1)}.get(cfg.positions, 0)
     return Core(
-        embed=normal(g, vocab, d),
+        embed=normal(g, 12, d),
         blocks=tuple(init_block(cfg, g) for _ in range(cfg.layers)),
-        head=None if cfg.tied_head else normal(g, vocab, d),
+        head=None if cfg.tied_head else normal(g, 12, d),
         q_weight=torch.zeros(2, d),
         q_bias=torch.full((2,), -5.0),
         H_init=normal(g, d, std=1.0),
@@ -249,24 +235,20 @@ def leaves(tree: Any, path: str = "") -> dict[str, Tensor]:
     return {k: v for name, x in parts for k, v in leaves(x, name).items()}
 
 
+def tree_map(f: Callable[[Tensor], Any], tree: Any) -> Any:
+    """The same tree with f(leaf) in the place of each leaf, in the order of `leaves`."""
+    if isinstance(tree, Tensor):
+        return f(tree)
+    if tree is None or isinstance(tree, int):
+        return tree
+    parts = [tree_map(f, x) for x in tree]
+    return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
+
+
 def rebuild(tree: Any, new: dict[str, Any]) -> Any:
     """The same tree with the leaves of `new`, which has every path of the tree."""
     values = iter([new[path] for path in leaves(tree)])
-
-    def filled(x: Any) -> Any:
-        if isinstance(x, Tensor):
-            return next(values)
-        if x is None or isinstance(x, int):
-            return x
-        parts = [filled(y) for y in x]
-        return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
-
-    return filled(tree)
-
-
-def tree_map(f: Callable[[Tensor], Any], tree: Any) -> Any:
-    """The same tree with f(leaf) in the place of each leaf."""
-    return rebuild(tree, {k: f(v) for k, v in leaves(tree).items()})
+    return tree_map(lambda leaf: next(values), tree)
 
 
 def ragged(sizes: Tensor, total: int) -> tuple[Tensor, Tensor]:
@@ -293,22 +275,17 @@ def layout_of(cfg: ModelConfig, cells: Sequence[int], device: torch.device) -> L
     slot, number = ragged(count + t, b * t + m)
     token = torch.arange(b * t + m, device=device)
     cell = torch.arange(m, device=device) + t * (ragged(count, m)[0] + 1)
-    return Layout(
-        tokens=tuple(t + c for c in cells),
-        slot=slot,
-        first=(count + t).cumsum(0) - count - t,
-        cells=cell,
-        source=torch.where(number < t, slot * t + number, b * t - t + token - slot * t),
-    )
+    first = (count + t).cumsum(0) - count - t
+    source = torch.where(number < t, slot * t + number, b * t - t + token - slot * t)
+    return Layout(tuple(t + c for c in cells), slot, first, cell, source)
 
 
-def codes(cfg: ModelConfig, table: Tensor, at: Tensor, borders: Tensor) -> Tensor:
-    """(M, D) learned codes of cells: of their places on the raster or, "borders", half the sum of
-    those of their distances to the input's four borders."""
+def codes(cfg: ModelConfig, table: Tensor, canvases: Batch | Demos) -> Tensor:
+    """(M, D) learned codes of places on the raster, or half the sum of those of four distances."""
     if cfg.positions == "borders":
-        row = borders + torch.arange(4, device=at.device) * (cfg.raster + 1)
+        row = canvases.borders + torch.arange(4, device=table.device) * (cfg.raster + 1)
         return 0.5 * F.embedding(row, table).sum(1)
-    return F.embedding(at[:, 0] * cfg.raster + at[:, 1], table)
+    return F.embedding(canvases.at[:, 0] * cfg.raster + canvases.at[:, 1], table)
 
 
 class Context(NamedTuple):
@@ -322,9 +299,6 @@ class Context(NamedTuple):
     copied: Tensor | None = None  # (M, h, V) distributions that it may be drawn from
 
 
-PER_CELL = ("cells", "seen", "copied")  # fields of a context that have a row for every cell
-
-
 def embed_input(
     p: Core, cfg: ModelConfig, context: Context, batch: Batch, layout: Layout
 ) -> tuple[Tensor, Rotary]:
@@ -335,23 +309,16 @@ def embed_input(
     if context.cells is not None:
         cells = math.sqrt(0.5) * (cells + context.cells * scale)
     if p.position is not None:
-        learned = codes(cfg, p.position[t:], batch.at, batch.borders)
         tokens = math.sqrt(0.5) * (tokens + root * p.position[:t].expand(slots, -1, -1))
-        cells = math.sqrt(0.5) * (cells + root * learned)
+        cells = math.sqrt(0.5) * (cells + root * codes(cfg, p.position[t:], batch))
     e = torch.cat((tokens.flatten(0, 1), cells))[layout.source]
     position = position_of(cfg.positions, batch.at, cfg.raster)
-    if position is not None and position.ndim == 1:  # one line: context tokens, then cells
-        start = torch.arange(t, device=position.device).repeat(slots)
-        position = torch.cat((start, position + t))[layout.source]
-    elif position is not None:
-        position = torch.cat((position.new_zeros(slots * t, 2), position))[layout.source]
+    if position is not None:
+        origin = position.new_zeros(slots * t, *position.shape[1:])
+        if position.ndim == 1:  # one line: context tokens, then cells
+            origin, position = torch.arange(t, device=e.device).repeat(slots), position + t
+        position = torch.cat((origin, position))[layout.source]
     return e, rotary_of(position, cfg.heads, cfg.hidden // cfg.heads, e.dtype)
-
-
-def block(p: Block, heads: int, x: Tensor, runs: Runs, rotary: Rotary) -> Tensor:
-    """Post-norm transformer block on packed tokens (N, D)."""
-    x = rms(x + self_attention(p.qkv, p.o, heads, x, runs, rotary))
-    return rms(x + swiglu(p.gate_up, p.down, x))
 
 
 def reason(
@@ -360,8 +327,9 @@ def reason(
     """H_cycles of (L_cycles updates of z_L, one of z_H); only the last cycle has gradient."""
 
     def level(z: Tensor) -> Tensor:
-        for b in p.blocks:
-            z = block(b, cfg.heads, z, runs, rotary)
+        for b in p.blocks:  # post-norm
+            z = rms(z + self_attention(b, cfg.heads, z, runs, rotary))
+            z = rms(z + swiglu(b.gate_up, b.down, z))
         return z
 
     def cycle(z_H: Tensor, z_L: Tensor) -> tuple[Tensor, Tensor]:
@@ -402,8 +370,6 @@ def fresh_carry(
 def relaid(cfg: ModelConfig, carry: Carry, halted: Sequence[bool], cells: Sequence[int]) -> Carry:
     """The carry on the next canvases: slots that go on keep their states, others get room."""
     tokens = tuple(cfg.context_tokens + c for c in cells)
-    if tokens == carry.tokens:
-        return carry
 
     def moved(z: Tensor) -> Tensor:
         rows = zip(halted, z.split(carry.tokens), tokens, strict=True)
@@ -427,17 +393,13 @@ class Encode(NamedTuple):
 class Output(NamedTuple):
     logits: Tensor  # (M, V)
     q_halt: Tensor  # (B,) float32
-    q_continue: Tensor  # (B,) float32
     kl: Tensor | None = None  # (B,) float32, of a variational encoder
     context: Tensor | None = None  # (B, T, D), detached: for diagnostics
 
 
-SURE = math.log(9)  # the logit of 0.9
-
-
 def sure(cfg: ModelConfig, q: Tensor) -> Tensor:
-    """(B,) whether q ends a slot's episode: above 0, in the argmax-feedback TRM from 0.9 on."""
-    return q >= SURE if cfg.feedback else q > 0
+    """(B,) whether the logits q end episodes: at 0.5, in the argmax-feedback TRM from 0.9 on."""
+    return q >= math.log(9) if cfg.feedback else q > 0
 
 
 def halts(cfg: ModelConfig, q: Tensor, steps: Tensor, min_steps: Tensor | None) -> Tensor:
@@ -467,11 +429,10 @@ def act_step(
     min_steps: Tensor | None,
     read: Any = None,
 ) -> tuple[Carry, Output]:
-    """One ACT step of every slot; halted slots start from the initial states.
+    """One ACT step of every slot; halted slots start from the initial states. Carries are detached.
 
     min_steps (B,): exploration, no slot halts before it (0: free); None, at evaluation: slots halt
-    at halt_max_steps only. read: what encode.read gave before; by default it is read anew.
-    No gradient reaches the carry that came in; the one returned is detached."""
+    at halt_max_steps only. read: what encode.read gave before; by default it is read anew."""
     if encode.step:
         return encode.step(params, cfg, carry, batch, min_steps)
     p, layout = params.core, layout_of(cfg, batch.cells, carry.z_H.device)
@@ -483,7 +444,6 @@ def act_step(
     z_H = torch.where(begins, p.H_init, carry.z_H.detach())
     z_L = torch.where(begins, p.L_init, carry.z_L.detach())
     z_H, z_L = reason(p, cfg, z_H, z_L, e, runs_of(layout.tokens), rotary)
-
     z = z_H[layout.cells]
     logits = z @ (p.embed if p.head is None else p.head).T
     if p.offer_head is not None:
@@ -493,7 +453,7 @@ def act_step(
     halted = halts(cfg, q[:, 0], steps, min_steps)
     z_E = carry.z_E if context.z_E is None else context.z_E.detach()
     new = Carry(z_H.detach(), z_L.detach(), steps, halted, carry.n, z_E, carry.tokens)
-    return new, Output(logits, q[:, 0], q[:, 1], context.kl, context.tokens.detach())
+    return new, Output(logits, q[:, 0], context.kl, context.tokens.detach())
 
 
 def log_stable(x: Tensor) -> Tensor:
@@ -527,11 +487,10 @@ def per_slot(x: Tensor, cells: Sequence[int]) -> Tensor:
 
 
 def act_loss(cfg: ModelConfig, out: Output, labels: Tensor, cells: Sequence[int]) -> Loss:
-    """Loss and scores of one ACT step in float32; labels (M,), cells of each slot. A negative label
-    is not asked for, nor is the mark of a grid's end where no logit stands for it."""
+    """Loss and scores of one ACT step; labels (M,), cells of each slot. A negative label is not
+    asked for, nor is the mark of a grid's end where no logit stands for it."""
     valid = labels >= (2 if cfg.feedback else 0)
-    log_p = log_prob(cfg, out.logits)
-    ce = -log_p.gather(-1, labels.clamp(min=0)[:, None]).squeeze(-1)
+    ce = -log_prob(cfg, out.logits).gather(-1, labels.clamp(min=0)[:, None]).squeeze(-1)
     asked = per_slot(valid, cells)
     hits = per_slot((out.logits.float().argmax(-1) == labels) & valid, cells)
     lm = per_slot(torch.where(valid, ce, 0.0), cells) / asked.clamp(min=1)
@@ -562,21 +521,22 @@ def select_slots(
     """Some slots alone, without their demos: what was read replaces these."""
     keep = torch.zeros(len(batch.cells), dtype=torch.bool)
     keep[list(slots)] = True
-    slot, cell, token = (
-        keep.repeat_interleave(torch.tensor(sizes)).to(batch.inputs.device)
-        for sizes in ((1,) * len(keep), batch.cells, carry.tokens)
-    )
-    fields = {k: getattr(batch, k)[cell] for k in ("inputs", "labels", "at", "borders")}
-    batch = batch._replace(**fields, cells=tuple(batch.cells[i] for i in slots))
-    per_cell = {k: x[cell] for k in PER_CELL if (x := getattr(read, k, None)) is not None}
-    read = read._replace(**dict.fromkeys(per_cell)) if per_cell else read
-    read = tree_map(lambda x: x[slot], read)
-    fields = {k: getattr(carry, k)[token] for k in ("z_H", "z_L")}
-    fields |= {k: getattr(carry, k)[slot] for k in ("steps", "halted", "n", "z_E")}
-    carry = carry._replace(**fields, tokens=tuple(carry.tokens[i] for i in slots))
-    return batch, read._replace(**per_cell) if per_cell else read, carry
+    sizes = ((1,) * len(keep), batch.cells, carry.tokens)
+    masks = [keep.repeat_interleave(torch.tensor(n)).to(batch.at.device) for n in sizes]
+
+    def kept(x: Tensor) -> Tensor:
+        """Rows of slots, of cells or of tokens: where two of them are equally many, they agree."""
+        return x[next(mask for mask in masks if len(mask) == len(x))]
+
+    cells, tokens = (tuple(n[i] for i in slots) for n in sizes[1:])
+    fields: dict[str, Any] = {
+        k: kept(getattr(batch, k)) for k in ("inputs", "labels", "at", "borders")
+    }
+    carry = tree_map(kept, carry)._replace(tokens=tokens)
+    return batch._replace(**fields, cells=cells), tree_map(kept, read), carry
 
 
+@torch.no_grad()
 def think(
     params: Params,
     cfg: ModelConfig,
@@ -588,30 +548,24 @@ def think(
     look: Callable[[int, Sequence[int], Output], None] | None = None,
 ) -> tuple[Output, Tensor]:
     """Evaluation: (output, ACT steps spent (B,)) from the initial states; demos are read once.
-    leave: "never" takes act_steps (published); "q" leaves when the halting head says so.
+    leave: "never" takes act_steps; "q" leaves when the halting head says so, see `sure`.
     look: sees each ACT step, the slots that took it and their output."""
-    with torch.no_grad():
-        carry = fresh_carry(cfg, batch.cells, dtype, batch.inputs.device)
-        read = encode.read(params.encoder, batch)
-        slots = list(range(len(batch.cells)))  # those that still think
-        answers: dict[int, tuple[Tensor, Tensor, Tensor, int]] = {}
-        for step in range(1, act_steps + 1):
-            carry, out = act_step(params, cfg, encode, carry, batch, None, read)
-            carry = carry._replace(halted=torch.zeros_like(carry.halted))  # until act_steps
-            if look:
-                look(step, slots, out)
-            ends = [step == act_steps] * len(slots)
-            if leave == "q" and step < act_steps:
-                ends = sure(cfg, out.q_halt).tolist()
-            for i, logits in enumerate(out.logits.split(batch.cells)):
-                if ends[i]:
-                    answers[slots[i]] = (logits, out.q_halt[i], out.q_continue[i], step)
-            stay = [i for i, end in enumerate(ends) if not end]
+    carry = fresh_carry(cfg, batch.cells, dtype, batch.inputs.device)
+    read = encode.read(params.encoder, batch)
+    slots = list(range(len(batch.cells)))  # those that still think
+    answers: dict[int, tuple[Tensor, Tensor, int]] = {}
+    for step in range(1, act_steps + 1):
+        carry, out = act_step(params, cfg, encode, carry, batch, None, read)
+        carry = carry._replace(halted=torch.zeros_like(carry.halted))  # until act_steps
+        if look:
+            look(step, slots, out)
+        for slot, logits, q in zip(slots, out.logits.split(batch.cells), out.q_halt, strict=True):
+            answers[slot] = (logits, q, step)
+        if leave == "q":
+            stay = torch.nonzero(~sure(cfg, out.q_halt)).flatten().tolist()
             if not stay:
                 break
-            if len(stay) < len(slots):
-                batch, read, carry = select_slots(batch, read, carry, stay)
-                slots = [slots[i] for i in stay]
-        logits, q_halt, q_continue, spent = zip(*(answers[i] for i in sorted(answers)), strict=True)
-    out = Output(torch.cat(logits), torch.stack(q_halt), torch.stack(q_continue))
-    return out, torch.tensor(spent)
+            batch, read, carry = select_slots(batch, read, carry, stay)
+            slots = [slots[i] for i in stay]
+    logits, q_halt, spent = zip(*(answers[i] for i in sorted(answers)), strict=True)
+    return Output(torch.cat(logits), torch.stack(q_halt)), torch.tensor(spent)

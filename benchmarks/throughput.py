@@ -139,10 +139,8 @@ def published_layout() -> Iterator[None]:
         real = batch(*args)
         return real._replace(demos=ten_demos(real.demos))
 
-    def self_attention(
-        qkv: torch.Tensor, o: torch.Tensor, heads: int, x: torch.Tensor, *rest: Any
-    ) -> torch.Tensor:
-        return attend(qkv.to(x.dtype), o.to(x.dtype), heads, x, *rest)
+    def self_attention(p: Any, heads: int, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        return attend(p._replace(qkv=p.qkv.to(x.dtype), o=p.o.to(x.dtype)), heads, x, *rest)
 
     def cast_late(like: Any, leaves: dict[str, torch.Tensor]) -> Any:
         """Weights of blocks stay in float32: they are cast where they are used."""

@@ -168,9 +168,8 @@ class World:
         (carry, out), batch = result, batch or self.batch
         token = self.owner(batch) == slot
         kl = () if out.kl is None else (out.kl[slot],)
-        q = out.q_halt[slot], out.q_continue[slot]
         states = carry.z_H[token], carry.z_L[token], carry.z_E[slot]
-        return out.logits.split(batch.cells)[slot], *q, *kl, *states
+        return out.logits.split(batch.cells)[slot], out.q_halt[slot], *kl, *states
 
 
 def inner(encoder):

@@ -198,7 +198,7 @@ def naive(p, cfg, grid):
 
     def net(s):
         for b, norm_1, norm_2 in p.blocks:
-            attended = etrm.self_attention(b.qkv, b.o, cfg.heads, s, runs, rotary)
+            attended = etrm.self_attention(b, cfg.heads, s, runs, rotary)
             s = norm_1 * F.rms_norm(s + attended, width, eps=1e-5)
             s = norm_2 * F.rms_norm(s + etrm.swiglu(b.gate_up, b.down, s), width, eps=1e-5)
         return s

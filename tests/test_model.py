@@ -151,7 +151,7 @@ def test_evaluation_is_the_same_steps_with_the_demos_read_once(g, encoder, leave
         surely = [i + 1 for i, out in enumerate(every) if out.q_halt[slot] > 0]
         assert steps[slot] == ([*surely, 6][0] if leave == "q" else 6)
         answers = [
-            (out.logits.split(w.batch.cells)[slot], out.q_halt[slot], out.q_continue[slot])
+            (out.logits.split(w.batch.cells)[slot], out.q_halt[slot])
             for out in (got, every[steps[slot] - 1])
         ]
         close(*answers)
@@ -266,7 +266,7 @@ def test_extreme_logits_keep_the_loss_finite(g, loss, faults, size):
     logits = (torch.randint(-1, 2, (4, 9, 12), generator=g) * size).requires_grad_()
     q = (torch.randint(-1, 2, (4,), generator=g) * size).requires_grad_()
     cfg = config(loss=loss, published_faults=faults)
-    scores = act_loss(cfg, Output(logits.flatten(0, 1), q, q.detach()), labels.flatten(), [9] * 4)
+    scores = act_loss(cfg, Output(logits.flatten(0, 1), q), labels.flatten(), [9] * 4)
     scores.total.sum().backward()
     assert all(torch.isfinite(x.float()).all() for x in (*scores, logits.grad, q.grad))
     assert (scores.lm >= 0).all() and scores.lm[0] == 0
@@ -286,11 +286,11 @@ def test_the_loss_of_a_slot_is_its_own(g):
     logits[:9] = F.one_hot(labels[:9].clamp(min=0), 12) * 9.0
     logits.requires_grad_()
     q = torch.randn(5, generator=g)
-    whole = act_loss(config(), Output(logits, q, q), labels, cells)
+    whole = act_loss(config(), Output(logits, q), labels, cells)
     assert bool(whole.exact[0]) == bool((labels[:9] >= 0).any())
     owner = torch.arange(5).repeat_interleave(torch.tensor(cells))
     for slot, (x, y) in enumerate(zip(logits.split(cells), labels.split(cells), strict=True)):
-        alone = act_loss(config(), Output(x, q[slot : slot + 1], q), y, [len(y)])
+        alone = act_loss(config(), Output(x, q[slot : slot + 1]), y, [len(y)])
         close([v[0].float() for v in alone], [v[slot].float() for v in whole])
         (grad,) = torch.autograd.grad(whole.total[slot], logits, retain_graph=True)
         assert not grad[owner != slot].any()
@@ -310,12 +310,15 @@ def test_a_code_of_borders_is_that_of_all_four_distances_and_of_nothing_else(g):
     cfg = config(positions="borders")
     table, at = etrm.init_core(cfg, g).position[cfg.context_tokens :], cells_at(6)
     borders = torch.randint(0, 31, (36, 4), generator=g)
-    codes = etrm.codes(cfg, table, at, borders)
-    assert torch.equal(codes, etrm.codes(cfg, table, at + 3, borders))
+    batch = data.Batch(at, at, at, (36,), None, borders)
+    codes = etrm.codes(cfg, table, batch)
+    assert torch.equal(codes, etrm.codes(cfg, table, batch._replace(at=at + 3)))
     for k in range(4):
         other = borders.clone()
         other[:, k] = (other[:, k] + 1 + torch.randint(0, 30, (36,), generator=g)) % 31
-        assert ((etrm.codes(cfg, table, at, other) - codes).abs().amax(1) > 1e-3).all()
+        assert (
+            (etrm.codes(cfg, table, batch._replace(borders=other)) - codes).abs().amax(1) > 1e-3
+        ).all()
 
 
 @given(generators, st.sampled_from(["rope", "rope2d", "learned"]), st.integers(0, 20))
@@ -364,12 +367,13 @@ def test_attention_stays_within_a_slot(g, slots):
     tokens = torch.randint(1, 5, (slots,), generator=g).sort().values.tolist()
     n, masked = sum(tokens), [s % 2 for s in tokens]
     x, qkv, o = (torch.randn(m, 32, generator=g) / 6 for m in (n, 96, 32))
+    block = etrm.Block(qkv, o, qkv, o)
     cos, sin = etrm.rotary_of(torch.arange(n), 2, 16, torch.float32)
     seen = torch.rand(n, generator=g) < 0.7
-    got = etrm.self_attention(qkv, o, 2, x, etrm.runs_of(tokens, masked), (cos, sin), seen)
+    got = etrm.self_attention(block, 2, x, etrm.runs_of(tokens, masked), (cos, sin), seen)
     parts = zip(tokens, masked, *(t.split(tokens) for t in (x, cos, sin, seen, got)), strict=True)
     for s, m, own, c, d, visible, ours in parts:
-        close([ours], [etrm.self_attention(qkv, o, 2, own, [(1, s, m)], (c, d), visible)])
+        close([ours], [etrm.self_attention(block, 2, own, [(1, s, m)], (c, d), visible)])
 
 
 @given(generators, st.integers(1, 5), st.integers(1, 40))

@@ -46,7 +46,7 @@ def all_demos(inputs, outputs, mask):
 
 def rows_loss(cfg, logits, q, labels, kl=None):
     """Of a table of equally long rows."""
-    out, cells = Output(logits.flatten(0, 1), q, q, kl), [labels.shape[1]] * len(labels)
+    out, cells = Output(logits.flatten(0, 1), q, kl), [labels.shape[1]] * len(labels)
     return act_loss(cfg, out, labels.long().flatten(), cells)
 
 
@@ -88,7 +88,8 @@ def test_core(golden):
         close(carry.z_L.view(4, 52, 64), t[f"step{step}.z_L"])
         close(out.logits, t[f"step{step}.logits"].flatten(0, 1))
         close(out.q_halt, t[f"step{step}.q_halt_logits"])
-        close(out.q_continue, t[f"step{step}.q_continue_logits"])
+        q = carry.z_H.view(4, 52, 64)[:, 0] @ p.q_weight.T + p.q_bias
+        close(q[:, 1], t[f"step{step}.q_continue_logits"])
         if step == 1:
             loss = act_loss(cfg, out, batch.labels, batch.cells).total.sum()
             close(loss, t["loss.total"])
