@@ -54,7 +54,7 @@ def mutate(content: bytes, draw: random.Random) -> bytes:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__)
+    options = argparse.ArgumentParser()
     options.add_argument("--mutations", type=int, default=1000)
     options.add_argument("--seed", type=int, default=0)
     args = options.parse_args()

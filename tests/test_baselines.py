@@ -14,7 +14,7 @@ from etrm_arc.config import ModelConfig, UserError
 from etrm_arc.encoders import encoder_of, init_params
 from etrm_arc.etrm import Params, act_loss, fresh_carry, leaves, rebuild
 from etrm_arc.tests import puzzles
-from etrm_arc.tests.kill import equal, outcome
+from etrm_arc.tests.kill import outcome
 from etrm_arc.tests.puzzles import generators
 from etrm_arc.tests.test_parity import batch_of, close
 from etrm_arc.tests.test_train import tiny
@@ -55,7 +55,7 @@ def test_a_table_trains_only_the_rows_it_touched_and_resumes_bit_identical(tmp_p
     train.fit(tiny(tmp_path / "whole", **options))
     cfg = tiny(tmp_path / "pieces", **options)
     in_pieces(cfg)
-    assert equal(outcome(tmp_path / "whole"), outcome(tmp_path / "pieces"))
+    assert outcome(tmp_path / "whole") == outcome(tmp_path / "pieces")
     c, s, slots = checkpoint.load(tmp_path / "whole"), train.setup(cfg), torch.arange(6)
     touched = set(c.params.encoder.table.any(1).nonzero().flatten().tolist())
     rows = [data.draw(s.tasks, s.deck, cfg.data, 0, slots, slots * 0 + n).row for n in range(4)]
@@ -307,7 +307,7 @@ def test_a_feedback_run_stops_resumes_and_answers(tmp_path):
     train.fit(tiny(tmp_path / "whole", **options), rows.append)
     assert not any(k.startswith("encoder/") for r in rows for k in r)
     in_pieces(tiny(tmp_path / "pieces", **options))
-    assert equal(outcome(tmp_path / "whole"), outcome(tmp_path / "pieces"))
+    assert outcome(tmp_path / "whole") == outcome(tmp_path / "pieces")
     result = evaluated(tmp_path / "whole", "border.json", [], tmp_path)
     assert result["votes"] == 4 * result["n_queries"] > 0
     with pytest.raises(UserError, match="no single context"):
