@@ -56,20 +56,17 @@ def permuted(d: Dice, w: World) -> Fn:
     return recoloured(order, [*order[1:], d.pick((order[0], w.new[0]))])
 
 
-def chosen(do: str, at: At) -> Make:
+def chosen(scenes: str, do: str, at: At, after: bool) -> Rule:
     """One object is recoloured, or stays alone, or is cropped."""
 
-    def make(d: Dice, w: World) -> Fn:
-        def fn(x: Grid) -> Grid:
-            i = at(x, found := parts(x))
-            if i < 0 or do == "mark":
-                return painted(x, [found[i]], [w.new[0]]) if i >= 0 else NONE
-            y = painted(np.zeros_like(x), [found[i]], [int(x.flat[found[i][0]])])
-            return y if do == "keep" else y[box(found[i], x.shape[1])]
+    def fn(w: World, x: Grid) -> Grid:
+        i = at(x, objects := parts(x))
+        if i < 0 or do == "mark":
+            return painted(x, [objects[i]], [w.new[0]]) if i >= 0 else NONE
+        y = painted(np.zeros_like(x), [objects[i]], [int(x.flat[objects[i][0]])])
+        return y if do == "keep" else y[box(objects[i], x.shape[1])]
 
-        return fn
-
-    return make
+    return of(scenes, fn, after)
 
 
 def sorted_out(do: str, holds: Holds) -> Make:
@@ -79,12 +76,12 @@ def sorted_out(do: str, holds: Holds) -> Make:
         other = d.pick((0, w.new[1]))
 
         def fn(x: Grid) -> Grid:
-            found = parts(x)
-            split = [p for p in found if holds(x, p)], [p for p in found if not holds(x, p)]
+            suited = [p for p in parts(x) if holds(x, p)]
+            others = [p for p in parts(x) if p not in suited]
             if do == "keep":
-                return painted(x, split[1], [0] * len(split[1])) if split[0] else NONE
-            x = painted(x, split[0], [w.new[0]] * len(split[0]))
-            return painted(x, split[1], [other] * len(split[1])) if other else x
+                return painted(x, others, [0] * len(others)) if suited else NONE
+            x = painted(x, suited, [w.new[0]] * len(suited))
+            return painted(x, others, [other] * len(others)) if other else x
 
         return fn
 
@@ -106,8 +103,7 @@ def outline(part: Sequence[int], w: int) -> tuple[int, ...]:
 
 
 def on_border(x: Grid, p: list[int]) -> bool:
-    r, c = box(p, x.shape[1])
-    return r.start == 0 or c.start == 0 or r.stop == x.shape[0] or c.stop == x.shape[1]
+    return bool(grids.border(x).flat[p].any())
 
 
 def has_hole(x: Grid, p: list[int]) -> bool:
@@ -127,8 +123,8 @@ def single(keys: list[int], best: Callable[[list[int]], int] = max) -> int:
 def ranked(x: Grid) -> list[int]:
     """The colours but the background, from the most cells to the fewest; [] on a tie."""
     counts = np.bincount(x.reshape(-1), minlength=10).tolist()
-    there = sorted((c for c in range(1, 10) if counts[c]), key=lambda c: -counts[c])
-    return there if len({counts[c] for c in there}) == len(there) else []
+    order = sorted((c for c in range(1, 10) if counts[c]), key=lambda c: -counts[c])
+    return order if len({counts[c] for c in order}) == len(order) else []
 
 
 def odd_one(keys: Sequence[object]) -> int:
@@ -140,9 +136,9 @@ def odd_one(keys: Sequence[object]) -> int:
 
 def colours_by_rank(w: World, x: Grid) -> Grid:
     """The largest, second, ... object."""
-    found = sorted(parts(x), key=len, reverse=True)
-    suits = 2 <= len(found) <= 4 and len(set(map(len, found))) == len(found)
-    return painted(x, found, w.new[: len(found)]) if suits else NONE
+    objects = sorted(parts(x), key=len, reverse=True)
+    suits = 2 <= len(objects) <= 4 and len(set(map(len, objects))) == len(objects)
+    return painted(x, objects, w.new[: len(objects)]) if suits else NONE
 
 
 def colours_by_size(d: Dice, w: World) -> Fn:
@@ -150,9 +146,9 @@ def colours_by_size(d: Dice, w: World) -> Fn:
     small = d.between(1, 4)
 
     def fn(x: Grid) -> Grid:
-        found = parts(x)
-        unclear = {small + 1, small + 2} & set(map(len, found))
-        return NONE if unclear else painted(x, found, [w.new[len(p) > small] for p in found])
+        objects = parts(x)
+        unclear = {small + 1, small + 2} & set(map(len, objects))
+        return NONE if unclear else painted(x, objects, [w.new[len(p) > small] for p in objects])
 
     return fn
 
@@ -167,7 +163,7 @@ def boxed(w: World, x: Grid) -> Grid:
 
 
 def fill_seeded(x: Grid) -> Grid:
-    """The inside of every box in the colour of the cell there."""
+    """The inside of every box in the colour of the cell order."""
     y = x.copy()
     for p in parts(x, mixed=True):
         y[box(p, x.shape[1])][1:-1, 1:-1] = y[box(p, x.shape[1])][1:-1, 1:-1].max(initial=0)
@@ -188,11 +184,14 @@ def stamped(w: World, x: Grid) -> Grid:
 
 def like_twins(w: World, x: Grid) -> Grid:
     """Objects of the mark get the colour of their like."""
-    found, n = parts(x), x.shape[1]
-    own = {outline(p, n): int(x.flat[p[0]]) for p in found if x.flat[p[0]] != w.mark}
-    grey = [p for p in found if x.flat[p[0]] == w.mark]
-    known = len(own) + len(grey) == len(found) and all(outline(p, n) in own for p in grey)
-    return painted(x, grey, [own[outline(p, n)] for p in grey]) if known else NONE
+    objects, n = parts(x), x.shape[1]
+    colour_of = {outline(p, n): int(x.flat[p[0]]) for p in objects if x.flat[p[0]] != w.mark}
+    grey = [p for p in objects if x.flat[p[0]] == w.mark]
+    if len(colour_of) + len(grey) < len(objects) or any(
+        outline(p, n) not in colour_of for p in grey
+    ):
+        return NONE
+    return painted(x, grey, [colour_of[outline(p, n)] for p in grey])
 
 
 def objects_fall(x: Grid) -> Grid:
@@ -225,14 +224,14 @@ def rays(steps: Sequence[tuple[int, int]]) -> Fn:
 
 def linked(d: Dice, w: World) -> Fn:
     """Cells of equal colour in a row are joined."""
-    own = d.chance() < 0.6
+    is_own_colour = d.chance() < 0.6
 
     def fn(x: Grid) -> Grid:
         y = x.copy()
         for r, row in enumerate(x.tolist()):
             at = [c for c, v in enumerate(row) if v]
             if len(at) == 2 and row[at[0]] == row[at[1]]:
-                y[r, at[0] + 1 : at[1]] = row[at[0]] if own else w.new[0]
+                y[r, at[0] + 1 : at[1]] = row[at[0]] if is_own_colour else w.new[0]
         return y
 
     return fn
@@ -439,7 +438,7 @@ RULES: dict[str, Rule] = {
     "column colours": plain("keyed_columns", lambda x: where(x == 0, 0, x[:1].repeat(len(x), 0))),
     "corner colour": plain("keyed_corner", lambda x: where(x > 0, int(x[0, 0]), x)),
     # objects
-    **{f"{do} {k}": Rule(s, chosen(do, at), k == "largest")
+    **{f"{do} {k}": chosen(s, do, at, k == "largest")
         for do in ("mark", "keep", "crop") for k, (s, at) in CHOICES.items()},
     **{f"{do} {k}": Rule(s, sorted_out(do, h), "off" in k)
         for do in ("colour", "keep") for k, (s, h) in PROPERTIES.items()},
