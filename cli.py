@@ -316,7 +316,7 @@ def merge(
 
     result = score.merge([Path(f) for f in files], sources, output, submission)
     counts = f"{result['votes']} votes for {result['queries']} queries"
-    echo(f"{counts}, {result['unanswered']} of them without any", *score_lines(result))
+    echo(f"{counts}, {result['unanswered']} without any", *score_lines(result))
     last_line(as_json, result)
 
 
@@ -332,16 +332,13 @@ def solve(checkpoint: str, task: str, sets: Set = [], as_json: Json = False) -> 
     from . import solve as solver
 
     console, queries = Console(markup=False, highlight=False), []
-
-    def draw(left: Any, right: Any) -> None:
-        console.print(pictures.beside(left, right), no_wrap=True, overflow="ignore", crop=False)
-
     for each, answered in solver.answers(checkpoint, task, sets):
         echo(each.name)
         for x, y in each.demos:
-            draw(x, y)
+            console.print(pictures.beside(x, y), soft_wrap=True)
         for p, ranked in answered:
-            draw(each.queries[p.query][0], ranked[0].grid if ranked else None)
+            query, best = each.queries[p.query][0], ranked[0].grid if ranked else None
+            console.print(pictures.beside(query, best), soft_wrap=True)
             reason = f"no answer: none of {len(p.votes)} votes was a whole grid"
             if p.too_large:
                 reason = f"no answer: needs a canvas of {p.too_large}, larger than any trained on"
@@ -375,8 +372,8 @@ def show(
     caption = f"{checkpoint}, step {s.meta.get('step', 'unknown')}, weights {s.source}"
     pictures.save(pictures.picture(timeline, printable(caption)), path)
     echo(f"{path}: {len(timeline.steps)} steps; checkpoint {s.path}, weights {s.source}")
-    facts = {"task": chosen.name, "steps": len(timeline.steps), "output": str(path)}
-    last_line(as_json, facts | {"weights": s.source})
+    facts = {"task": chosen.name, "steps": len(timeline.steps), "weights": s.source}
+    last_line(as_json, facts | {"output": str(path)})
 
 
 @app.command()

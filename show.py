@@ -104,9 +104,9 @@ def marks(t: Timeline, i: int) -> tuple[np.ndarray, np.ndarray]:
     beyond: an answer is right where no cell is wrong."""
     step, target = t.steps[i], t.task.queries[0][1]
     changed = step.tokens != t.steps[max(i - 1, 0)].tokens
-    if target is None:
-        return np.zeros(step.tokens.shape, int), changed
     height, width = step.tokens.shape
+    if target is None:
+        return np.zeros((height, width), int), changed
     label = tokenise(target[:height, :width], step.tokens.shape)
     coloured, beyond = step.tokens >= FIRST_COLOUR, (label == EOS) | (step.answer is not None)
     judged = (label >= FIRST_COLOUR) | coloured & beyond
@@ -354,7 +354,7 @@ def page(folder: str | Path, places: Sequence[str] = ()) -> dict[str, Any]:
     run = opened(folder)
     usual, fields = flat(msgspec.to_builtins(Config())), flat(run.about["config"])
     last = run.rows[-1] if run.rows else {}
-    facts = [f"{last.get(k, 0):,.0f} {k}" for k in ("step", "samples", "seconds")]
+    facts = [f"{k} {last[k]:,.0f}" for k in ("step", "samples", "seconds") if k in last]
     try:
         solved = gallery(run.folder, places)
     except UserError as e:
@@ -362,7 +362,7 @@ def page(folder: str | Path, places: Sequence[str] = ()) -> dict[str, Any]:
         solved = {"note": note, "gallery": [], "space": [], "demos": {}}
     return solved | {
         "title": run.folder.resolve().name,
-        "facts": ", ".join([*facts, *filter(None, [run.about["guard"]])]),
+        "facts": f"{', '.join(facts)}; {run.about['guard']}".rstrip("; "),
         "palette": PALETTE,
         "marks": failure_marks(run),
         "curves": curves(run.rows),
@@ -424,8 +424,8 @@ def plotted(runs: Sequence[Run]) -> Any:
     """A figure: the curves of several runs overlaid, a colour for each run."""
     panels = [curves(run.rows) for run in runs]
     titles = dict.fromkeys(title for panel in panels for title in panel)
-    rows = math.ceil(len(titles) / 3)
-    figure = new_figure(15, 3.2 * max(rows, 1))
+    rows = math.ceil(len(titles) / 3) or 1
+    figure = new_figure(15, 3.2 * rows)
     for i, title in enumerate(titles, 1):
         axis = figure.add_subplot(rows, 3, i)
         axis.set_title(title, fontsize=9, parse_math=False)

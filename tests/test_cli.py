@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import pytest
 import typer
@@ -223,13 +224,6 @@ def test_names_from_files_do_not_act_on_the_terminal(tmp_path):
     assert cli.printable("[bold]x\udcff\t") == "[bold]x\\udcff\\t"
 
 
-def raised(error):
-    def fail(*args, **options):
-        raise error
-
-    return fail
-
-
 @pytest.mark.parametrize(
     ("error", "code", "text"),
     [
@@ -241,7 +235,7 @@ def raised(error):
     ],
 )
 def test_what_the_machine_refuses_is_one_line(run, monkeypatch, error, code, text):
-    monkeypatch.setattr(solve, "evaluate", raised(error))
+    monkeypatch.setattr(solve, "evaluate", mock.Mock(side_effect=error))
     result = call("eval", run, code=code)
     assert text in result.stderr and result.stderr.count("\n") == 1
 

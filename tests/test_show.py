@@ -146,10 +146,8 @@ def test_a_picture_has_a_panel_for_each_grid_and_none_overlap():
 def test_pictures_are_written_by_the_name_of_the_file(tmp_path):
     target = np.array([[1, 2], [3, 4]], np.uint8)
     t = line(target.T, target, target=target)
-    broken = t._replace(steps=[s._replace(q=np.nan, entropy=np.nan) for s in t.steps])
     show.save(show.picture(t), tmp_path / "a.svg")
-    show.save(show.picture(broken), tmp_path / "a.png")
-    assert "<svg" in (tmp_path / "a.svg").read_text() and (tmp_path / "a.png").exists()
+    assert "<svg" in (tmp_path / "a.svg").read_text()
     for name in ("nowhere/a.png", "a.doc"):
         with pytest.raises(UserError, match="cannot be written"):
             show.save(show.picture(t), tmp_path / name)
