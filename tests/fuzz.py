@@ -24,11 +24,10 @@ import torch
 from etrm_arc import checkpoint, config, score, solve, sources, train
 from etrm_arc.config import UserError
 from etrm_arc.extras import published
-from etrm_arc.tests.test_train import tiny
+from etrm_arc.tests.test_train import SET, tiny
 
-HERE = Path(__file__).parent
-SET = HERE / "data" / "set"
-CONFIGS = HERE.parent / "configs"
+DATA = Path(__file__).parent / "data"
+CONFIGS = Path(config.__file__).parent / "configs"
 
 
 def mutate(content: bytes, draw: random.Random) -> bytes:
@@ -61,7 +60,7 @@ def main() -> None:
     draw, work = random.Random(args.seed), Path(tempfile.mkdtemp())
     run, votes, sent = work / "run", work / "predictions.jsonl", work / "submission.json"
     train.fit(tiny(run, model__hidden=16))
-    solve.evaluate([run], [str(SET)], predictions_file=str(votes), submit=str(sent))
+    solve.evaluate([run], [SET], predictions_file=str(votes), submit=str(sent))
     torch.save(checkpoint.read(run / "last.safetensors")[0], work / "step_1")
     whole = checkpoint.load_state(run)
 
@@ -87,7 +86,7 @@ def main() -> None:
         "config": (sorted(CONFIGS.glob("*.toml")), config.load_config),
         "predictions": ([votes], predictions),
         "submission": ([sent], predictions),
-        "task": ([HERE / "data" / "task.json", *sorted(SET.glob("*.json"))], sources.load),
+        "task": (sorted(DATA.glob("**/*.json")), sources.load),
     }
     counts: dict[str, collections.Counter[str]] = {k: collections.Counter() for k in kinds}
     for name, (files, judge) in kinds.items():

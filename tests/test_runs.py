@@ -60,14 +60,6 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path):
     assert checkpoint.load_state(tmp_path).facts["step"] == 2
 
 
-def test_a_run_that_has_ended_can_be_made_longer(tmp_path):
-    seconds = train.fit(tiny(tmp_path, **SMALL, train__steps=2))["seconds"]
-    assert checkpoint.listing(tmp_path)[0]["state"] == "done"
-    longer = train.fit(tiny(tmp_path, **SMALL, train__steps=4), limit=-1, resume=True)
-    assert longer["step"] == 3 and longer["seconds"] >= seconds
-    assert checkpoint.listing(tmp_path)[0]["state"] == "stopped"
-
-
 def test_another_yardstick_starts_a_new_best(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         row = {"train/ema/own/loss": 0.0, "train/ema/own/exact": 0.0}
@@ -232,18 +224,22 @@ def test_any_number_of_processes_ends_in_the_bits_of_one(tmp_path):
 # ---------------------------------------------------------------- the folder
 
 
-def test_what_a_run_folder_says_of_itself(tmp_path):
-    train.fit(tiny(tmp_path / "a", **TINIEST))
+def test_what_a_run_folder_says_and_that_a_run_can_be_made_longer(tmp_path):
+    seconds = train.fit(tiny(tmp_path / "a", **TINIEST, train__steps=2))["seconds"]
     about = json.loads((tmp_path / "a" / "run.json").read_text())
-    assert about["config"]["train"]["steps"] == 6 and about["torch"] == torch.__version__
+    assert about["config"]["train"]["steps"] == 2 and about["torch"] == torch.__version__
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "run.json").write_text("{")
     a, b = checkpoint.listing(tmp_path)
     assert a["state"] == "done" and b["state"].startswith("unreadable")
+    cfg = tiny(tmp_path / "a", **TINIEST, train__steps=4)
     with checkpoint.Run(tmp_path / "a", 0, True):
         assert checkpoint.listing(tmp_path / "a")[0]["state"] == "running"
         with pytest.raises(UserError, match="held by a live"):
-            train.fit(tiny(tmp_path / "a", **TINIEST), resume=True)
+            train.fit(cfg, resume=True)
+    longer = train.fit(cfg, limit=-1, resume=True)
+    assert longer["step"] == 3 and longer["seconds"] >= seconds
+    assert checkpoint.listing(tmp_path / "a")[0]["state"] == "stopped"
 
 
 def test_a_tracker_gets_every_row_or_is_not_installed(tmp_path, monkeypatch):
