@@ -91,11 +91,12 @@ def numbers(params: Params, cfg: Config, tasks: Sequence[Task], views: int) -> T
 
 
 def gathered(params: dict[str, Tensor], batch: Batch) -> tuple[dict[str, Tensor], Batch]:
-    """The table cut down to the rows of this batch, one for each slot, which carry gradient."""
+    """The table, now last, cut down to this batch's rows, one for each slot, with gradient."""
     if TABLE not in params or batch.rows is None:
         return params, batch
     rows = params[TABLE][batch.rows].detach().requires_grad_()
-    return {**params, TABLE: rows}, batch._replace(rows=torch.arange(len(rows), device=rows.device))
+    params = {**{k: p for k, p in params.items() if k != TABLE}, TABLE: rows}
+    return params, batch._replace(rows=torch.arange(len(rows), device=rows.device))
 
 
 def spread(slots: Tensor, batch: Batch, grads: Tensor, of: int) -> list[Tensor]:
