@@ -150,7 +150,7 @@ def fit_aloud(cfg: Any, setup: Any = None, **options: Any) -> dict[str, Any]:
     """Train, and print rows of metrics on the way."""
     from . import checkpoint, train
 
-    setup = setup or train.setup(cfg, *train.place_of())
+    setup = setup or train.setup(cfg)
     warning, progress = checkpoint.warned(setup.meta), paced()
 
     def say(row: dict[str, Any]) -> None:
@@ -193,14 +193,14 @@ def train(
     if procs > 1 and "RANK" not in os.environ and not dry_run:
         shards = ["--set", f"train.shards={procs}"] if cfg.train.shards % procs else []
         raise typer.Exit(trainer.launch([*sys.argv[1:], *shards], procs))
-    rank, world = trainer.place_of()
+    rank, _ = trainer.place_of()
     folder = Path(cfg.run.dir)
     # a run that was killed before its first state begins anew
     resume = resume and (bool(checkpoint.states(folder)) or not (folder / "run.json").exists())
-    setup = trainer.setup(cfg, rank, world, resume)
+    setup = trainer.setup(cfg, resume)
     if rank == 0:
-        plan = trainer.plan(cfg, setup, timed=dry_run)
-        echo(*plan.pop("text").split("\n"))
+        plan = trainer.plan(setup, timed=dry_run)
+        echo(*(f"{name}: {value}" for name, value in plan.items()))
     if dry_run:
         return last_line(as_json, plan)
     result = fit_aloud(cfg, setup, resume=resume, limit=deadline - time.monotonic())

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 import torch
 
-from . import checkpoint, data, encoders, etrm, score, solve, sources, train
+from . import checkpoint, data, encoders, etrm, optim, score, solve, sources, train
 from .config import Config, UserError
 from .data import EOS, FIRST_COLOUR, PAD, PALETTE, Task, tokenise
 
@@ -51,7 +51,7 @@ def step_of(cfg: Config, logits: torch.Tensor, shape: Sequence[int], q: float, a
 def timelines(solver: solve.Solver, tasks: Sequence[Task]) -> list[Timeline]:
     """Of every query of the tasks, unaugmented: the answer after every ACT step; of the
     argmax-feedback TRM after every cycle, until it is sure."""
-    cfg, (device, dtype) = solver.cfg, train.hardware(solver.cfg)
+    cfg, (device, dtype) = solver.cfg, optim.hardware(solver.cfg)
     params = etrm.tree_map(lambda x: x.to(device, dtype), solver.params)
     cycles, leave = (cfg.model.H_cycles, "q") if cfg.model.feedback else (1, "never")
     model = msgspec.structs.replace(cfg.model, H_cycles=cfg.model.H_cycles // cycles)
@@ -59,7 +59,7 @@ def timelines(solver: solve.Solver, tasks: Sequence[Task]) -> list[Timeline]:
     shown = [Timeline(t._replace(queries=[pair]), []) for t in tasks for pair in t.queries]
     questions = solve.questions_of(solver.params, cfg, tasks, 1)
     outputs: list[tuple[int, Sequence[int], etrm.Output]] = []
-    for portion in train.portions(questions.queries, cfg.model, train.EVAL_TOKENS):
+    for portion in train.portions(questions.queries, cfg.model):
         rows, look = portion.tolist(), lambda *output: outputs.append(output)
         posed = solve.pose(questions, cfg, [(row, 0) for row in rows])
         outputs.clear()

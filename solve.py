@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from . import baselines, checkpoint, config, data, etrm, score, sources, train
+from . import baselines, checkpoint, config, data, etrm, optim, score, sources, train
 from .config import Config, InitConfig, UserError
 from .data import Symmetry, Task
 from .encoders import encoder_of
@@ -140,7 +140,7 @@ def adaptation_config(cfg: Config) -> Config:
     return replace(
         cfg,
         init_from=InitConfig(),
-        data=replace(cfg.data, query="leave_one_out"),
+        data=replace(cfg.data, query="leave_one_out", share={}),
         optimizer=replace(cfg.optimizer, **optimizer),
         train=replace(cfg.train, **steps),
         eval=replace(cfg.eval, on="train"),
@@ -160,11 +160,11 @@ def adapt_weights(params: Params, cfg: Config, task: Task, deadline: float) -> P
         copy[path] = weight.detach().to(setup.device, torch.float32).clone()
         copy[path].requires_grad_(setup.params[path].requires_grad)
     setup = setup._replace(params=copy)
-    state, trained = train.fresh_state(cfg, setup), [p for p in copy.values() if p.requires_grad]
+    state, trained = train.fresh_state(setup), [p for p in copy.values() if p.requires_grad]
     right = 0  # steps running in which all slots were
     for step in range(1, cfg.train.steps + 1):
         scale = state.progress.scale
-        state.carries, grads, sums, *_ = train.one_step(setup, cfg, state.carries, scale)
+        state.carries, grads, sums, *_ = train.one_step(setup, state.carries, scale)
         lr = learning_rate(cfg.optimizer, step, cfg.train.steps)
         norm = update(state.opts, trained, grads, lr, cfg.optimizer.clip)
         state.progress.scale = scale if norm.isfinite() else max(1.0, scale / 2)
@@ -217,7 +217,7 @@ class Questions(NamedTuple):
 def questions_of(params: Params, cfg: Config, tasks: Sequence[Task], views: int) -> Questions:
     """All queries of tasks, on the device."""
     hidden = [t._replace(queries=[(x, None) for x, _ in t.queries]) for t in tasks]
-    packed = data.pack(hidden, train.hardware(cfg)[0])
+    packed = data.pack(hidden, optim.hardware(cfg)[0])
     queries = data.queries(packed, "test", cfg.data)
     number = queries.pair - packed.first[queries.task] - packed.n_demos[queries.task]
     table_row = baselines.numbers(params, cfg, hidden, views)
@@ -257,7 +257,7 @@ def answer_batch(
 ) -> list[tuple[Vote, np.ndarray]]:  # fmt: skip
     """Each (row, view)'s vote and canvas of tokens; params are in the compute dtype."""
     posed, encode = pose(questions, cfg, units), encoder_of(cfg.model)
-    device, dtype = train.hardware(cfg)
+    device, dtype = optim.hardware(cfg)
     if cfg.solve.adapt == "context":
         if encode.recur or encode.step:
             raise UserError("solve.adapt: this model has no single context to search")
@@ -294,7 +294,7 @@ def predictions(
     Views in `done` are left out; after `deadline` (time.monotonic) no batch begins. Outputs of
     queries are not looked at."""
     params, cfg, source = solver.params, solver.cfg, solver.source
-    device, dtype = train.hardware(cfg)
+    device, dtype = optim.hardware(cfg)
     questions = questions_of(params, cfg, tasks, max(views, default=-1) + 1)
     blank = [
         Prediction((t := questions.task(r)).name, n, score.task_hash(t), [], source=source)
@@ -308,17 +308,15 @@ def predictions(
     searched = cfg.solve.adapt == "context"  # then each demo is asked, too
     copies = torch.tensor([1 + searched * len(questions.task(r).demos) for r, _ in units])
     rows = torch.tensor([r for r, _ in units]).long()
-    parts = train.portions(
-        data.chosen(questions.queries, rows), cfg.model, train.EVAL_TOKENS, copies
-    )
+    parts = train.portions(data.chosen(questions.queries, rows), cfg.model, copies)
     batches = [[units[i] for i in part.tolist()] for part in parts]
     cast = tree_map(lambda x: x.to(device, dtype), params)
     vote_on = functools.partial(answer_batch, cast, cfg, questions, deadline)
-    for first in range(0, len(batches), train.THREADS):
-        group, begun = batches[first : first + train.THREADS], time.monotonic()
+    for first in range(0, len(batches), optim.THREADS):
+        group, begun = batches[first : first + optim.THREADS], time.monotonic()
         if begun > deadline:
             return
-        answers = train.side_by_side(vote_on, group, device)
+        answers = optim.side_by_side(vote_on, group, device)
         seconds = (time.monotonic() - begun) / sum(map(len, group))
         for batch, votes in zip(group, answers, strict=True):
             by_row: dict[int, Prediction] = {}
@@ -354,7 +352,7 @@ def opened(path: str | Path, sets: Sequence[str] = ()) -> Solver:
     how = {k: v for k, v in msgspec.to_builtins(cfg.solve).items() if k != "views"}
     learns = [cfg.optimizer, cfg.run.seed] if cfg.solve.adapt == "full" else []
     rest = msgspec.to_builtins([cfg.model, cfg.data, *learns])
-    text = json.dumps([how, *rest, str(train.hardware(cfg)[1])])
+    text = json.dumps([how, *rest, str(optim.hardware(cfg)[1])])
     content = checkpoint.digest_of(etrm.leaves(c.ema), text)
     source = hashlib.blake2b(content.encode(), digest_size=6).hexdigest()
     return Solver(c.path, cfg, source, c.ema, c.meta, c.pairs)

@@ -427,7 +427,7 @@ def probe(params: Params, cfg: Config, tasks: data.Tasks, rule: str, foreign: bo
         loss = act_loss(cfg.model, out, batch.labels, batch.cells)
         scores[:, rows] = torch.stack((loss.lm, loss.cell_accuracy, loss.exact.float())).cpu()
 
-    side_by_side(answer, portions(asked, cfg.model, EVAL_TOKENS)[rank::world], device)
+    side_by_side(answer, portions(asked, cfg.model)[rank::world], device)
     [everywhere] = reduce([[scores.to(device)]])  # each row is of one process, elsewhere 0
     fits, n = asked.fits.float(), len(asked.fits)
     loss, cells, exact = (everywhere.cpu() * fits).sum(1).tolist()
@@ -665,9 +665,10 @@ def fit(
             return {"step": progress.step, "samples": samples, "seconds": seconds, **row}
 
         def note(row: Row) -> None:
+            row = stamped(row)
             if rank == 0:
-                run.write(stamped(row))
-                say(stamped(row))
+                run.write(row)
+                say(row)
 
         while progress.step < cfg.train.steps and not (stopped or progress.ended):
             reason = run.stop or ("time limit" if time.monotonic() > deadline else "")

@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 import torch
 
-from etrm_arc import config, data, encoders, etrm, solve, sources, train
+from etrm_arc import config, data, encoders, etrm, optim, solve, sources, train
 
 from . import throughput
 
@@ -58,7 +58,7 @@ def batches(
     units = [(r, v) for r in rows for v in range(views)]
     units = units[:: max(1, len(units) // limit)][:limit] if limit else units
     each = data.chosen(questions.queries, torch.tensor([r for r, _ in units]))
-    parts = train.portions(each, cfg.model, train.EVAL_TOKENS)
+    parts = train.portions(each, cfg.model)
     return [solve.pose(questions, cfg, [units[i] for i in part.tolist()]) for part in parts]
 
 
@@ -96,8 +96,8 @@ def measured(
 ) -> dict[str, Any]:  # fmt: skip
     """Views/s of each rung of the ladder; padded_views: of the published layout, 0: without it."""
     params, cfg, padded = model_of(checkpoint, act_steps)
-    kind = train.dtype_of(dtype, torch.device("cpu"))
-    train.keep_pages(kind)
+    kind = optim.dtype_of(dtype, torch.device("cpu"))
+    optim.keep_pages(kind)
     cast, encode = etrm.tree_map(lambda x: x.to(kind), params), encoders.encoder_of(cfg.model)
     steps, posed = cfg.model.halt_max_steps, batches(params, cfg, tasks, views, limit)
 

@@ -67,16 +67,13 @@ class Trainer:
     def __init__(self, cfg: config.Config) -> None:
         begun = time.perf_counter()
         self.cfg, self.s = cfg, train.setup(cfg)
-        self.state = train.fresh_state(cfg, self.s)
+        self.state = train.fresh_state(self.s)
         self.start = time.perf_counter() - begun
 
     def step(self) -> float:
         """Seconds of one optimizer step."""
         begun = time.perf_counter()
-        out = train.one_step(self.s, self.cfg, self.state.carries)
-        self.state.progress.step += 1
-        train.apply(self.cfg, self.s, self.state, out)
-        self.state.carries = out.carries
+        train.advance(self.s, self.state)
         return time.perf_counter() - begun
 
     def rate(self, repeats: int, warm: int = 3, life: int = 1) -> float:
@@ -182,7 +179,7 @@ def parts(t: Trainer, repeats: int) -> dict[str, float]:
     """Seconds of the parts of a step in one shard."""
     s, cfg, slots = t.s, t.cfg, t.s.shards[0]
     start = t.state.carries[0]
-    carry, batch, least = train.next_batch(s, cfg, slots, start)
+    carry, batch, least = train.next_batch(s, slots, start)
     cast = etrm.rebuild(s.like, {k: v.to(s.dtype) for k, v in s.params.items()})
     trained = [p for p in s.params.values() if p.requires_grad]
     context = s.encode.read(cast.encoder, batch).tokens.detach()
@@ -190,7 +187,7 @@ def parts(t: Trainer, repeats: int) -> dict[str, float]:
     toward = torch.randn_like(context)
 
     def draw() -> None:
-        train.next_batch(s, cfg, slots, start)
+        train.next_batch(s, slots, start)
 
     def encode() -> None:
         tokens = s.encode.read(cast.encoder, batch).tokens

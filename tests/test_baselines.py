@@ -1,6 +1,7 @@
 """TRM's table of tasks, the argmax-feedback TRM, several ACT steps in one optimizer step."""
 
 import math
+import types
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from etrm_arc import baselines, checkpoint, data, etrm, solve, sources, train
-from etrm_arc.config import ModelConfig, UserError
+from etrm_arc.config import Config, ModelConfig, UserError
 from etrm_arc.encoders import encoder_of, init_params
 from etrm_arc.etrm import Params, act_loss, fresh_carry, leaves, rebuild
 from etrm_arc.tests import puzzles
@@ -83,8 +84,8 @@ def test_gradients_of_rows_are_those_of_the_whole_table(tmp_path):
     s = train.setup(cfg)
     s.params[baselines.TABLE].normal_()
     [slots] = s.shards
-    rows, ids = train.one_step(s, cfg, [train.start_carry(s, cfg, slots)]).touched
-    carry, batch, least = train.next_batch(s, cfg, slots, train.start_carry(s, cfg, slots))
+    rows, ids = train.one_step(s, [train.start_carry(s, slots)]).touched
+    carry, batch, least = train.next_batch(s, slots, train.start_carry(s, slots))
     table = s.params[baselines.TABLE].clone().requires_grad_()
     params = rebuild(s.like, s.params | {baselines.TABLE: table})
     out = etrm.act_step(params, cfg.model, s.encode, carry, batch, least)[1]
@@ -286,8 +287,9 @@ def test_unrolled_steps_are_averaged_detached_and_end_together(taken):
     batch, like, encode = batch_of(grids, grids), init_params(cfg, 0), encoder_of(cfg)
     params = {k: v.requires_grad_() for k, v in leaves(like).items()}
     carry, least = fresh_carry(cfg, batch.cells, torch.float32), torch.zeros(3)
-    step = train.train_step(params, like, cfg, encode, torch.float32, carry, batch, least, 1.0)
-    after, grads = step[:2]
+    s = types.SimpleNamespace(params=params, like=like, cfg=Config(model=cfg), encode=encode)
+    s.dtype = torch.float32
+    [after], grads, *_ = train.train_step(s, carry, batch, least, 1.0)
     assert after.halted.all() and after.steps.tolist() == [taken] * 3
     total = 0
     for _ in range(taken):

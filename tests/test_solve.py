@@ -116,7 +116,7 @@ def test_evaluation_agrees_with_what_training_watches(run):
     """One view, no symmetry: exact match and cell accuracy are those of train.probe."""
     s, tasks = solve.opened(run), tasks_of_all()
     scores = score.score(tasks, solve.predict(s.params, s.cfg, tasks, 1))
-    probed = train.probe(s.params, s.cfg, data.pack(tasks), "test", torch.float32)
+    probed = train.probe(s.params, s.cfg, data.pack(tasks), "test")
     assert scores["cell_accuracy"] == pytest.approx(probed["cell_accuracy"], abs=1e-6)
     assert probed["cell_accuracy"] > 0 and scores["exact_match"] == probed["exact"]
 
@@ -473,10 +473,7 @@ def test_full_adaptation_learns_the_demos_and_touches_only_its_copy(run):
     cfg = with_solve(trained, adapt_steps=12, adapt_lr=1e-2)
     adapted = solve.adapt_weights(s.params, cfg, task, FOREVER)
     packed = data.pack([task._replace(queries=[])])
-    loss = [
-        train.probe(p, s.cfg, packed, "leave_one_out", torch.float32)["loss"]
-        for p in (s.params, adapted)
-    ]
+    loss = [train.probe(p, s.cfg, packed, "leave_one_out")["loss"] for p in (s.params, adapted)]
     assert loss[1] < 0.9 * loss[0]
     assert all(torch.equal(v, before[k]) for k, v in leaves(s.params).items())
     assert solve.adapt_weights(s.params, cfg, task, 0.0) is s.params  # no time

@@ -43,8 +43,8 @@ def tiny(folder, **changes):
     return config.parse_config(raw, "test")
 
 
-def first_carries(s, cfg):
-    return [train.start_carry(s, cfg, slots) for slots in s.shards]
+def first_carries(s):
+    return [train.start_carry(s, slots) for slots in s.shards]
 
 
 def weights_of(folder, name="last"):
@@ -76,6 +76,8 @@ def test_training_trace_of_the_published_trainer(golden):
     trained = [v for v in params.values() if v.requires_grad]
     opts = optim.optimizers(opt, params)
     ema = {k: v.detach().clone() for k, v in params.items()}
+    s = types.SimpleNamespace(params=params, like=like, cfg=config.Config(model=cfg))
+    s.encode, s.dtype = encoder_of(cfg), torch.float32
     carry, shown = None, None
     for i in range(6):
         offered = published.sub(t, f"t{i}.batch.")
@@ -87,10 +89,8 @@ def test_training_trace_of_the_published_trainer(golden):
         least = (t[f"t{i}.rand"] < cfg.exploration) * t[f"t{i}.randint"]
         rows = shown["puzzle_identifiers"].long()
         batch = batch_of(shown["inputs"], shown["labels"])._replace(rows=rows)
-        out = train.train_step(
-            params, like, cfg, encoder_of(cfg), torch.float32, carry, batch, least, 1 / 6
-        )
-        carry, lr = out.carry, optim.learning_rate(opt, i + 1, hyper["total_steps"])
+        out = train.train_step(s, carry, batch, least, 1 / 6)
+        [carry], lr = out.carries, optim.learning_rate(opt, i + 1, hyper["total_steps"])
         assert abs(lr - float(t[f"t{i}.reported.lr"])) < 1e-9
         touched = baselines.spread(torch.arange(6), batch, out.grads.pop(), 6)
         share = lr / opt.lr * hyper["puzzle_emb_lr"]
@@ -200,10 +200,8 @@ def test_clipping_bounds_the_step_and_reports_the_norm_before():
     norm = optim.update(opt, [p], [torch.tensor([3.0, 0, 4.0, 0])], 1.0, 1.0)
     assert float(norm) == pytest.approx(5)
     assert float(p.detach().norm()) == pytest.approx(1, rel=1e-4)
-    before, rows = p.detach().clone(), [torch.tensor([0.0, math.nan])]  # of a table
+    before = p.detach().clone()
     assert math.isnan(optim.update(opt, [p], [torch.full((4,), math.nan)], 1.0, 1.0))
-    assert math.isinf(optim.update(opt, [p], [torch.ones(4)], 1.0, 1.0, rows))
-    assert math.isinf(optim.update([], [], [], 1.0, 1.0, rows))
     assert torch.equal(p, before)
 
 
@@ -263,9 +261,9 @@ def test_a_slot_that_halted_begins_its_next_episode(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "min_steps", min_steps)
     cfg = tiny(tmp_path, train__shards=1)
     s = train.setup(cfg)
-    carry, _, _ = train.next_batch(s, cfg, s.shards[0], first_carries(s, cfg)[0])
+    carry, _, _ = train.next_batch(s, s.shards[0], first_carries(s)[0])
     halted, steps = torch.tensor([True, False] * 3), torch.tensor([3, 1, 2, 2, 1, 0])
-    after, _, _ = train.next_batch(s, cfg, s.shards[0], carry._replace(halted=halted, steps=steps))
+    after, _, _ = train.next_batch(s, s.shards[0], carry._replace(halted=halted, steps=steps))
     assert torch.equal(after.n, carry.n + halted) and torch.equal(drawn[-1][0], after.n)
     assert drawn[-1][1] == [1, 2, 1, 3, 1, 1]  # of which ACT step the exploration is drawn
 
@@ -274,9 +272,11 @@ def test_a_slot_that_halted_begins_its_next_episode(tmp_path, monkeypatch):
 def test_batches_of_an_evaluation_hold_so_many_tokens(g, tokens):
     canvas = torch.randint(0, 9, (puzzles.integer(g, 1, 12), 2), generator=g)
     cfg, need = ModelConfig(context_tokens=4), 4 + canvas.prod(1)
-    times = torch.randint(1, 4, (len(canvas),), generator=g) if puzzles.integer(g, 0, 1) else None
-    need = need if times is None else need * times
-    batches = train.portions(types.SimpleNamespace(canvas=canvas), cfg, tokens, times)
+    times = torch.randint(1, 4, (len(canvas),), generator=g) if puzzles.integer(g, 0, 1) else 1
+    need = need * times
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "EVAL_TOKENS", tokens)
+        batches = train.portions(types.SimpleNamespace(canvas=canvas), cfg, times)
     rows = sorted(torch.cat([torch.zeros(0), *batches]).tolist())
     assert rows == torch.where(canvas.prod(1) > 0)[0].tolist()
     sums = [int(need[rows].sum()) for rows in batches]
@@ -313,7 +313,7 @@ def test_gradients_and_sums_of_shards_are_those_of_the_whole(tmp_path):
         cfg = tiny(tmp_path, train__shards=shards)
         s = train.setup(cfg)
         assert sorted(torch.cat(s.shards).tolist()) == list(range(cfg.train.batch))
-        steps[shards] = train.one_step(s, cfg, first_carries(s, cfg))
+        steps[shards] = train.one_step(s, first_carries(s))
     one, three = (torch.cat([g.flatten() for g in steps[k].grads]) for k in (1, 3))
     assert one.abs().max() > 1e-4
     torch.testing.assert_close(one, three, rtol=1e-4, atol=1e-6)
@@ -326,7 +326,7 @@ def test_shards_side_by_side_are_shards_one_after_the_other(tmp_path, monkeypatc
     results = []
     options = {"train__shards": 3, "train__steps": 3, "model__exploration": 0.5}
     for at_once in (1, 3):
-        monkeypatch.setattr(train, "THREADS", at_once)
+        monkeypatch.setattr(optim, "THREADS", at_once)
         folder, rows = tmp_path / str(at_once), []
         train.fit(tiny(folder, **options), rows.append)
         torch.set_num_threads(1)
@@ -343,13 +343,13 @@ def test_a_step_is_the_mean_of_its_slots_scaled_and_its_sums_are_theirs(tmp_path
     cfg = tiny(tmp_path, train__shards=1, model__halt_max_steps=1)
     s = train.setup(cfg)
     [slots] = s.shards
-    carry, batch, least = train.next_batch(s, cfg, slots, first_carries(s, cfg)[0])
+    carry, batch, least = train.next_batch(s, slots, first_carries(s)[0])
     out = act_step(rebuild(s.like, s.params), cfg.model, s.encode, carry, batch, least)[1]
     loss = act_loss(cfg.model, out, batch.labels, batch.cells)
     expected = torch.autograd.grad(loss.total.mean(), s.params["core.embed"])[0]
     embed = [k for k, v in s.params.items() if v.requires_grad].index("core.embed")
     for scale in (1.0, 1024.0):
-        grads = train.one_step(s, cfg, first_carries(s, cfg), scale).grads
+        grads = train.one_step(s, first_carries(s), scale).grads
         torch.testing.assert_close(grads[embed], expected, rtol=1e-4, atol=1e-7)
     halted = torch.arange(len(slots)) % 2 == 0  # only they count in the second row
 
@@ -358,7 +358,7 @@ def test_a_step_is_the_mean_of_its_slots_scaled_and_its_sums_are_theirs(tmp_path
         return carry._replace(halted=halted), out
 
     monkeypatch.setattr(train, "act_step", half_halts)
-    sums = train.one_step(s, cfg, first_carries(s, cfg)).sums
+    sums = train.one_step(s, first_carries(s)).sums
     assert float(sums[1, -1]) == int(halted.sum())
     lm = train.METRICS.index("lm_loss")
     assert float(sums[0, lm]) == pytest.approx(float(loss.lm.sum()), rel=1e-5)
@@ -375,8 +375,6 @@ def test_context_rows_are_variances_over_all_slots_however_they_are_dealt(g, slo
     expected = {
         "encoder/context_var_across": float(c.var(0, unbiased=False).mean()),
         "encoder/context_var_within": float(c.var(1, unbiased=False).mean()),
-        "encoder/context_mean": float(c.mean()),
-        "encoder/context_std": float(c.std(unbiased=False)),
     }
     assert row == pytest.approx(expected, rel=1e-4, abs=1e-5)
     collapsed = train.context_row([c[:1].expand(slots, -1, -1)])
@@ -398,13 +396,10 @@ def test_every_row_watches_the_encoder_and_every_evaluation_the_gaps(tmp_path):
         assert squares == pytest.approx(row["grad_norm"] ** 2, rel=1e-4)
         ratio = row["encoder/grad_norm"] / row["core/grad_norm"]
         assert row["encoder/grad_ratio"] == pytest.approx(ratio)
-        assert row["encoder/context_std"] == pytest.approx(1, abs=0.05)
         assert row["encoder/context_var_across"] > 0 and 0 <= row["all/explored"] <= 1
-    for row, step in zip(evaluations, steps[::2], strict=True):
+    for row in evaluations:
         own, foreign = (row[f"dev/ema/{k}/cell_accuracy"] for k in ("own", "foreign"))
         assert row["gap/own_foreign/cell_accuracy"] == pytest.approx(own - foreign)
-        loss = step["all/lm_loss"] - row["dev/ema/own/loss"]
-        assert row["gap/train_dev/loss"] == pytest.approx(loss)
 
 
 def test_foreign_demos_are_another_tasks_that_fits_a_canvas(tmp_path):
@@ -429,7 +424,7 @@ def test_hidden_outputs_are_neither_trained_on_nor_probed(tmp_path):
     with pytest.raises(UserError, match="no query to train on"):
         data.deck(asked, 6)
     s, mixed = train.setup(cfg), data.pack([hidden[0], *tasks[1:]])
-    row = train.probe(rebuild(s.like, s.params), cfg, mixed, "test", torch.float32)
+    row = train.probe(rebuild(s.like, s.params), cfg, mixed, "test")
     assert row["n"] == 5 and math.isfinite(row["loss"])
 
 
@@ -534,7 +529,7 @@ def test_fp16_halves_its_scale_on_overflow_and_goes_on(tmp_path, monkeypatch):
 
 def test_a_plan_counts_slots_and_times_real_steps(tmp_path):
     cfg = tiny(tmp_path)
-    found = train.plan(cfg, train.setup(cfg), timed=True)
+    found = train.plan(train.setup(cfg), timed=True)
     assert found["parameters"] > 1e4 and sum(found["slots"].values()) == 6
     assert 0 < found["seconds_per_step"] < 60 and 0.01 < found["peak_memory_gb"] < 64
     assert not list(tmp_path.iterdir())

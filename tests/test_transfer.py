@@ -56,7 +56,8 @@ def test_training_starts_from_a_published_core_and_says_what_it_took(golden, tmp
     for name, v in state.items():
         path = extras.our_path(f"inner.{name.removeprefix(prefix)}")
         assert path == "encoder.table" or torch.equal(s.params[path].detach(), v.float()), name
-    text = train.plan(cfg, s, timed=False)["text"]
+    plan = train.plan(s, timed=False)
+    text = plan["init_from"] + plan["guard"]
     assert re.search(r"taken core.embed, core.blocks \(8\).*skipped inner.puzzle_emb", text)
     assert "missing, so drawn anew: encoder." in text and "NOT strictly held out" in text
     part = initialised(tmp_path / "a", file, init_from__take=[r"core\.blocks\..*"])
