@@ -453,6 +453,7 @@ ENCODERS: dict[str, Encoder] = {
     "pointer": Encoder(init_pointer, apply_pointer, asks=True, offers=len(FRAMES) + COPIES),
 }
 PUBLISHED = "etrm_arc.extras.encoders"  # the module with the published ones
+FEEDBACK = "etrm_arc.extras.feedback"  # the argmax-feedback TRM, which has none
 TABLE = Encoder(baselines.init_table, baselines.apply_table)  # TRM's: it looks at no demo
 
 
@@ -539,7 +540,7 @@ def init_params(cfg: ModelConfig, seed: int) -> Params:
         raise UserError('model.feedback: has no context: context_tokens = 0, loss = "softmax"')
     g = torch.Generator().manual_seed(seed)
     if cfg.feedback:
-        return Params((), baselines.init_feedback(cfg, g))
+        return Params((), importlib.import_module(FEEDBACK).init(cfg, g))
     p = encoder.init(inner, g)
     if inner.hidden != cfg.hidden:
         p = Widened(p, normal(g, cfg.hidden, inner.hidden))
@@ -549,7 +550,7 @@ def init_params(cfg: ModelConfig, seed: int) -> Params:
 def encoder_of(cfg: ModelConfig) -> Encode:
     """The config's encoder as `act_step` takes it."""
     if cfg.feedback:
-        return Encode(lambda p, batch: (), step=baselines.feedback_step)
+        return Encode(lambda p, batch: (), step=importlib.import_module(FEEDBACK).step)
     encoder, own_cfg = lookup(cfg.encoder.kind), inner_config(cfg)
 
     def inner(p: Any) -> Any:
