@@ -180,11 +180,7 @@ def named_tasks(raw: Any, name: str, where: str, depth: int = 2) -> Iterator[tup
 
 
 def read_tasks(path: Path, large: list[str]) -> Iterator[Task]:
-    """The tasks of a file or folder."""
-    if path.is_dir():
-        for file in files_below(path):
-            yield from read_tasks(file, large)
-        return
+    """The tasks of a file."""
     solutions, beside = None, path.with_name(path.name.replace("challenges", "solutions"))
     if beside != path and beside.exists():
         solutions = read_json(beside)
@@ -239,7 +235,8 @@ def read_source(source: str, large: list[str]) -> Iterable[Task]:
     if source.startswith(("arc1:", "arc2:")) or not os.path.exists(source):
         near = nearest(source[:99], EMBEDDED)
         raise UserError(f"{CONTROL.sub('?', source[:99])}: no such file, folder or set{near}")
-    return read_tasks(Path(source), large)
+    files = files_below(Path(source)) if os.path.isdir(source) else [Path(source)]
+    return (task for file in files for task in read_tasks(file, large))
 
 
 @cache

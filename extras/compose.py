@@ -88,8 +88,8 @@ def drawn(d: Dice, names: Sequence[str], draw: Scene, name: str) -> Task | None:
     for _ in range(4 * wanted):
         x = draw(d, w)
         is_new = (x != x[0, 0]).any() and not any(np.array_equal(x, r[0]) for r in rows)
-        if max(x.shape) <= MAX_SIDE and is_new and (found := chain(steps, x)):
-            rows.append([x, *found])
+        if max(x.shape) <= MAX_SIDE and is_new and (grids := chain(steps, x)):
+            rows.append([x, *grids])
         if len(rows) == wanted:
             break
     if len(rows) < wanted or not sound(names, steps, rows, w):
@@ -109,14 +109,9 @@ def sound(
         if sum(np.array_equal(r[i], r[i + 1]) for r in rows) > few:
             return False  # a step that does nothing
         if i + 1 < len(steps):
-            short = [chain([*steps[:i], *steps[i + 1 :]], r[0]) for r in rows]
-            if (
-                sum(
-                    bool(s) and np.array_equal(s[-1], r[-1])
-                    for s, r in zip(short, rows, strict=True)
-                )
-                > few
-            ):
+            others = [*steps[:i], *steps[i + 1 :]]
+            without = [(chain(others, r[0])[-1:], r[-1]) for r in rows]
+            if sum(bool(ys) and np.array_equal(ys[0], y) for ys, y in without) > few:
                 return False  # a step that makes no difference
     if sum(np.array_equal(r[0], r[-1]) for r in rows) > few:
         return False  # nothing is changed
@@ -126,11 +121,9 @@ def sound(
         return False  # outputs of one colour
     shown = [(set(r[0].tobytes()), set(r[-1].tobytes())) for r in rows]
     for i, (before, after) in enumerate(shown):
-        others = [s for j, s in enumerate(shown) if j != i]
-        if not w.fresh and not before <= set().union(*(s[0] for s in others)):
-            return False
-        if not after <= before.union(*(s[1] for s in others)):
-            return False
+        inputs, outputs = (set().union(*x) for x in zip(*shown[:i], *shown[i + 1 :], strict=True))
+        if not (w.fresh or before <= inputs) or not after <= before | outputs:
+            return False  # a colour that no other pair has
     return True
 
 
@@ -142,8 +135,8 @@ def make(seed: int, index: int, held_out: bool = False) -> Made:
         names = composition(d, held_out)
         which = d.pick(RULES[names[0]].scenes.split())
         for _ in range(8):
-            if found := drawn(d, names, SCENES[which], name):
-                return Made(names, which, found)
+            if sound_task := drawn(d, names, SCENES[which], name):
+                return Made(names, which, sound_task)
     raise RuntimeError(f"seed {seed}, index {index}: no sound task in {TRIES} compositions")
 
 

@@ -258,9 +258,8 @@ def test_bad_files_are_refused_by_name(name, tmp_path):
 
 def test_a_broken_line_is_named_by_its_number(tmp_path):
     good = json.dumps(raw_task(puzzles.task(generator())))
-    for broken in (good[:-4], "[" * 200_000):
-        path = write(tmp_path / "x.jsonl", f"{good}\n\n{broken}\n{good}")
-        assert "x.jsonl: line 3: broken JSON" in complaint(path)
+    path = write(tmp_path / "x.jsonl", f"{good}\n\n{good[:-4]}\n{good}")
+    assert "x.jsonl: line 3: broken JSON" in complaint(path)
     path.write_bytes(b"\xff\xfe{}")
     assert "x.jsonl" in complaint(path)
 
@@ -506,9 +505,3 @@ def test_families_of_rearc_are_a_source(monkeypatch):
     assert len(set(digests(loaded))) == 12
     alone, other = (rearc.task("bb", counting, 4, seed) for seed in (0, 1))
     assert digests([alone]) == digests(loaded[10:11]) != digests([other])
-
-
-def test_without_its_package_rearc_says_how_to_get_it(monkeypatch):
-    monkeypatch.setattr(rearc.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install --no-deps reasoning-gym"):
-        rearc.folder()
