@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import importlib.metadata
 import json
 import math
@@ -17,6 +18,8 @@ from typing import Annotated, Any
 import typer
 
 from .config import UserError, load_config
+
+REPORT = "etrm_arc.extras.report"  # the module behind the commands report and runs
 
 
 class Commands(typer.core.TyperGroup):
@@ -262,6 +265,7 @@ def evaluate(
     sources: Data = [],  # noqa: B006
     views: Annotated[int, option(help="Symmetries and demo orders; 0: as configured.")] = 0,
     adapt: Annotated[str, option(help="none, context or full: learn from the demos first.")] = "",
+    act_steps: Annotated[int, option(help="ACT steps of a view; 0: as configured.")] = 0,
     budget: Annotated[float, option(help="Minutes: more views until they are over.")] = math.inf,
     shard: Annotated[str, option(help="i/n: every n-th task; etrm merge joins them.")] = "1/1",
     submission: Submission = "",
@@ -276,7 +280,7 @@ def evaluate(
     for path in checkpoints:
         if path.endswith((".json", ".jsonl")):
             raise UserError(f"{path}: is no checkpoint; name tasks with --data {path}")
-    given = {"views": views, "adapt": adapt}
+    given = {"views": views, "adapt": adapt, "act_steps": act_steps}
     sets = [*sets, *(f"solve.{k}={v}" for k, v in given.items() if v)]
     begun, progress = time.monotonic(), paced()
 
@@ -384,7 +388,7 @@ def report(
 ) -> None:
     """Write one HTML file, RUN/report.html: curves, known failures, config, gallery, contexts.
     The gallery shows tasks of the dev split, or of --data."""
-    from . import show as pages
+    pages = importlib.import_module(REPORT)
 
     path, page = pages.report(run, sources)
     echo(*(mark["text"] for mark in page["marks"]), page["note"], path)
@@ -408,7 +412,8 @@ def runs(
 ) -> None:
     """List the runs below a folder (default: runs), describe one checkpoint, or compare runs."""
     from . import checkpoint
-    from . import show as pages
+
+    pages = importlib.import_module(REPORT)
 
     folder = Path(paths[0])
     if len(paths) > 1 or plot or table:
@@ -419,7 +424,7 @@ def runs(
             with open(table, "w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows([rows[0], *(row.values() for row in rows)])
         if plot:
-            pages.save(pages.plotted(compared), Path(plot))
+            pages.show.save(pages.plotted(compared), Path(plot))
         return last_line(as_json, {"runs": rows})
     if folder == Path("runs") or (folder.is_dir() and not (folder / "run.json").exists()):
         rows = checkpoint.listing(folder)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from etrm_arc import encoders, solve, sources
+from etrm_arc import cli, encoders, solve, sources
 
 ROOT = Path(__file__).parent.parent
 HOUSE = ["config", "data", "sources", "etrm", "baselines", "encoders", "optim", "checkpoint"]
@@ -40,6 +40,7 @@ def test_a_module_imports_only_those_above_it(name):
 def test_extras_know_puzzles_and_scores_alone_and_encoders_the_model(name):
     allowed = {"config", "data", "sources", "score", *(f"extras.{other}" for other in EXTRAS)}
     allowed |= {"etrm", "encoders"} if name in ("encoders", "feedback") else set()
+    allowed |= {"checkpoint", "show", "solve"} if name == "report" else set()
     assert imports_of(ROOT / "extras" / f"{name}.py") <= allowed
 
 
@@ -47,4 +48,5 @@ def test_every_name_of_an_extra_is_that_of_a_module():
     for table in (sources.GENERATORS, solve.SOLVERS):
         for module in table.values():
             assert importlib.import_module(f"etrm_arc.extras.{module.rpartition('.')[2]}")
-    assert importlib.import_module(encoders.PUBLISHED).ENCODERS
+    for module in (encoders.PUBLISHED, encoders.FEEDBACK, cli.REPORT):
+        assert importlib.import_module(module)

@@ -15,6 +15,7 @@ from hypothesis import given
 
 from etrm_arc import checkpoint, etrm, score, show, solve, sources
 from etrm_arc.config import UserError
+from etrm_arc.extras import report
 from etrm_arc.tests import puzzles
 from etrm_arc.tests.puzzles import SET
 
@@ -42,7 +43,7 @@ def test_the_gallery_shows_what_predictions_hold(copy):
     vote(copy, tasks[2], *wrong[:1] * 3, *wrong[1:2] * 2, right[2])
     vote(copy, tasks[3], wrong[0], None)
     vote(copy, tasks[3], right[3], source="another solver")
-    page = show.page(copy, [str(SET)])
+    page = report.page(copy, [str(SET)])
     entries = {e["task"]: e for e in page["gallery"]}
     statuses = ["solved at 1", "solved at 2", "solved by some view", "unsolved"]
     assert [entries[t.name]["status"] for t in tasks[:4]] == statuses and len(entries) == 4
@@ -62,14 +63,14 @@ def test_hidden_outputs_and_absent_files_are_said(copy, tmp_path):
     task = json.loads((SET / "mirror.json").read_text())
     task["test"] = [{"input": [[1, 2]]}]
     (tmp_path / "h.json").write_text(json.dumps(task))
-    assert "0 queries" in show.page(copy)["note"]
+    assert "0 queries" in report.page(copy)["note"]
     vote(copy, sources.load([str(tmp_path / "h.json")])[0], np.eye(2, dtype=np.uint8), source="x")
-    page = show.page(copy, [str(tmp_path / "h.json")])
+    page = report.page(copy, [str(tmp_path / "h.json")])
     assert [(e["status"], e["target"]) for e in page["gallery"]] == [("output hidden", None)]
     assert "not these weights" in page["note"]
     for weights in copy.glob("*.safetensors"):
         weights.unlink()
-    page = show.page(copy)
+    page = report.page(copy)
     assert "neither gallery nor contexts" in page["note"] and page["curves"]
 
 
@@ -83,7 +84,7 @@ def test_a_run_that_diverged_is_reported_and_shown(copy):
     with open(copy / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "all/lm_loss": null, "grad_norm": null}\n')
     vote(copy, sources.load([str(SET / "mirror.json")])[0], np.eye(2, dtype=np.uint8))
-    path, page = show.report(copy, [str(SET)])
+    path, page = report.report(copy, [str(SET)])
     assert "NaN" not in path.read_text() and page["gallery"][0]["steps"]
     assert page["space"] == []
 
@@ -92,7 +93,7 @@ def test_a_run_that_diverged_is_reported_and_shown(copy):
 def test_contexts_in_a_plane_keep_their_distances(g):
     n = puzzles.integer(g, 3, 11)
     x = (torch.randn(n, 2, generator=g) @ torch.randn(2, 20, generator=g) + 5).double().numpy()
-    points = show.plane({f"t{i}": v for i, v in enumerate(x)})
+    points = report.plane({f"t{i}": v for i, v in enumerate(x)})
     at = np.array([(p["x"], p["y"]) for p in points])
     distances = [np.linalg.norm(z[:, None] - z[None], axis=-1) for z in (x, at)]
     assert np.allclose(*distances, atol=1e-5)
@@ -100,18 +101,18 @@ def test_contexts_in_a_plane_keep_their_distances(g):
 
 
 def test_what_is_no_row_is_left_out(copy):
-    good = show.opened(copy).rows
+    good = report.opened(copy).rows
     odd = ["null", "3", '{"lr": 1}', '{"step": null}', '{"step": 1e999}', "[" * 100_000, ""]
     with open(copy / "metrics.jsonl", "ab") as file:
         file.write(b"\xfe\n" + "".join(f"{line}\n" for line in odd).encode())
         file.write(b'{"step": 9, "all/lm_loss": null}\n{"step": 10, "all/lm_lo')  # being written
-    run = show.opened(copy)
+    run = report.opened(copy)
     assert run.rows[:-1] == good and run.rows[-1]["step"] == 9
-    assert show.page(copy)["curves"] and show.compared([run, run])[0]["step"] == 9
+    assert report.page(copy)["curves"] and report.compared([run, run])[0]["step"] == 9
     for text in ("{}", "[]", "3", '{"config": {"eval": {"on": "dev", "weights": []}}}'):
         (copy / "run.json").write_text(text)
         with pytest.raises(UserError, match="no run of ours"):
-            show.opened(copy)
+            report.opened(copy)
 
 
 def healthy(n=40):
@@ -129,8 +130,8 @@ def healthy(n=40):
 
 
 def marks_of(rows):
-    run = show.Run(Path("x"), {}, rows, "dev/ema")
-    return [(m["kind"], m["first"], m["last"]) for m in show.failure_marks(run)]
+    run = report.Run(Path("x"), {}, rows, "dev/ema")
+    return [(m["kind"], m["first"], m["last"]) for m in report.failure_marks(run)]
 
 
 FAILURES = [
@@ -150,7 +151,7 @@ def test_a_failure_is_marked_where_it_is(kind, key, bad):
         for r in hit:
             r[key] = bad
         marks = [(kind, hit[0]["step"], hit[-1]["step"])]
-        assert marks_of(rows) == (marks if length >= show.LEAST else [])
+        assert marks_of(rows) == (marks if length >= report.LEAST else [])
     assert marks_of([{k: v for k, v in r.items() if k != key} for r in healthy()]) == []
 
 
@@ -167,25 +168,25 @@ def test_a_loss_that_rises_is_marked_and_a_spike_is_not():
 @given(st.integers(0, 3000))
 def test_a_long_curve_is_thinned(n):
     rows = [{"step": i, "lr": i / 2} for i in range(n)]
-    panels = show.curves(rows)
+    panels = report.curves(rows)
     assert list(panels) == ["lr"] * (n > 0)
     for c in panels.get("lr", ()):
-        assert c["name"] == "lr" and min(n, show.POINTS // 2) <= len(c["x"]) <= show.POINTS
+        assert c["name"] == "lr" and min(n, report.POINTS // 2) <= len(c["x"]) <= report.POINTS
         assert list(c["y"]) == [x / 2 for x in c["x"]]
 
 
 def test_the_page_needs_nothing_but_itself(copy, monkeypatch):
     nasty = '</script><img src="http://example.com/x">&"'
-    page = show.page(copy) | {"title": nasty, "facts": math.nan}
-    monkeypatch.setattr(show, "page", lambda *_: page)
-    text = show.report(copy, ())[0].read_text()
+    page = report.page(copy) | {"title": nasty, "facts": math.nan}
+    monkeypatch.setattr(report, "page", lambda *_: page)
+    text = report.report(copy, ())[0].read_text()
     data = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1]
     back = json.loads(data)
     assert back["title"] == nasty and back["facts"] is None and back["config"] == page["config"]
     rest = text.replace(data, "")
     assert not re.search(r"https?:|//[a-z]|@import|url\(|fetch\(|import\(", rest)
     assert not re.search(r"<(script|img|iframe|link)[^>]+(src|href)=(?!\"data:)", rest)
-    rows = show.opened(copy).rows
+    rows = report.opened(copy).rows
     for series in (s for panel in page["curves"].values() for s in panel):
         points = [(r["step"], r[series["name"]]) for r in rows if series["name"] in r]
         assert list(zip(series["x"], series["y"], strict=True)) == points
@@ -198,18 +199,18 @@ def test_runs_side_by_side(run, copy, tmp_path):
     with open(copy / "metrics.jsonl", "a") as file:
         file.write('{"step": 9, "dev/ema/own/loss": 7.0, "dev/ema/own/exact": 1.0, '
                    '"dev/ema/own/cell_accuracy": 0.5, "dev/ema/own/n": 2}\n')  # fmt: skip
-    runs = [show.opened(run), show.opened(copy)]
-    one, two = show.compared(runs)
+    runs = [report.opened(run), report.opened(copy)]
+    one, two = report.compared(runs)
     losses = [r["dev/ema/own/loss"] for r in runs[0].rows if "dev/ema/own/loss" in r]
     assert (one["loss"], one["best_loss"]) == (losses[-1], min(losses))
     assert (two["step"], two["loss"], two["best_loss"], two["exact"]) == (9, 7.0, min(losses), 1.0)
     assert {k: (one[k], two[k]) for k in one if "." in k} == {"train.batch": ("6", "4")}
-    lines = {line.split(maxsplit=1)[0]: line for line in show.columns([one, two])}
+    lines = {line.split(maxsplit=1)[0]: line for line in report.columns([one, two])}
     assert score.with_interval(1.0, 2) in lines["exact"]
     assert lines["train.batch"].split() == ["train.batch", "6", "4"]
-    axes = show.plotted(runs).axes
-    assert [a.get_title() for a in axes] == list(show.curves(runs[0].rows))
+    axes = report.plotted(runs).axes
+    assert [a.get_title() for a in axes] == list(report.curves(runs[0].rows))
     labels = axes[0].get_legend_handles_labels()[1]
     assert {label.partition(":")[0] for label in labels} == {f"1 {run}", f"2 {copy}"}
-    show.plotted([runs[0]._replace(folder=Path("$\\frac$"))]).draw_without_rendering()
-    assert not show.plotted([runs[0]._replace(rows=[])]).axes
+    report.plotted([runs[0]._replace(folder=Path("$\\frac$"))]).draw_without_rendering()
+    assert not report.plotted([runs[0]._replace(rows=[])]).axes

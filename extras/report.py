@@ -1,0 +1,257 @@
+"""What runs left: curves, signs of failure, one HTML page per run, runs side by side. The commands
+`report` and `runs` load it by name."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+
+from .. import checkpoint, score, show, solve, sources
+from ..config import Config, UserError
+from ..data import PALETTE
+
+# ---------------------------------------------------------------- a run, its curves and failures
+
+
+class Run(NamedTuple):
+    folder: Path
+    about: dict[str, Any]  # run.json, and "guard": see checkpoint.warned
+    rows: list[dict[str, float]]  # of metrics.jsonl; NaN for null
+    watched: str  # the evaluation that decides what is best, e.g. "dev/ema"
+
+
+def opened(folder: str | Path) -> Run:
+    """What a run folder says of itself. Raises UserError where it is no run."""
+    folder = Path(folder)
+    about = sources.read_json(folder / "run.json")
+    try:
+        about["guard"] = checkpoint.warned(about)
+        watched = f"{about['config']['eval']['on']}/{about['config']['eval']['weights'][0]}"
+    except (KeyError, TypeError, IndexError, AttributeError, msgspec.ValidationError) as e:
+        raise UserError(f"{folder / 'run.json'}: no run of ours: {e!r}") from None
+    lines, _ = checkpoint.rows_of(folder / "metrics.jsonl")
+    rows = [{k: math.nan if v is None else v for k, v in line.items()} for line in lines]
+    return Run(folder, about, rows, watched)
+
+
+def flat(table: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """A config as {"train.steps": 2000, ...}."""
+    fields: dict[str, Any] = {}
+    for key, value in table.items():
+        inner = isinstance(value, dict) and value
+        fields |= flat(value, f"{path}{key}.") if inner else {f"{path}{key}": value}
+    return fields
+
+
+LEAST = 3  # rows on end with the sign of a failure
+
+
+def failure_marks(run: Run) -> list[dict[str, Any]]:
+    """Spans of steps in which a run shows signs of a failure."""
+
+    def rows(*keys: str) -> list[list[float]]:
+        return [[r[k] for k in ("step", *keys)] for r in run.rows if set(keys) <= r.keys()]
+
+    contexts = rows(*(f"encoder/context_{k}" for k in ("var_across", "mean", "std")))
+    evaluated = rows(f"{run.watched}/own/loss", f"{run.watched}/foreign/loss")
+    losses = [(step, loss) for step, loss in rows("all/lm_loss") if math.isfinite(loss)]
+    medians = [median(x for _, x in losses[i - 4 : i + 1]) for i in range(4, len(losses))]
+    recent = zip(losses[4:], medians, itertools.accumulate(medians, min), strict=True)
+    signs = {
+        "collapse: contexts of different tasks differ by less than 1 % of their mean square": [
+            (step, across < 0.01 * (mean**2 + std**2)) for step, across, mean, std in contexts
+        ],
+        "collapse: another task's demos serve as well as the task's own": [
+            (step, foreign < 1.01 * own) for step, own, foreign in evaluated
+        ],
+        "collapse: KL below 0.01 nats": [(step, kl < 0.01) for step, kl in rows("all/kl")],
+        "starvation: the encoder's gradient is below 1 % of the core's": [
+            (step, ratio < 0.01) for step, ratio in rows("encoder/grad_ratio")
+        ],
+        "divergence: the loss rose by half above its lowest (medians of five rows)": [
+            (step, now > 1.5 * low + 0.1) for (step, _), now, low in recent
+        ],
+    }
+    spans = []
+    for reason, points in signs.items():
+        kind, _, why = reason.partition(": ")
+        for bad, group in itertools.groupby(points, lambda point: point[1]):
+            steps = [step for step, _ in group]
+            if bad and len(steps) >= LEAST:
+                text = f"{kind} from step {steps[0]} to {steps[-1]}: {why}"
+                spans.append({"kind": kind, "first": steps[0], "last": steps[-1], "text": text})
+    return spans
+
+
+SILENT = {"step", "samples", "seconds", "n", "count"}  # keys that are no curve
+POINTS = 600  # about the most of a curve
+
+
+def curves(rows: Sequence[dict[str, float]]) -> dict[str, list[dict[str, Any]]]:
+    """A panel for each measure: title -> curves {"name", "x": steps, "y": values}; all/lm_loss is
+    drawn with dev/ema/own/loss. Of a long curve every n-th point."""
+    panels: dict[str, list[dict[str, Any]]] = {}
+    for key in dict.fromkeys(k for r in rows for k in r):
+        measure = key.rpartition("/")[2].removeprefix("lm_")
+        if measure not in SILENT:
+            points = [(r["step"], r[key]) for r in rows if key in r]
+            x, y = zip(*points[:: len(points) // POINTS + 1], strict=True)
+            title = f"gap: {measure}" if key.startswith("gap/") else measure
+            panels.setdefault(title, []).append({"name": key, "x": x, "y": y})
+    return panels
+
+
+# ---------------------------------------------------------------- the report
+
+
+def entry(p: score.Prediction, t: show.Timeline) -> dict[str, Any]:
+    """One query of the gallery: its answers by votes, and how the answer formed, unadapted."""
+    (x, y), ranked = t.task.queries[0], score.rank(p.votes)
+    right = [y is not None and np.array_equal(a.grid, y) for a in ranked]
+    names = ("solved at 1", "solved at 2", "solved by some view")
+    solved = names[min(right.index(True), 2)] if any(right) else "unsolved"
+    status = "output hidden" if y is None else solved
+    about = {"task": p.task, "query": p.query, "status": status, "votes": len(p.votes)}
+    about |= {"input": score.grid_text(x), "target": score.grid_text(y), "too_large": p.too_large}
+    answers = [{"grid": score.grid_text(a.grid), "votes": a.votes, "q": a.q} for a in ranked[:8]]
+    steps = []
+    for s in t.steps:
+        row = {"n": s.number, "q": s.q, "entropy": s.entropy, "whole": s.answer is not None}
+        steps.append(row | {"tokens": score.canvas_text(s.tokens)})
+    return about | {"answers": answers, "steps": steps}
+
+
+def plane(contexts: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    """The finite contexts of tasks on their two principal components; of fewer than three none."""
+    names = [name for name, x in contexts.items() if np.isfinite(x).all()]
+    if len(names) < 3:
+        return []
+    x = np.stack([contexts[name] for name in names])
+    u, s, _ = np.linalg.svd(x - x.mean(0), full_matrices=False)
+    places = zip(names, (u * s)[:, :2].tolist(), strict=True)
+    return [{"task": name, "x": a, "y": b} for name, (a, b) in places]
+
+
+def gallery(folder: Path, places: Sequence[str]) -> dict[str, Any]:
+    """What the weights make of tasks (the dev split by default), and the queries of them that are
+    in predictions.jsonl, with the votes of these weights, or else of the last voter."""
+    solver, file = solve.opened(folder), folder / "predictions.jsonl"
+    chosen = solver.cfg.data
+    known = score.load_by_source(places or chosen.dev, 0 if places else chosen.max_eval_tasks)
+    tasks = [t for ts in known.values() for t in ts]
+    if not tasks:
+        raise UserError("trained without a dev split; name tasks with --data")
+    lines = score.read(file) if file.exists() else []
+    voters = [p.source for p in lines]
+    voter = solver.source if solver.source in voters else "".join(voters[-1:])
+    votes = score.joined(tasks, [p for p in lines if p.source == voter])
+    shown = show.timelines(solver, tasks)
+    asked = zip(votes, shown, strict=True)
+    entries = [entry(p, t) for p, t in asked if p.votes or p.too_large]
+    note = f"{len(entries)} queries of {', '.join(known)} have votes of {voter or 'any solver'}"
+    note += " (not these weights, or adapted)" if voter not in ("", solver.source) else ""
+    note += "" if score.held_out(solver.pairs, tasks) else "; NOT held out"
+    contexts = {t.task.name: t.steps[0].context for t in shown if t.steps}
+    return {
+        "note": f"{note}; weights {solver.source} of {solver.path.name}",
+        "gallery": entries,
+        "space": plane({name: x for name, x in contexts.items() if x is not None}),
+        "demos": {t.name: [list(map(score.grid_text, pair)) for pair in t.demos] for t in tasks},
+    }
+
+
+def page(folder: str | Path, places: Sequence[str] = ()) -> dict[str, Any]:
+    """All that a report shows; of a run without a checkpoint there are only curves."""
+    run = opened(folder)
+    usual, fields = flat(msgspec.to_builtins(Config())), flat(run.about["config"])
+    last = run.rows[-1] if run.rows else {}
+    facts = [f"{k} {last[k]:,.0f}" for k in ("step", "samples", "seconds") if k in last]
+    try:
+        solved = gallery(run.folder, places)
+    except UserError as e:
+        note = f"neither gallery nor contexts: {e}"
+        solved = {"note": note, "gallery": [], "space": [], "demos": {}}
+    return solved | {
+        "title": run.folder.resolve().name,
+        "facts": f"{', '.join(facts)}; {run.about['guard']}".rstrip("; "),
+        "palette": PALETTE,
+        "marks": failure_marks(run),
+        "curves": curves(run.rows),
+        "config": [[k, json.dumps(v), usual.get(k, ...) == v] for k, v in fields.items()],
+    }
+
+
+def report(folder: str | Path, places: Sequence[str]) -> tuple[Path, dict[str, Any]]:
+    """Write the page as one file that needs no network; (where, what it shows)."""
+    shown, path = page(folder, places), Path(folder) / "report.html"
+    template = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
+    # no tag ends within the data; a number that is not finite is null
+    text = msgspec.json.encode(shown).decode().replace("<", "\\u003c")
+    checkpoint.write_text(path, template.replace("{{DATA}}", text))
+    return path, shown
+
+
+# ---------------------------------------------------------------- runs side by side
+
+
+def compared(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """A row for each run: last values and lowest loss with the task's own demos, by how much the
+    loss is higher with another task's, failures, and the config keys in which the runs differ."""
+    configs = [flat(r.about["config"]) for r in runs]
+    keys = dict.fromkeys(k for c in configs for k in c if k != "run.dir")
+    differ = [k for k in keys if len({json.dumps(c.get(k)) for c in configs}) > 1]
+    table = []
+    for run, config in zip(runs, configs, strict=True):
+        own = f"{run.watched}/own"
+        evaluated = [r for r in run.rows if f"{own}/loss" in r]
+        losses = [r[f"{own}/loss"] for r in evaluated if math.isfinite(r[f"{own}/loss"])]
+        last, end = (evaluated or [{}])[-1], (run.rows or [{}])[-1]
+        row: dict[str, Any] = {"run": str(run.folder)}
+        row |= {k: end.get(k) for k in ("step", "samples", "seconds")}
+        row |= {k: last.get(f"{own}/{k}") for k in ("n", "loss", "cell_accuracy", "exact")}
+        row["best_loss"] = min(losses, default=None)
+        row["gap_own_foreign"] = last.get("gap/own_foreign/loss")
+        row["failures"] = ", ".join(dict.fromkeys(m["kind"] for m in failure_marks(run)))
+        row["guard"] = run.about["guard"]
+        table.append(row | {k: json.dumps(config.get(k)) for k in differ})
+    return table
+
+
+def columns(table: Sequence[dict[str, Any]]) -> list[str]:
+    """The table as lines, one for each value, with a column for each run."""
+
+    def cell(row: dict[str, Any], key: str) -> str:
+        value = row[key]
+        if key == "exact" and value is not None:
+            return score.with_interval(value, int(row["n"]))
+        return "-" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
+
+    lines = [[key, *(cell(row, key) for row in table)] for key in table[0]]
+    widths = [max(map(len, column)) + 2 for column in zip(*lines, strict=True)]
+    return ["".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+
+
+def plotted(runs: Sequence[Run]) -> Any:
+    """A figure: the curves of several runs overlaid, a colour for each run."""
+    panels = [curves(run.rows) for run in runs]
+    titles = dict.fromkeys(title for panel in panels for title in panel)
+    rows = math.ceil(len(titles) / 3) or 1
+    figure = show.new_figure(15, 3.2 * rows)
+    for i, title in enumerate(titles, 1):
+        axis = figure.add_subplot(rows, 3, i)
+        axis.set_title(title, fontsize=9, parse_math=False)
+        for number, run in enumerate(runs):
+            for s, style in zip(panels[number].get(title, ()), itertools.cycle(("-", "--", ":"))):
+                label = f"{number + 1} {run.folder}: {s['name']}"
+                axis.plot(s["x"], s["y"], style, marker=".", ms=2, color=f"C{number}", label=label)
+        for text in axis.legend(fontsize=5).get_texts():
+            text.set_parse_math(False)
+    return figure
