@@ -4,6 +4,7 @@ And adaptation to a task: from its demos alone, on a copy of the weights, within
 
 import json
 import os
+import sys
 import threading
 import time
 from pathlib import Path
@@ -240,7 +241,7 @@ def test_hand_made_solvers_vote_and_are_never_one_number_with_learned_ones(run, 
 
     module = SimpleNamespace(SOURCE="made-1", predict=predict)
     monkeypatch.setitem(solve.SOLVERS, "made", "made")
-    monkeypatch.setattr(solve.importlib, "import_module", lambda name: module)
+    monkeypatch.setitem(sys.modules, "made", module)
     alone = evaluate("made", sources=ALL, sets=["solve.views=2"])
     assert alone["votes"] == 12 and "held_out" not in alone and "hand-made" in alone["adaptation"]
     with pytest.raises(UserError, match="not enough"):
