@@ -236,7 +236,7 @@ def overfit(
 
 
 def score_lines(result: dict[str, Any]) -> list[str]:
-    """Every score with its interval, by size, source and solver; held-out evaluations so far."""
+    """Every score with its interval, by source and solver; held-out evaluations so far."""
     from .score import PASS, verdicts, with_interval
 
     if "pass@2" not in result:  # no output is known
@@ -244,9 +244,9 @@ def score_lines(result: dict[str, Any]) -> list[str]:
     tasks, queries = result["n_tasks"], result["n_queries"]
     sizes = {f"pass@{k}": tasks for k in PASS} | {"all_queries/pass@2": tasks}
     sizes |= {"per_output/pass@2": queries, "oracle": queries, "exact_match": queries}
-    sizes |= {"cell_accuracy": queries, "shape_accuracy": queries}
+    sizes["cell_accuracy"] = queries
     lines = [f"{key} {with_interval(result[key], n)}" for key, n in sizes.items()]
-    for kind in ("by_side", "by_source", "by_solver"):
+    for kind in ("by_source", "by_solver"):
         for name, row in result.get(kind, {}).items():
             lines.append(f"{kind} {name}: pass@2 {with_interval(row['pass@2'], row['n_tasks'])}")
     if "held_out_evaluation" in result:
@@ -301,9 +301,9 @@ def evaluate(
         shared = "NOT held out: shares pairs with the training data"
         what = "held out" if result["held_out"] else shared
     echo(f"{', '.join(result['data'])}: {what}; {facts}", *score_lines(result))
-    if result["unanswered"]:
-        reason = f"{result['too_large']} need a larger canvas than any trained on, the others time"
-        echo(f"{result['unanswered']} queries have no answer: {reason}; the same command goes on")
+    if left := result["unanswered"]:
+        ended = ", or the budget ended: the same command goes on" if budget < math.inf else ""
+        echo(f"{left} queries have no answer: they need a larger canvas than any trained on{ended}")
     last_line(as_json, result)
 
 
@@ -334,18 +334,23 @@ def solve(checkpoint: str, task: str, sets: Set = [], as_json: Json = False) -> 
 
     from . import show as pictures
     from . import solve as solver
+    from .score import rank
+    from .sources import load
 
     console, queries = Console(markup=False, highlight=False), []
-    for each, answered in solver.answers(checkpoint, task, sets):
+    tasks = load([task], hide=True)
+    predictions = solver.ask(solver.solver_of(checkpoint, sets), tasks)
+    for each in tasks:
         echo(each.name)
         for x, y in each.demos:
             console.print(pictures.beside(x, y), soft_wrap=True)
-        for p, ranked in answered:
+        for p in (p for p in predictions if p.task == each.name):
+            ranked = rank(p.votes)
             query, best = each.queries[p.query][0], ranked[0].grid if ranked else None
             console.print(pictures.beside(query, best), soft_wrap=True)
             reason = f"no answer: none of {len(p.votes)} votes was a whole grid"
-            if p.too_large:
-                reason = f"no answer: needs a canvas of {p.too_large}, larger than any trained on"
+            if not p.votes:
+                reason = "no answer: needs a larger canvas than any trained on"
             if ranked:
                 votes, confidence = ranked[0].votes, f"{100 * ranked[0].q:.1f} %"
                 reason = f"{votes} of {len(p.votes)} votes agree, confidence {confidence}"

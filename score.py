@@ -1,9 +1,8 @@
-"""Votes on disk, how they are ranked, and what a ranking is worth: scores, intervals, submissions.
+"""Votes on disk, their ranking, and what a ranking is worth: scores, intervals, submissions.
 
-A line of predictions.jsonl holds the votes of one solver for one query: {"task", "query", "hash",
-"source", "seconds", "votes", "canvas", "too_large"}. `hash` is the task's content without the
-outputs of its queries, `source` names the solver. A vote is {"view", "step", "q", "grid"}: rows of
-a grid are joined by "/", null is no answer. `canvas` is the whole canvas of view 0: a blank for an
+A line of predictions.jsonl holds the votes of one solver, "source", for one query of a task with
+the content "hash", outputs of queries left out. A vote is {"view", "step", "q", "grid"}: rows of a
+grid are joined by "/", null is no answer. "canvas" is the whole canvas of view 0: a blank for an
 empty cell, "|" for the mark at a grid's end.
 """
 
@@ -15,7 +14,7 @@ import functools
 import json
 import math
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -26,13 +25,9 @@ import torch
 from torch import Tensor
 
 from . import checkpoint, data, sources
+from .checkpoint import fcntl
 from .config import DataConfig, UserError
-from .data import MAX_SIDE, PAD, Symmetry, Task, parsed, tokenise, untokenise
-
-try:
-    import fcntl
-except ImportError:  # Windows: two writers are not kept apart
-    fcntl = None  # type: ignore[assignment]
+from .data import FIRST_COLOUR, MAX_SIDE, PAD, Symmetry, Task, parsed, tokenise
 
 SIGNS = " |0123456789"  # a token each
 
@@ -55,7 +50,6 @@ class Prediction(NamedTuple):
     hash: str  # of the task; "" in a submission
     votes: list[Vote]
     canvas: np.ndarray | None = None  # (height, width) tokens of view 0
-    too_large: int = 0  # side of the canvas that the query needs, 0 where it has one
     seconds: float = 0.0  # spent on its votes
     source: str = ""  # of all its votes, where they have one
 
@@ -63,26 +57,31 @@ class Prediction(NamedTuple):
 # ---------------------------------------------------------------- on disk
 
 
-def grid_text(grid: np.ndarray | None) -> str | None:
-    """A grid as predictions.jsonl has it."""
-    return None if grid is None else "/".join("".join(map(str, row)) for row in grid.tolist())
-
-
 def canvas_text(tokens: np.ndarray) -> str:
     """A canvas (height, width) as predictions.jsonl has it."""
     return "/".join("".join(SIGNS[t] for t in row) for row in tokens.tolist())
+
+
+def grid_text(grid: np.ndarray | None) -> str | None:
+    """A grid as predictions.jsonl has it."""
+    return None if grid is None else canvas_text(grid + FIRST_COLOUR)
+
+
+def rows_of(text: str, first: int) -> list[list[int]]:
+    """The rows of such a text, its tokens counted from `first`."""
+    return [[SIGNS.index(c) - first for c in row] for row in text.split("/")]
 
 
 def to_line(p: Prediction) -> str:
     """One prediction as a line of JSON; its votes have one source."""
     line: dict[str, Any] = {k: getattr(p, k) for k in ("task", "query", "hash", "source")}
     line["seconds"] = round(p.seconds, 3)
-    if p.canvas is not None:
-        line["canvas"] = canvas_text(p.canvas)
+    line["canvas"] = None if p.canvas is None else canvas_text(p.canvas)
+    keys = ("view", "step", "q")
     line["votes"] = [
-        {"view": v.view, "step": v.step, "q": v.q, "grid": grid_text(v.grid)} for v in p.votes
+        {k: getattr(v, k) for k in keys} | {"grid": grid_text(v.grid)} for v in p.votes
     ]
-    return json.dumps(line | ({"too_large": p.too_large} if p.too_large else {}))
+    return json.dumps(line)
 
 
 def from_line(text: str, where: str) -> Prediction:
@@ -91,22 +90,16 @@ def from_line(text: str, where: str) -> Prediction:
         line = parsed(text)
         source, votes = str(line["source"]), []
         for v in line["votes"]:
-            rows = (
-                None if v["grid"] is None else [[int(c) for c in r] for r in v["grid"].split("/")]
-            )
-            grid = None if rows is None else sources.check_grid(rows, where)
-            if not math.isfinite(q := float(v["q"])):
-                raise ValueError(f"q is {q}")
-            votes.append(Vote(grid, q, int(v["view"]), int(v["step"]), source))
-        canvas = None
-        if "canvas" in line:
-            rows = [[SIGNS.index(c) for c in row] for row in line["canvas"].split("/")]
-            canvas = np.array(rows, np.uint8)
-        seconds = float(line.get("seconds", 0))
-        return Prediction(
-            str(line["task"]), int(line["query"]), str(line["hash"]), votes, canvas,
-            int(line.get("too_large", 0)), seconds if math.isfinite(seconds) else 0.0, source,
-        )  # fmt: skip
+            grid = v["grid"]
+            if grid is not None:
+                grid = sources.check_grid(rows_of(grid, FIRST_COLOUR), where)
+            votes.append(Vote(grid, float(v["q"]), int(v["view"]), int(v["step"]), source))
+        text, seconds = line.get("canvas"), float(line["seconds"])
+        canvas = None if text is None else np.array(rows_of(text, 0), np.uint8)
+        if not all(map(math.isfinite, [seconds, *(v.q for v in votes)])):
+            raise ValueError("a number is not finite")
+        key = (str(line["task"]), int(line["query"]), str(line["hash"]))
+        return Prediction(*key, votes, canvas, seconds, source)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
         raise UserError(f"{where}: no line of predictions: {type(e).__name__}: {e}") from None
 
@@ -115,15 +108,11 @@ def read(path: Path) -> list[Prediction]:
     """All lines of a predictions.jsonl but a last one cut off by a kill, or all of a submission."""
     if path.suffix != ".jsonl":
         return read_submission(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: {getattr(e, 'strerror', None) or e}") from None
-    lines = text.split("\n")[:-1]
+    lines = sources.read_text(path).split("\n")[:-1]
     return [from_line(line, f"{path}: line {n}") for n, line in enumerate(lines, 1)]
 
 
-def append_lines(path: Path, lines: Iterable[str]) -> None:
+def append(path: Path, lines: Iterable[str]) -> None:
     """Add whole lines under a lock; what a kill left of a last line is cut off first."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -140,12 +129,7 @@ def append_lines(path: Path, lines: Iterable[str]) -> None:
         raise UserError(f"{path}: cannot be written: {e.strerror}") from None
 
 
-def append(path: Path, predictions: Iterable[Prediction]) -> None:
-    """Add predictions to a file at once, whoever else writes it."""
-    append_lines(path, map(to_line, predictions))
-
-
-# ---------------------------------------------------------------- joining
+# ---------------------------------------------------------------- the votes for a query
 
 
 def task_hash(task: Task) -> str:
@@ -179,69 +163,59 @@ def union(blank: Prediction, parts: Sequence[Prediction]) -> Prediction:
     everyone = [v for p in parts for v in p.votes]  # two machines may differ by rounding
     for v in sorted(everyone, key=lambda v: (v.source, v.view, v.q, grid_text(v.grid) or "")):
         votes.setdefault((v.source, v.view), v)
-    shown = [p for p in parts if p.canvas is not None]
+    drawn = [p for p in parts if p.canvas is not None]
     return blank._replace(
         votes=list(votes.values()),
-        canvas=min(shown, key=lambda p: p.source).canvas if shown else None,
-        too_large=0 if votes else max((p.too_large for p in parts), default=0),
+        canvas=min(drawn, key=lambda p: p.source, default=blank).canvas,
         seconds=math.fsum(p.seconds for p in parts),
     )
 
 
-def joined(tasks: Sequence[Task], predictions: Iterable[Prediction]) -> list[Prediction]:
-    """One prediction for every query of the tasks, in order; submissions are matched by name.
+def unions(predictions: Iterable[Prediction]) -> list[Prediction]:
+    """One prediction for each query that there are any for."""
+    return [union(parts[0], parts) for parts in by_query(predictions).values()]
 
-    A submission's only answer that copies the query is no answer: `submission` writes it so."""
+
+def joined(tasks: Sequence[Task], predictions: Iterable[Prediction]) -> list[Prediction]:
+    """One prediction for every query of the tasks, in order; submissions are matched by name."""
     groups, joint = by_query(predictions), []
     for task in tasks:
         key = task_hash(task)
-        for i, (x, _) in enumerate(task.queries):
-            parts = list(groups.get((key, i), ()))
-            for p in groups.get((task.name, i), ()):
-                only = p.votes[0].grid if len(p.votes) == 1 else None
-                if only is None or not np.array_equal(only, x):
-                    parts.append(p)
+        for i in range(len(task.queries)):
+            parts = groups.get((key, i), []) + groups.get((task.name, i), [])
             joint.append(union(Prediction(task.name, i, key, []), parts))
     return joint
-
-
-# ---------------------------------------------------------------- ranking
 
 
 class Answer(NamedTuple):
     grid: np.ndarray
     votes: int
     q: float  # mean sigmoid(q) of its votes
-    share: float  # of all votes, those without an answer too
 
 
 def rank(votes: Sequence[Vote]) -> list[Answer]:
     """Different answers by their number of votes, as published; the order of votes is no matter.
 
     Ties go by mean sigmoid(q), then by the earliest view, then by content."""
-    by_grid: dict[tuple[tuple[int, ...], bytes], list[Vote]] = defaultdict(list)
+    groups: dict[Any, list[Vote]] = defaultdict(list)  # by content
     for v in votes:
         if v.grid is not None:
-            by_grid[v.grid.shape, np.ascontiguousarray(v.grid, np.uint8).tobytes()].append(v)
+            groups[v.grid.shape, v.grid.tobytes()].append(v)
     ranked = []
-    for (shape, cells), group in by_grid.items():  # fsum: no order changes a mean
+    for content, group in groups.items():  # fsum: no order changes a mean
         q = math.fsum(1 / (1 + math.exp(-max(-500.0, v.q))) for v in group) / len(group)
-        grid = np.frombuffer(cells, np.uint8).reshape(shape)
-        answer = Answer(grid, len(group), q, len(group) / len(votes))
-        ranked.append(((-len(group), -q, min(v.view for v in group), shape, cells), answer))
-    return [answer for _, answer in sorted(ranked, key=lambda pair: pair[0])]
+        order = (-len(group), -q, min(v.view for v in group), content)
+        ranked.append((order, Answer(np.asarray(group[0].grid), len(group), q)))
+    return [answer for _, answer in sorted(ranked)]
 
 
 # ---------------------------------------------------------------- scores
 
 PASS = (1, 2, 5, 10, 100, 1000)
-SIDES = (10, 15, 20, 30)
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
     """95 % interval of a proportion of n trials (Wilson 1927); too wide for a mean of n shares."""
-    if n == 0:
-        return 0.0, 1.0
     z = 1.959964
     middle = share + z * z / (2 * n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
@@ -255,96 +229,65 @@ def with_interval(share: float, n: int) -> str:
 
 
 class Judged(NamedTuple):
-    """One query with a known output; exact, cells and shape are of view 0."""
+    """One query with a known output; exact and cells are of view 0."""
 
     place: int  # of the right answer in the ranking, from 1; 0 where no vote gave it
     exact: bool  # every valid cell of the canvas is right
     cells: float  # share of the valid cells that are
-    shape: bool
-    side: int  # largest side of the demos, the query and the right output
 
 
-def judge(task: Task, p: Prediction, output: np.ndarray) -> Judged:
+def judge(p: Prediction, output: np.ndarray) -> Judged:
     """What the votes for a query are worth, given its output."""
-    ranked = rank(p.votes)
-    place = next((i for i, a in enumerate(ranked, 1) if np.array_equal(a.grid, output)), 0)
-    grids = [x for pair in task.demos for x in pair] + [task.queries[p.query][0], output]
-    side = max(max(x.shape) for x in grids)
+    ranked = enumerate(rank(p.votes), 1)
+    place = next((i for i, a in ranked if np.array_equal(a.grid, output)), 0)
     if p.canvas is None or any(a > b for a, b in zip(output.shape, p.canvas.shape, strict=True)):
-        return Judged(place, False, 0.0, False, side)
-    label, first = tokenise(output, p.canvas.shape), untokenise(p.canvas)
+        return Judged(place, False, 0.0)
+    label = tokenise(output, p.canvas.shape)
     right = (p.canvas == label)[label != PAD]
-    shape = first is not None and first.shape == output.shape
-    return Judged(place, bool(right.all()), float(right.mean()), shape, side)
-
-
-def passed(rows: Sequence[Sequence[Judged]], k: int) -> float:
-    """Mean over tasks of the share of their queries whose right answer is among the first k."""
-    return fmean(fmean(0 < j.place <= k for j in task) for task in rows)
+    return Judged(place, bool(right.all()), float(right.mean()))
 
 
 def score(tasks: Sequence[Task], predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """Scores over the queries with a known output; an unanswered one is wrong.
+    """Scores over the queries with a known output; an unanswered one is wrong. {} without any.
 
     pass@k (the headline, as published): mean over tasks of the share of their queries solved;
     all_queries/pass@k: share of the tasks all of whose queries are solved; per_output/pass@k: share
-    of queries. interval95: Wilson's. Raises UserError where no output is known."""
-    given = {(p.task, p.query): p for p in predictions}
-    rows: list[list[Judged]] = []
+    of queries."""
+    by_name = {(p.task, p.query): p for p in predictions}
+    unanswered = Prediction("", 0, "", [])
+    rows = []  # of each task
     for task in tasks:
-        blank = Prediction(task.name, 0, "", [])
-        judged = [
-            judge(task, given.get((task.name, i), blank._replace(query=i)), y)
-            for i, (_, y) in enumerate(task.queries)
-            if y is not None
-        ]
-        rows += [judged] if judged else []
-    if not rows:
-        raise UserError("no query has a known output: there is nothing to score")
-    n, flat = len(rows), [j for task in rows for j in task]
-    shares: dict[str, tuple[float, int]] = {}
+        known = [(i, y) for i, (_, y) in enumerate(task.queries) if y is not None]
+        rows.append([judge(by_name.get((task.name, i), unanswered), y) for i, y in known])
+    rows = [row for row in rows if row]
+    flat = [j for row in rows for j in row]
+    if not flat:
+        return {}
+    scores: dict[str, Any] = {"n_tasks": len(rows), "n_queries": len(flat)}
     for k in PASS:
-        shares[f"pass@{k}"] = passed(rows, k), n
-        shares[f"all_queries/pass@{k}"] = fmean(all(0 < j.place <= k for j in t) for t in rows), n
-        shares[f"per_output/pass@{k}"] = fmean(0 < j.place <= k for j in flat), len(flat)
-    shares["oracle"] = fmean(j.place > 0 for j in flat), len(flat)
-    shares["exact_match"] = fmean(j.exact for j in flat), len(flat)
-    shares["cell_accuracy"] = fmean(j.cells for j in flat), len(flat)
-    shares["shape_accuracy"] = fmean(j.shape for j in flat), len(flat)
-    by_side, low = {}, 0
-    for high in SIDES:
-        band = [task for task in rows if low < max(j.side for j in task) <= high]
-        if band:
-            by_side[f"<={high}"] = {"n_tasks": len(band), "pass@2": passed(band, 2)}
-        low = high
-    return {
-        "n_tasks": n,
-        "n_queries": len(flat),
-        **{name: share for name, (share, _) in shares.items()},
-        "interval95": {name: wilson(*share) for name, share in shares.items()},
-        "by_side": by_side,
-        "unanswered": sum(not p.votes for p in predictions),
-    }
+        solved = [[0 < j.place <= k for j in row] for row in rows]
+        scores[f"pass@{k}"] = fmean(map(fmean, solved))
+        scores[f"all_queries/pass@{k}"] = fmean(map(all, solved))
+        scores[f"per_output/pass@{k}"] = fmean(x for row in solved for x in row)
+    scores["oracle"] = fmean(j.place > 0 for j in flat)
+    scores["exact_match"] = fmean(j.exact for j in flat)
+    scores["cell_accuracy"] = fmean(j.cells for j in flat)
+    return scores
 
 
-# What the published encoder's authors called success on held-out tasks: above so much.
-CRITERIA = {
-    "pass@2": (0.05, "a win"),
-    "exact_match": (0.05, "hoped for"),
-    "pass@100": (0, "meaningful"),
-}
+# What the published encoder's authors called a win, hoped for and meaningful: held-out scores above
+CRITERIA = {"pass@2": 0.05, "exact_match": 0.05, "pass@100": 0.0}
 
 
 def verdicts(scores: dict[str, Any]) -> str:
     """A line: which of CRITERIA the scores meet."""
     words = []
-    for name, (least, meaning) in CRITERIA.items():
-        verdict = "yes" if scores[name] > least else "no"
-        words.append(f"{name.replace('_', ' ')} above {100 * least:g} % ({meaning}): {verdict}")
+    for name, least in CRITERIA.items():
+        words.append(f"{name} above {100 * least:g} %: {'yes' if scores[name] > least else 'no'}")
     return f"published criteria: {', '.join(words)}"
 
 
-# ---------------------------------------------------------------- counted held-out evaluations
+# ---------------------------------------------------------------- held-out evaluations
 
 
 @functools.cache
@@ -362,22 +305,19 @@ def count_evaluation(
     user's state folder; None where that cannot be written, {} where no task is held out."""
     named = [s for s in held_out if s in known or Path(s).exists()]
     held = frozenset().union(*map(contents, ("arc1:evaluation", "arc2:evaluation", *named)))
-    tasks = sorted({task_hash(t)[:16] for ts in known.values() for t in ts} & held)
+    tasks = sorted({task_hash(t)[:16] for t in sum(known.values(), [])} & held)
     if not tasks:
         return {}
-    row = {"data": list(known), "pass@2": value, "tasks": tasks}
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    row = json.dumps({"time": now, "data": list(known), "pass@2": value, "tasks": tasks})
     root = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-    file, counts = Path(root) / "etrm-arc" / "held-out-evaluations.jsonl", Counter[str]()
+    file = Path(root) / "etrm-arc" / "held-out-evaluations.jsonl"
     try:
-        append_lines(file, [json.dumps({"time": now, **row})])
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+        append(file, [row])
+        rows = file.read_text(encoding="utf-8", errors="replace").splitlines()
     except (OSError, UserError):
         return {"held_out_evaluation": None}
-    for line in lines:
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # a line edited by hand
-            counts.update(set(map(str, parsed(line)["tasks"])))
-    return {"held_out_evaluation": max(counts[key] for key in tasks)}
+    return {"held_out_evaluation": max(sum(key in row for row in rows) for key in tasks)}
 
 
 def held_out(pairs: Tensor, tasks: Sequence[Task]) -> bool:
@@ -385,53 +325,42 @@ def held_out(pairs: Tensor, tasks: Sequence[Task]) -> bool:
     (N, 16) that were trained on."""
     trained = {bytes(row) for row in pairs.numpy()}
     for task in tasks:
-        known = [(x, y) for x, y in (*task.demos, *task.queries) if y is not None]
-        shared = [sources.pair_digest(pair) in trained for pair in known]
-        cells = [x.size + y.size for (x, y), same in zip(known, shared, strict=True) if same]
-        if max(cells, default=0) >= sources.MIN_SHARED_CELLS or all(shared[: len(task.demos)]):
+        shared = [p for p in sources.known_pairs(task) if sources.pair_digest(p) in trained]
+        cells = max((x.size + y.size for x, y in shared), default=0)
+        demos_known = all(sources.pair_digest(demo) in trained for demo in task.demos)
+        if cells >= sources.MIN_SHARED_CELLS or demos_known:
             return False
     return True
 
 
 def judged(
-    known: dict[str, list[Task]], predictions: Sequence[Prediction],
-    pairs: Sequence[Tensor] = (), kept_out: Sequence[str] = (),
-) -> dict[str, Any]:  # fmt: skip
-    """Scores of predictions, of each source where there are several, whether the tasks were held
-    out from solvers trained on these pairs, and the number of this held-out evaluation; kept_out:
-    sources that were to be. Nothing of it without known outputs."""
-    tasks = [t for ts in known.values() for t in ts]
-    scored = [k for k, ts in known.items() if any(y is not None for t in ts for _, y in t.queries)]
-    if not scored:
-        return {"unanswered": sum(not p.votes for p in predictions)}
-    result = score(tasks, predictions)
+    known: dict[str, list[Task]], predictions: Sequence[Prediction], held_out: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Scores of predictions, of each source where there are several, and the number of this
+    evaluation of held-out tasks, as in `count_evaluation`; nothing of it without known outputs."""
+    scores = score(sum(known.values(), []), predictions)
+    unanswered = {"unanswered": sum(not p.votes for p in predictions)}
+    if not scores:
+        return unanswered
     if len(known) > 1:
-        names = {k: {t.name for t in known[k]} for k in scored}
-        parts = {k: [p for p in predictions if p.task in names[k]] for k in scored}
-        result["by_source"] = {k: score(known[k], parts[k]) for k in scored}
-    if pairs:
-        result["held_out"] = all(held_out(digests, tasks) for digests in pairs)
-    return result | count_evaluation(known, kept_out, result["pass@2"])
+        by_source = {source: score(tasks, predictions) for source, tasks in known.items()}
+        scores["by_source"] = {source: row for source, row in by_source.items() if row}
+    return unanswered | scores | count_evaluation(known, held_out, scores["pass@2"])
 
 
-# ---------------------------------------------------------------- submissions
+# ---------------------------------------------------------------- submissions, files to evaluate
 
 ATTEMPTS = ("attempt_1", "attempt_2")
 PLACEHOLDER = np.zeros((2, 2), np.uint8)  # twice in Kaggle's sample: no answer
 
 
-def submission(
-    tasks: Sequence[Task], predictions: Sequence[Prediction]
-) -> dict[str, list[dict[str, Any]]]:
-    """Kaggle's format: both attempts at every query of every task. One answer alone is given twice;
-    where there is none, the query's input stands for it, so that the file is always valid."""
-    votes = {(p.task, p.query): p.votes for p in predictions}
-    attempts: dict[str, list[dict[str, Any]]] = {task.name: [] for task in tasks}
-    for task in tasks:
-        for i, (x, _) in enumerate(task.queries):
-            grids = [a.grid for a in rank(votes.get((task.name, i), []))[:2]] or [x]
-            both = (grids[0].tolist(), grids[-1].tolist())
-            attempts[task.name].append(dict(zip(ATTEMPTS, both, strict=True)))
+def submission(predictions: Iterable[Prediction]) -> dict[str, list[dict[str, Any]]]:
+    """Kaggle's format, of one prediction for every query in order. One answer alone is given twice;
+    where there is none, Kaggle's placeholder stands for it, so that the file is always valid."""
+    attempts: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for p in predictions:
+        grids = [a.grid.tolist() for a in rank(p.votes)[:2]] or [PLACEHOLDER.tolist()]
+        attempts[p.task].append(dict(zip(ATTEMPTS, (grids[0], grids[-1]), strict=True)))
     return attempts
 
 
@@ -449,23 +378,13 @@ def read_submission(path: Path) -> list[Prediction]:
             where = f"{path}: task {name}, query {i}"
             if not isinstance(both, dict) or set(both) != set(ATTEMPTS):
                 raise UserError(f"{where}: needs exactly attempt_1 and attempt_2")
-            first, second = (sources.check_grid(both[k], f"{where}, {k}") for k in ATTEMPTS)
-            votes = [Vote(x, view=n, source=str(path)) for n, x in enumerate((first, second))]
-            if np.array_equal(first, second):
-                votes = [] if np.array_equal(first, PLACEHOLDER) else votes[:1]
-            canvas = tokenise(first, (MAX_SIDE, MAX_SIDE)) if votes else None
+            grids = [sources.check_grid(both[k], f"{where}, {k}") for k in ATTEMPTS]
+            if np.array_equal(grids[0], grids[1]):
+                grids = [] if np.array_equal(grids[0], PLACEHOLDER) else grids[:1]
+            votes = [Vote(x, view=n, source=str(path)) for n, x in enumerate(grids)]
+            canvas = tokenise(grids[0], (MAX_SIDE, MAX_SIDE)) if grids else None
             predictions.append(Prediction(name, i, "", votes, canvas, source=str(path)))
     return predictions
-
-
-# ---------------------------------------------------------------- files of votes and tasks
-
-
-def with_query(task: Task) -> Task:
-    """The task. Raises UserError where it has no query."""
-    if not task.queries:
-        raise UserError(f"task {task.name}: has no query (no test pair) to answer")
-    return task
 
 
 def load_by_source(
@@ -473,24 +392,20 @@ def load_by_source(
 ) -> dict[str, list[Task]]:
     """The first `limit` tasks (0: all), source by source; every n-th of each for the shard "i/n".
 
-    A task of which an earlier source has a demo under the same id is left out (ARC-2 repeats six of
-    ARC-1's, changed); another task of that id gets a name of its own, as in `sources.load`.
-    Raises UserError on a task without a query."""
+    A task that an earlier source has is left out; another of its id gets a name of its own."""
     part, _, parts = shard.partition("/")
     if not (part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
         raise UserError(f"--shard {shard}: must look like 1/4")
     tasks: dict[str, list[Task]] = {}
     seen: dict[str, Task] = {}
     for source in dict.fromkeys(names):
-        fresh = []
+        tasks[source] = []
         for task in sources.load([source], hide=hide):
-            name, twin = sources.free_name(task, seen), seen.get(task.name)
-            repeated = name in seen or (twin is not None and sources.akin(twin, task))
-            if not repeated and len(seen) < (limit or math.inf):
-                seen[name] = with_query(task._replace(name=name))
-                fresh.append(seen[name])
-        tasks[source] = fresh[int(part) - 1 :: int(parts)]
-    return tasks
+            name = sources.free_name(task, seen)
+            if name not in seen and len(seen) < (limit or math.inf):
+                seen[name] = task._replace(name=name)
+                tasks[source].append(seen[name])
+    return {source: ts[int(part) - 1 :: int(parts)] for source, ts in tasks.items()}
 
 
 def jsonl(option: str, path: str | Path) -> Path:
@@ -507,23 +422,15 @@ def merge(
     submission and scores."""
     if submit and not chosen:
         raise UserError("--submission: name the tasks with --data")
-    target = jsonl("--output", out) if out else None
-    known = load_by_source(chosen)
-    hidden = [t for ts in load_by_source(chosen, hide=True).values() for t in ts]
-    lines = [p for file in files for p in read(file)]
-    joint = joined(hidden, lines)
-    if not chosen:
-        joint = [union(group[0], group) for group in by_query(lines).values()]
+    known, lines = load_by_source(chosen), [p for file in files for p in read(file)]
+    tasks = sum(known.values(), [])
+    joint = joined(tasks, lines) if chosen else unions(lines)
     if not any(p.votes for p in joint):
         raise UserError(f"{', '.join(map(str, files))}: no vote for any of the tasks")
-    if target:
+    if out:
         texts = dict.fromkeys(to_line(p) + "\n" for p in lines)
-        checkpoint.write_text(target, "".join(texts))
+        checkpoint.write_text(jsonl("--output", out), "".join(texts))
     if submit:
-        checkpoint.write_text(Path(submit), json.dumps(submission(hidden, joint)))
-    return {
-        "files": [str(f) for f in files],
-        "votes": sum(len(p.votes) for p in joint),
-        "queries": len(joint),
-        **judged(known, joint),
-    }
+        checkpoint.write_text(Path(submit), json.dumps(submission(joint)))
+    votes = sum(len(p.votes) for p in joint)
+    return {"votes": votes, "queries": len(joint), **judged(known, joint)}

@@ -123,14 +123,19 @@ def decode(text: str, where: str) -> Any:
         raise UserError(f"{where}: broken JSON: {e}") from None
 
 
-def read_json(path: Path) -> Any:
-    """The value of a JSON file, a list of a JSONL file's. Raises UserError naming the file."""
+def read_text(path: Path) -> str:
+    """The text of a regular file, without a byte-order mark. Raises UserError naming the file."""
     try:
         if path.exists() and not path.is_file():
             raise UserError(f"{path}: not a regular file")
-        text = path.read_text(encoding="utf-8-sig")  # without a byte-order mark
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as e:
         raise UserError(f"{path}: {str(getattr(e, 'strerror', None) or e).lower()}") from None
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file, a list of a JSONL file's. Raises UserError naming the file."""
+    text = read_text(path)
     if path.suffix != ".jsonl":
         return decode(text, str(path))
     lines = enumerate(text.split("\n"), 1)
@@ -338,11 +343,6 @@ def rough_key(pair: Pair) -> tuple:
 def known_pairs(task: Task) -> list[Pair]:
     """All pairs whose output is known."""
     return [(x, y) for x, y in (*task.demos, *task.queries) if y is not None]
-
-
-def akin(one: Task, other: Task) -> bool:
-    """Whether they have a demo in common, up to symmetry."""
-    return bool({*map(pair_digest, one.demos)} & {*map(pair_digest, other.demos)})
 
 
 def guard(

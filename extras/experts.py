@@ -280,8 +280,7 @@ def predict(tasks: Sequence[Task], views: Sequence[int]) -> Iterator[list[score.
     cfg = DataConfig()
     for task, query in ((t, q) for t in tasks for q in range(len(t.queries))):
         begun, votes, first, key = time.monotonic(), [], None, score.task_hash(task)
-        if (side := max(task.queries[query][0].shape)) > data.MAX_SIDE:
-            yield [score.Prediction(task.name, query, key, [], None, side, 0, SOURCE)]
+        if max(task.queries[query][0].shape) > data.MAX_SIDE:
             continue
         for number in views:
             symmetry, lots = score.view(task, query, number, cfg)
@@ -296,4 +295,4 @@ def predict(tasks: Sequence[Task], views: Sequence[int]) -> Iterator[list[score.
             grid = None if grid is None else data.apply(data.inverse(symmetry), grid)
             votes.append(score.Vote(grid, math.log(p / (1 - p)), number, source=SOURCE))
         seconds = time.monotonic() - begun
-        yield [score.Prediction(task.name, query, key, votes, first, 0, seconds, SOURCE)]
+        yield [score.Prediction(task.name, query, key, votes, first, seconds, SOURCE)]

@@ -120,7 +120,7 @@ def entry(p: score.Prediction, t: show.Timeline) -> dict[str, Any]:
     solved = names[min(right.index(True), 2)] if any(right) else "unsolved"
     status = "output hidden" if y is None else solved
     about = {"task": p.task, "query": p.query, "status": status, "votes": len(p.votes)}
-    about |= {"input": score.grid_text(x), "target": score.grid_text(y), "too_large": p.too_large}
+    about |= {"input": score.grid_text(x), "target": score.grid_text(y)}
     answers = [{"grid": score.grid_text(a.grid), "votes": a.votes, "q": a.q} for a in ranked[:8]]
     steps = []
     for s in t.steps:
@@ -155,7 +155,7 @@ def gallery(folder: Path, places: Sequence[str]) -> dict[str, Any]:
     votes = score.joined(tasks, [p for p in lines if p.source == voter])
     shown = show.timelines(solver, tasks)
     asked = zip(votes, shown, strict=True)
-    entries = [entry(p, t) for p, t in asked if p.votes or p.too_large]
+    entries = [entry(p, t) for p, t in asked if p.votes]
     note = f"{len(entries)} queries of {', '.join(known)} have votes of {voter or 'any solver'}"
     note += " (not these weights, or adapted)" if voter not in ("", solver.source) else ""
     note += "" if score.held_out(solver.pairs, tasks) else "; NOT held out"

@@ -98,7 +98,7 @@ def test_evaluation_scores_with_intervals_and_submits(run, tmp_path):
     assert scores["n_tasks"] == 6 and not scores["held_out"] and "NOT held out" in result.stdout
     for k in (1, 2, 5, 10, 100, 1000):
         assert re.search(f"^pass@{k} {SCORE}$", result.stdout, re.M)
-    for text in ("cell_accuracy", "no adaptation", "votes.jsonl"):
+    for text in ("cell_accuracy", "adaptation none", "votes.jsonl"):
         assert text in result.stdout
     merged = last_json(call("merge", votes, "--data", tasks, "-o", tmp_path / "m.jsonl", "--json"))
     assert merged["votes"] == 12 and merged["pass@2"] == scores["pass@2"]

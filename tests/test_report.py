@@ -31,7 +31,7 @@ def vote(folder, task, *answers, source=""):
     source = source or solve.opened(folder).source
     votes = [score.Vote(a, view=i, step=1, source=source) for i, a in enumerate(answers)]
     prediction = score.Prediction(task.name, 0, score.task_hash(task), votes, source=source)
-    score.append(folder / "predictions.jsonl", [prediction])
+    score.append(folder / "predictions.jsonl", [score.to_line(prediction)])
 
 
 def test_the_gallery_shows_what_predictions_hold(copy):

@@ -42,7 +42,6 @@ def test_ranking_goes_by_votes_whatever_their_order(votes, random):
     random.shuffle(shuffled)
     assert by_content(ranked) == by_content(score.rank(shuffled))
     assert sum(a.votes for a in ranked) == sum(v.grid is not None for v in votes)
-    assert all(a.share == a.votes / len(votes) for a in ranked)
     pairs = list(zip(ranked, ranked[1:], strict=False))
     assert all((a.votes, a.q) >= (b.votes, b.q) for a, b in pairs)
 
@@ -87,7 +86,7 @@ def test_the_right_answer_scores_one_and_a_constant_nothing(right):
             canvas = tokenise(grid, (10, 10))
             predictions.append(prediction(t.name, grid)._replace(canvas=canvas))
     scores = score.score(tasks, predictions)
-    names = [*(f"pass@{k}" for k in score.PASS), "exact_match", "oracle", "shape_accuracy"]
+    names = [*(f"pass@{k}" for k in score.PASS), "exact_match", "oracle"]
     assert [scores[k] for k in names] == [float(right)] * len(names)
     assert scores["n_tasks"] == scores["n_queries"] == 6
     assert (scores["cell_accuracy"] == 1) == right
@@ -108,8 +107,7 @@ def test_attempts_count_in_order_and_an_unanswered_query_is_wrong():
     scores = score.score([task], [prediction("t", TWO, TWO, ONE)])
     assert (scores["pass@1"], scores["pass@2"], scores["oracle"]) == (0.0, 0.5, 0.5)
     assert scores["n_queries"] == 2
-    with pytest.raises(UserError, match="nothing to score"):
-        score.score([task._replace(queries=[(ONE, None)])], [])
+    assert score.score([task._replace(queries=[(ONE, None)])], []) == {}
 
 
 def test_the_first_view_is_judged_by_its_valid_cells():
@@ -118,25 +116,9 @@ def test_the_first_view_is_judged_by_its_valid_cells():
     assert score.score([SINGLE], [vote._replace(canvas=canvas)])["exact_match"] == 1
     canvas[0, 2] = 0  # its border
     scores = score.score([SINGLE], [prediction("t", TWO[:1])._replace(canvas=canvas)])
-    assert scores["shape_accuracy"] == 1  # of the canvas, whatever the votes
     assert scores["exact_match"] == 0 and scores["cell_accuracy"] == pytest.approx(7 / 8)
     small = score.score([SINGLE], [vote._replace(canvas=canvas[:1])])
     assert small["cell_accuracy"] == 0  # the output does not fit
-
-
-@given(st.lists(st.lists(st.tuples(GRIDS, GRIDS), min_size=1, max_size=3), min_size=1, max_size=6))
-def test_groups_hold_every_task_once_and_intervals_their_share(shape):
-    tasks, predictions = [], []
-    for i, queries in enumerate(shape):
-        wide = np.ones((1, 1 + 5 * i), np.uint8)
-        tasks.append(Task(f"t{i}", [(ONE, wide)], [(ONE, y) for y, _ in queries]))
-        predictions += [prediction(f"t{i}", x, query=j) for j, (_, x) in enumerate(queries)]
-    scores = score.score(tasks, predictions)
-    assert sum(row["n_tasks"] for row in scores["by_side"].values()) == len(tasks)
-    solved = sum(row["n_tasks"] * row["pass@2"] for row in scores["by_side"].values())
-    assert solved == pytest.approx(scores["pass@2"] * len(tasks))
-    for name, (low, high) in scores["interval95"].items():
-        assert 0 <= low <= scores[name] + 1e-9 and scores[name] - 1e-9 <= high <= 1
 
 
 @pytest.mark.parametrize(
@@ -157,9 +139,9 @@ def test_held_out_scores_are_judged_by_the_published_criteria():
 # ---------------------------------------------------------------- on disk
 
 
-@given(VOTES, st.none() | st.just(tokenise(ONE, (3, 4))), st.integers(0, 30))
-def test_a_line_is_read_back(votes, canvas, large):
-    p = Prediction('a\n"b', 1, "ff", votes, canvas, large, 1.5, "s")
+@given(VOTES, st.none() | st.just(tokenise(ONE, (3, 4))))
+def test_a_line_is_read_back(votes, canvas):
+    p = Prediction('a\n"b', 1, "ff", votes, canvas, 1.5, "s")
     again = score.from_line(score.to_line(p), "x")
     assert "\n" not in score.to_line(p) and score.to_line(again) == score.to_line(p)
     assert again._replace(votes=[], canvas=None) == p._replace(votes=[], canvas=None)
@@ -169,15 +151,13 @@ def test_a_line_is_read_back(votes, canvas, large):
 
 def test_a_line_cut_off_by_a_kill_is_left_out_and_a_broken_one_is_named(tmp_path):
     file, p = tmp_path / "predictions.jsonl", prediction("t", ONE)._replace(source="s")
-    score.append(file, [p])
+    score.append(file, [score.to_line(p)])
     with open(file, "a") as f:
         f.write('{"task": "t", "qu')
     assert len(score.read(file)) == 1
-    score.append(file, [p._replace(query=1)])
+    score.append(file, [score.to_line(p._replace(query=1))])
     assert [x.query for x in score.read(file)] == [0, 1]
     line = score.to_line(p)
-    endless = line.replace('"seconds": 0.0', '"seconds": Infinity')
-    assert score.from_line(endless, "x").seconds == 0 and endless != line
     broken = ['{"task": 3}', "[]", "no", "[" * 200_000, line.replace("11/11", "1x/11")]
     broken += [line.replace("11/11", "1/11"), line.replace('"q": 0.0, ', "")]
     broken += [score.to_line(p._replace(votes=[Vote(ONE, math.nan)]))]
@@ -190,8 +170,8 @@ def test_a_line_cut_off_by_a_kill_is_left_out_and_a_broken_one_is_named(tmp_path
 @pytest.mark.skipif(not score.fcntl, reason="no locks on this system")
 def test_two_writers_wait_for_each_other(tmp_path):
     file, p = tmp_path / "predictions.jsonl", prediction("t", ONE)._replace(source="s")
-    score.append(file, [p])
-    writer = threading.Thread(target=score.append, args=(file, [p]))
+    score.append(file, [score.to_line(p)])
+    writer = threading.Thread(target=score.append, args=(file, [score.to_line(p)]))
     with open(file, "a") as f:
         score.fcntl.flock(f, score.fcntl.LOCK_EX)
         f.write('{"half a line that its writer is about to end')
@@ -264,24 +244,26 @@ def file(tmp_path_factory):
 @given(VOTES)
 def test_a_submission_is_complete_and_read_back_as_it_was(file, votes):
     tasks = [SINGLE._replace(name="b", queries=[(TWO, None), (TWO, ONE)]), SINGLE]
-    written = score.submission(tasks, [Prediction("b", 1, "", votes)])
+    answered = [
+        Prediction("b", 0, "", []),
+        Prediction("b", 1, "", votes),
+        Prediction("t", 0, "", []),
+    ]
+    written = score.submission(answered)
     assert {name: len(queries) for name, queries in written.items()} == {"b": 2, "t": 1}
     ranked = [a.grid.tolist() for a in score.rank(votes)] or [TWO.tolist()]
     attempts = [written["b"][1][k] for k in score.ATTEMPTS]
     assert attempts == [ranked[0], ranked[min(1, len(ranked) - 1)]]
     file.write_text(json.dumps(written))
     joint = score.joined(tasks, score.read(file))
-    assert score.submission(tasks, joint) == written  # its attempts in order
+    assert score.submission(joint) == written  # its attempts in order
     assert joint[0].votes == joint[2].votes == []  # no answer is no vote
 
 
-@pytest.mark.parametrize("stand_in", ["kaggle", "input"])
-def test_a_placeholder_outvotes_no_answer(tmp_path, stand_in):
-    task = SINGLE._replace(queries=[(TWO[:1], ONE)])
-    grid = TWO if stand_in == "kaggle" else TWO[:1]
+def test_a_placeholder_outvotes_no_answer(tmp_path):
+    task, both = SINGLE, dict.fromkeys(score.ATTEMPTS, TWO.tolist())
     files = [tmp_path / f"{n}.json" for n in range(3)]
     for file in files:
-        both = dict.fromkeys(score.ATTEMPTS, grid.tolist())
         file.write_text(json.dumps({"t": [both]}))
     votes = [prediction("t", ONE, hash=score.task_hash(task))]
     joint = score.joined([task], [*votes, *(p for f in files for p in score.read(f))])
