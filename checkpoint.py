@@ -19,12 +19,13 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
+import numpy as np
 import safetensors
 import torch
 from safetensors.torch import save_file
@@ -32,11 +33,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .config import InitConfig, ModelConfig, UserError
-from .data import parsed
+from .data import Task, parsed, task_digest
 from .encoders import init_params
-from .etrm import Params, leaves, rebuild
+from .etrm import Carry, Params, leaves, rebuild
 from .optim import matched
-from .sources import Finding
+from .sources import Finding, pair_digest
 
 fcntl = importlib.import_module("fcntl") if os.name == "posix" else None  # Windows: no locks
 FORMAT = 2
@@ -228,6 +229,19 @@ def inspect(path: str | Path) -> dict[str, Any]:
     }
 
 
+def order_hash(tasks: Iterable[Task]) -> str:
+    """Hash of the tasks by content, in the order by which rows and episodes are addressed."""
+    return hashlib.blake2b(b"".join(map(task_digest, tasks)), digest_size=8).hexdigest()
+
+
+def pair_digests(tasks: Iterable[Task], others: Tensor) -> Tensor:
+    """(N, 16) sorted digests of the pairs of tasks whose output is known, joined with (M, 16)."""
+    pairs = ((x, y) for t in tasks for x, y in (*t.demos, *t.queries) if y is not None)
+    digests = {pair_digest(pair) for pair in pairs} | {*map(bytes, others.tolist())}
+    flat = np.frombuffer(b"".join(sorted(digests)), np.uint8)
+    return torch.from_numpy(flat.copy()).view(-1, 16)
+
+
 # ---------------------------------------------------------------- full states
 
 
@@ -246,6 +260,44 @@ def save_state(folder: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) 
     save(folder / f"state-{facts['step']:08d}.safetensors", tensors, facts)
     for old in states(folder)[:-2]:
         old.unlink()
+
+
+def carry_tensors(slots: Iterable[Tensor], carries: Iterable[Carry]) -> dict[str, Tensor]:
+    """Copies of carries by global slot id, so that any number of shards can take them up."""
+    tensors: dict[str, Tensor] = {}
+    for ids, carry in zip(slots, carries, strict=True):
+        fields = {k: getattr(carry, k) for k in Carry._fields[:-1]}
+        fields |= {k: fields[k].split(carry.tokens) for k in ("z_H", "z_L")}
+        for at, slot in enumerate(ids.tolist()):
+            tensors |= {f"slot.{slot}.{k}": rows[at] for k, rows in fields.items()}
+    return copied(tensors)
+
+
+def carry_from(tensors: dict[str, Tensor], slots: Tensor, device: torch.device) -> Carry:
+    """The carry of a shard from those of its slots."""
+    rows = {k: [tensors[f"slot.{i}.{k}"] for i in slots.tolist()] for k in Carry._fields[:-1]}
+    fields = {k: torch.cat(x) if k in ("z_H", "z_L") else torch.stack(x) for k, x in rows.items()}
+    tokens = tuple(map(len, rows["z_H"]))
+    return Carry(**{k: x.to(device) for k, x in fields.items()}, tokens=tokens)
+
+
+CHANGEABLE = (  # on --resume, all that begins with these
+    "run.dir", "run.track", "train.steps", "train.shards", "train.log_every", "train.save_every",
+    "optimizer.final_lr", "eval.", "solve.", "fast.",
+)  # fmt: skip
+SAME = {"data": "training set", "order": "order of the training tasks", "watched": "dev set"}
+
+
+def check_same(saved: dict[str, Any], meta: dict[str, Any]) -> None:
+    """Raises UserError when what decides the course of a run differs from the saved state."""
+    for table, fields in meta["config"].items():
+        for key, value in fields.items():
+            was, name = saved["config"].get(table, {}).get(key), f"{table}.{key}"
+            if was != value and not name.startswith(CHANGEABLE):
+                raise UserError(f"--resume: {name} is {value}, the run has {was}")
+    for key, name in {**SAME, "dtype": "compute dtype"}.items():
+        if saved[key] != meta[key]:
+            raise UserError(f"--resume: the {name} is {meta[key]}, the run has {saved[key]}")
 
 
 class SavedState(NamedTuple):
@@ -370,6 +422,22 @@ class Run(contextlib.ExitStack):
         except OSError as e:
             raise UserError(f"{self.folder}/metrics.jsonl: {e.strerror}") from None
         self.track(row)
+
+    def save(
+        self, names: Sequence[str], weights: dict[str, Tensor], state: dict[str, Tensor],
+        facts: dict[str, Any],
+    ) -> None:  # fmt: skip
+        """Write the weights under these names, then the state, if any, while training continues.
+        The state comes last, so that everything it refers to is there already."""
+
+        def write() -> None:
+            for name in names:
+                save(self.folder / f"{name}.safetensors", weights, facts)
+            sync(self.folder / "metrics.jsonl")
+            if state:
+                save_state(self.folder, weights | state, facts)
+
+        self.writing = self.writer.submit(write)
 
     def wait(self) -> None:
         """Until what was given to the writer is on disk; its error is raised here."""

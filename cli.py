@@ -195,7 +195,8 @@ def train(
     cfg = load_config(recipe, sets, fast)
     if procs > 1 and "RANK" not in os.environ and not dry_run:
         shards = ["--set", f"train.shards={procs}"] if cfg.train.shards % procs else []
-        raise typer.Exit(trainer.launch([*sys.argv[1:], *shards], procs))
+        launcher = importlib.import_module(f"{__package__}.extras.launch")
+        raise typer.Exit(launcher.launch([*sys.argv[1:], *shards], procs))
     rank, _ = trainer.place_of()
     folder = Path(cfg.run.dir)
     # a run that was killed before its first state begins anew

@@ -1,5 +1,4 @@
-"""Optimizers over a flat dict of parameters: AdamW, Muon, Adam-atan2; schedule, clipping. Before
-them, what they run on: device, dtype, threads."""
+"""Device, dtype and threads; AdamW, Muon and Adam-atan2, schedule and clipping."""
 
 from __future__ import annotations
 
@@ -9,7 +8,8 @@ import functools
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -44,6 +44,16 @@ def hardware(cfg: Config) -> tuple[torch.device, torch.dtype]:
     index = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device(name, index) if name == "cuda" else torch.device(name)
     return device, dtype_of(cfg.train.dtype, device)
+
+
+def peak_memory(device: torch.device) -> float:
+    """GB that this process has used at most: of its GPU, else of the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def keep_pages(dtype: torch.dtype) -> None:
@@ -169,14 +179,12 @@ class Muon(torch.optim.Optimizer):
 
 # ---------------------------------------------------------------- patterns of parameter paths
 
-REPEATS = 6  # repetitions in a pattern; each multiplies the time of a match that fails
-
 
 def matched(where: str, pattern: str, paths: Iterable[str]) -> list[str]:
     """The paths that a pattern matches as a whole. Raises UserError where it is malformed, matches
     none, or may backtrack for ever (patterns come from checkpoints, too)."""
     paths = list(paths)
-    if len(re.findall(r"[*+{]", pattern)) > REPEATS or re.search(r"\)[*+{]", pattern):
+    if len(re.findall(r"[*+{]", pattern)) > 6 or re.search(r"\)[*+{]", pattern):
         raise UserError(f"{where}: {pattern[:80]!r} has too many repetitions")
     try:
         matches = [path for path in paths if re.fullmatch(pattern, path)]
@@ -193,18 +201,12 @@ def first_match(rules: Mapping[str, float], path: str, default: float) -> float:
 
 
 def is_asleep(cfg: OptimizerConfig, path: str, step: float) -> bool:
-    """Whether a parameter is not trained in this step."""
+    """Whether a parameter is not trained in this step; in step infinity: whether it never is."""
     return step <= (first_match(cfg.freeze, path, -1) or math.inf)
 
 
-def is_frozen(cfg: OptimizerConfig, path: str) -> bool:
-    """Whether a parameter is never trained."""
-    return is_asleep(cfg, path, math.inf)
-
-
-def check_patterns(cfg: OptimizerConfig, params: Iterable[str]) -> None:
+def check_patterns(cfg: OptimizerConfig, params: Collection[str]) -> None:
     """Raises UserError when a pattern matches no parameter, or when everything is frozen."""
-    params = list(params)
     for name in ("freeze", "lr_scale"):
         for pattern in getattr(cfg, name):
             matched(f"optimizer.{name}", pattern, params)

@@ -8,21 +8,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import hashlib
 import json
-import logging
 import math
 import os
 import re
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -31,11 +26,10 @@ from . import baselines, checkpoint, data, etrm, optim, sources
 from .checkpoint import Run, SavedState
 from .config import Config, ModelConfig, UserError
 from .encoders import encoder_of, init_params, latent_of, lookup
-from .etrm import Carry, Encode, Params, act_loss, act_step, leaves, rebuild
-from .optim import hardware, is_asleep, is_frozen, learning_rate, side_by_side, update
+from .etrm import Carry, Encode, Params, act_loss, act_step, fresh_carry, leaves, rebuild
+from .optim import hardware, is_asleep, learning_rate, side_by_side, update
 
 STOPPED = 75  # EX_TEMPFAIL, exit code of a run that was asked to stop and saved its state
-STALL = datetime.timedelta(minutes=10)  # that one process may be behind the others
 EVAL_TOKENS = 16384  # of an evaluation batch
 
 Row = dict[str, Any]  # of metrics
@@ -54,47 +48,14 @@ def place_of() -> tuple[int, int]:
     return int(rank), int(world)
 
 
-def launch(arguments: Sequence[str], processes: int) -> int:
-    """Run `etrm ...` in so many processes through torch's launcher; the exit code of all.
-
-    One that fails or is killed ends the others. SIGTERM and SIGINT reach all, which then save."""
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher import LaunchConfig, elastic_launch
-
-    logging.disable(logging.CRITICAL)  # the launcher's own, in this process alone
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds to finish and save
-    # Not with -m, which searches the working folder first: a random.py there would break the run.
-    code = "import sys; sys.path[:] = filter(None, sys.path); from etrm_arc.cli import main; main()"
-    local: dict[str, Any] = {"run_id": "etrm", "local_addr": "127.0.0.1", "max_restarts": 0}
-    local |= {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
-    with tempfile.TemporaryDirectory() as folder:
-        logs = DefaultLogsSpecs(folder, redirects={r: Std.ALL for r in range(1, processes)})
-        config = LaunchConfig(1, 1, processes, logs, **local)
-        try:
-            elastic_launch(config, sys.executable)("-c", code, *arguments)
-        except SignalException:
-            return STOPPED
-        except ChildFailedError as e:
-            rank, failure = e.get_first_failure()
-            if failure.exitcode < 0:
-                words = f"etrm: process {rank} was killed by signal {-failure.exitcode}"
-                print(f"{words}; the others were stopped", file=sys.stderr)
-            elif rank:  # process 0 writes to the console itself
-                [log] = Path(folder).glob(f"*/attempt_0/{rank}/stderr.log")
-                print(log.read_text(errors="replace").strip().rpartition("\n")[2], file=sys.stderr)
-            return max(1, failure.exitcode)
-    return 0
-
-
 @contextlib.contextmanager
 def together(rank: int, world: int, device: torch.device) -> Iterator[None]:
     """Joins the other processes. Raises UserError when they are lost."""
     if world > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=STALL)
+        stall = datetime.timedelta(minutes=10)  # that one process may be behind the others
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=stall)
     try:
         yield
     except RuntimeError as e:
@@ -114,6 +75,7 @@ class Setup(NamedTuple):
     tasks: data.Tasks  # training set, its grids on the device
     deck: data.Deck
     watched: data.Tasks  # that evaluations ask
+    rule: str  # by which they are asked: the training set's own, or the official queries
     meta: dict[str, Any]  # what a checkpoint says of itself
     pairs: Tensor  # (N, 16) digests of the pairs trained on, here or in what it starts from
     shards: tuple[Tensor, ...]  # slots of each shard of this process, out of cfg.train.shards
@@ -157,19 +119,6 @@ def deal(deck: data.Deck, cfg: ModelConfig, shards: int) -> tuple[Tensor, ...]:
     return tuple(torch.tensor(sorted(slots)) for slots in dealt)
 
 
-def order_hash(tasks: Iterable[data.Task]) -> str:
-    """Hash of the tasks by content, in the order by which rows and episodes are addressed."""
-    return hashlib.blake2b(b"".join(map(data.task_digest, tasks)), digest_size=8).hexdigest()
-
-
-def pair_digests(tasks: Iterable[data.Task], others: Tensor) -> Tensor:
-    """(N, 16) sorted digests of the pairs of tasks whose output is known, joined with (M, 16)."""
-    pairs = ((x, y) for t in tasks for x, y in (*t.demos, *t.queries) if y is not None)
-    digests = {sources.pair_digest(pair) for pair in pairs} | {*map(bytes, others.tolist())}
-    flat = np.frombuffer(b"".join(sorted(digests)), np.uint8)
-    return torch.from_numpy(flat.copy()).view(-1, 16)
-
-
 def setup(cfg: Config, resume: bool = False, given: Sequence[data.Task] = ()) -> Setup:
     """Raises UserError when the config cannot be trained. given: train on these tasks instead.
 
@@ -193,19 +142,17 @@ def setup(cfg: Config, resume: bool = False, given: Sequence[data.Task] = ()) ->
     fitting[queries.task[queries.fits & queries.known]] = True
     deck = data.deck(queries, cfg.train.batch, sources.weights(train, cfg.data.share, fitting))
     watched = tasks if cfg.eval.on == "train" else data.pack(dev, device)
-    asked = data.queries(watched, rule_of(cfg), cfg.data)
+    rule = cfg.data.query if cfg.eval.on == "train" else "test"
+    asked = data.queries(watched, rule, cfg.data)
     if not (asked.fits & asked.known).any():
         raise UserError(f"eval.on: no query of the {cfg.eval.on} set fits a canvas")
     like = baselines.with_rows(init_params(cfg.model, cfg.run.seed), cfg, train)
     drawn, pairs = leaves(like), torch.zeros(0, 16, dtype=torch.uint8)
     optim.check_patterns(cfg.optimizer, drawn)
     meta: dict[str, Any] = {"config": json.loads(msgspec.json.encode(cfg)), "tasks": len(train)}
-    meta |= {
-        "data": sources.set_hash(train),
-        "order": order_hash(train),
-        "watched": order_hash(dev),
-    }
-    meta |= {"dtype": str(dtype), "finding": msgspec.to_builtins(finding)}
+    meta |= {"data": sources.set_hash(train), "order": checkpoint.order_hash(train)}
+    meta |= {"watched": checkpoint.order_hash(dev), "dtype": str(dtype)}
+    meta["finding"] = msgspec.to_builtins(finding)
     saved = checkpoint.newest_facts(Path(cfg.run.dir)) if resume else {}
     if not saved and cfg.init_from.path:
         source, meta["init_from"] = checkpoint.start(cfg.init_from, cfg.model, drawn)
@@ -213,18 +160,15 @@ def setup(cfg: Config, resume: bool = False, given: Sequence[data.Task] = ()) ->
         meta["finding"]["started"] = source.started
     meta |= {k: saved[k] for k in ("finding", "init_from") if k in saved}
     if rank == 0 and not saved:
-        pairs = pair_digests(train, pairs)
+        pairs = checkpoint.pair_digests(train, pairs)
     fixed = (baselines.TABLE, "encoder.keys")  # rows are trained one by one, keys not at all
     params = {
-        k: v.to(device).requires_grad_(k not in fixed and not is_frozen(cfg.optimizer, k))
+        k: v.to(device).requires_grad_(k not in fixed and not is_asleep(cfg.optimizer, k, math.inf))
         for k, v in drawn.items()
     }
     shards = deal(deck, cfg.model, cfg.train.shards)[rank::world]
-    sets = (cfg, tasks, deck, watched, meta, pairs, shards)
+    sets = (cfg, tasks, deck, watched, rule, meta, pairs, shards)
     return Setup(*sets, device, dtype, params, like, encoder_of(cfg.model))
-
-
-# ---------------------------------------------------------------- batches
 
 
 def min_steps(cfg: ModelConfig, seed: int, slots: Tensor, n: Tensor, step: Tensor) -> Tensor:
@@ -239,11 +183,6 @@ def noise(lanes: int, demos: int, seed: int, slots: Tensor, n: Tensor, step: Ten
     """Standard normal (B, demos, lanes) for a variational encoder, drawn anew in every step."""
     u = data.uniform(demos * lanes, seed, data.NOISE, slots, n, step)
     return (math.sqrt(2) * torch.erfinv(2 * u - 1 + 2.0**-53)).float().unflatten(-1, (demos, lanes))
-
-
-def start_carry(s: Setup, slots: Tensor) -> Carry:
-    """The carry of a shard before its first step."""
-    return etrm.fresh_carry(s.cfg.model, [0] * len(slots), s.dtype, s.device)
 
 
 def next_batch(s: Setup, slots: Tensor, carry: Carry) -> tuple[Carry, data.Batch, Tensor]:
@@ -358,14 +297,12 @@ def gradient_row(s: Setup, out: Step) -> Row:
     """Norms of the gradients of the core and of the encoder before clipping, and their ratio."""
     paths = [*trained_of(s), *[baselines.TABLE] * bool(out.touched)]
     norms = torch.stack(torch._foreach_norm([*out.grads, *out.touched[:1]])).tolist()
-    core, encoder = (
-        [x for path, x in zip(paths, norms, strict=True) if path.startswith(module)]
-        for module in ("core.", "encoder.")
-    )
-    row = {"core/grad_norm": math.hypot(*core)}
-    if encoder:
-        row["encoder/grad_norm"] = math.hypot(*encoder)
-        row["encoder/grad_ratio"] = math.hypot(*encoder) / max(row["core/grad_norm"], 1e-30)
+    row = {}
+    for module in ("core", "encoder"):
+        if parts := [x for k, x in zip(paths, norms, strict=True) if k.startswith(module)]:
+            row[f"{module}/grad_norm"] = math.hypot(*parts)
+    if len(row) == 2:
+        row["encoder/grad_ratio"] = row["encoder/grad_norm"] / max(row["core/grad_norm"], 1e-30)
     return row
 
 
@@ -400,15 +337,9 @@ def portions(asked: data.Queries, cfg: ModelConfig, times: Tensor | int = 1) -> 
     return [torch.tensor(rows) for rows in batches]
 
 
-def rule_of(cfg: Config) -> str:
-    """Which pairs are queries: the training set's own, or the official ones of the dev split."""
-    return cfg.data.query if cfg.eval.on == "train" else "test"
-
-
 def probe(params: Params, cfg: Config, tasks: data.Tasks, rule: str, foreign: bool = False) -> Row:
-    """Mean loss, cell accuracy and exact match of all queries, unaugmented, with their own or
-    another task's demos ({} where there is none). An output that does not fit is wrong and has no
-    loss."""
+    """Mean loss, cell accuracy and exact match of all queries, unaugmented, with their own or, if
+    any, another task's demos. An output that does not fit is wrong and has no loss."""
     (device, dtype), (rank, world) = hardware(cfg), place_of()
     asked = data.queries(tasks, rule, cfg.data)
     asked = data.chosen(asked, asked.known)
@@ -431,12 +362,8 @@ def probe(params: Params, cfg: Config, tasks: data.Tasks, rule: str, foreign: bo
     [everywhere] = reduce([[scores.to(device)]])  # each row is of one process, elsewhere 0
     fits, n = asked.fits.float(), len(asked.fits)
     loss, cells, exact = (everywhere.cpu() * fits).sum(1).tolist()
-    return {
-        "loss": loss / float(fits.sum()),
-        "cell_accuracy": cells / n,
-        "exact": exact / n,
-        "n": n,
-    }
+    means = {"loss": loss / float(fits.sum()), "cell_accuracy": cells / n, "exact": exact / n}
+    return {**means, "n": n}
 
 
 def watch(s: Setup, ema: dict[str, Tensor]) -> Row:
@@ -445,7 +372,7 @@ def watch(s: Setup, ema: dict[str, Tensor]) -> Row:
     for weights in cfg.eval.weights:
         tree = rebuild(s.like, ema if weights == "ema" else s.params)
         for whose in ("own", "foreign"):
-            scores = probe(tree, cfg, s.watched, rule_of(cfg), whose == "foreign")
+            scores = probe(tree, cfg, s.watched, s.rule, whose == "foreign")
             row |= {f"{cfg.eval.on}/{weights}/{whose}/{k}": v for k, v in scores.items()}
     first = f"{cfg.eval.on}/{cfg.eval.weights[0]}"
     for k in ("loss", "cell_accuracy", "exact"):
@@ -484,88 +411,39 @@ class State:
 
 def fresh_state(s: Setup) -> State:
     """The state before the first step."""
-    return State(
-        ema={k: v.detach().clone() if v.requires_grad else v.detach() for k, v in s.params.items()},
-        opts=optim.optimizers(s.cfg.optimizer, s.params, s.dtype),
-        carries=[start_carry(s, slots) for slots in s.shards],
-        sums=torch.zeros(2, len(METRICS), device=s.device),
-        pairs=s.pairs,
-        progress=Progress(2.0**16 if s.dtype == torch.float16 else 1.0),
-    )
-
-
-def carry_tensors(s: Setup, state: State) -> dict[str, Tensor]:
-    """The carries of all processes by global slot id, so that any number of shards and processes
-    can take them up, copied to process 0; {} elsewhere."""
-    tensors: dict[str, Tensor] = {}
-    for slots, carry in zip(s.shards, state.carries, strict=True):
-        fields = {k: getattr(carry, k) for k in Carry._fields[:-1]}
-        fields |= {k: fields[k].split(carry.tokens) for k in ("z_H", "z_L")}
-        for at, slot in enumerate(slots.tolist()):
-            tensors |= {f"slot.{slot}.{k}": rows[at] for k, rows in fields.items()}
-    tensors = checkpoint.copied(tensors)
-    if not dist.is_initialized():
-        return tensors
-    parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(tensors, parts)
-    return {k: v for part in parts or () for k, v in part.items()}
-
-
-def carry_from(tensors: dict[str, Tensor], slots: Tensor, device: torch.device) -> Carry:
-    """The carry of a shard from those of its slots."""
-    rows = {k: [tensors[f"slot.{i}.{k}"] for i in slots.tolist()] for k in Carry._fields[:-1]}
-    fields = {k: torch.cat(x) if k in ("z_H", "z_L") else torch.stack(x) for k, x in rows.items()}
-    tokens = tuple(map(len, rows["z_H"]))
-    return Carry(**{k: x.to(device) for k, x in fields.items()}, tokens=tokens)
+    carries = [fresh_carry(s.cfg.model, [0] * len(x), s.dtype, s.device) for x in s.shards]
+    ema = {k: p.detach().clone() if p.requires_grad else p.detach() for k, p in s.params.items()}
+    opts = optim.optimizers(s.cfg.optimizer, s.params, s.dtype)
+    sums = torch.zeros(2, len(METRICS), device=s.device)
+    progress = Progress(2.0**16 if s.dtype == torch.float16 else 1.0)
+    return State(ema, opts, carries, sums, s.pairs, progress)
 
 
 def save(run: Run, s: Setup, state: State, names: Sequence[str], full: bool) -> None:
-    """Weights under these names, then, where `full`, the state: copied now, written while training
-    continues. The state comes last, so that everything it refers to is there already."""
-    tensors = carry_tensors(s, state) if full else {}
+    """Copies of the weights under these names and, where `full`, of the state of all processes."""
+    tensors = checkpoint.carry_tensors(s.shards, state.carries) if full else {}
+    if full and dist.is_initialized():
+        parts: list[Any] | None = None if run.rank else [None] * dist.get_world_size()
+        dist.gather_object(tensors, parts)
+        tensors = {k: v for part in parts or () for k, v in part.items()}
     if run.rank or not names:
         return
     run.wait()
     trees = {"params": s.params, "ema": state.ema}
     weights = {f"{tree}.{k}": v for tree, named in trees.items() for k, v in named.items()}
     weights = checkpoint.copied({**weights, "pairs": state.pairs})
-    tensors |= checkpoint.copied({"sums": state.sums, **optim.optimizer_tensors(state.opts)})
-    facts = {**s.meta, **json.loads(json.dumps(dataclasses.asdict(state.progress)))}
-
-    def write() -> None:
-        about = {**s.meta, "step": facts["step"], "score": facts["last"]}
-        for name in names:
-            checkpoint.save(run.folder / f"{name}.safetensors", weights, about)
-        checkpoint.sync(run.folder / "metrics.jsonl")
-        if full:
-            checkpoint.save_state(run.folder, weights | tensors, facts)
-
-    run.writing = run.writer.submit(write)
+    facts = json.loads(json.dumps({**s.meta, **dataclasses.asdict(state.progress)}))
+    facts["score"] = facts["last"]
+    if full:
+        others = {"sums": state.sums, **optim.optimizer_tensors(state.opts)}
+        tensors |= checkpoint.copied(others)
+    run.save(names, weights, tensors, facts)
 
 
-CHANGEABLE = (  # on --resume, all that begins with these
-    "run.dir", "run.track", "train.steps", "train.shards", "train.log_every", "train.save_every",
-    "optimizer.final_lr", "eval.", "solve.", "fast.",
-)  # fmt: skip
-SAME = {"data": "training set", "order": "order of the training tasks", "watched": "dev set"}
-
-
-def check_same(saved: dict[str, Any], meta: dict[str, Any]) -> None:
-    """Raises UserError when what decides the course of a run differs from the saved state."""
-    for table, fields in meta["config"].items():
-        for key, value in fields.items():
-            was, name = saved["config"].get(table, {}).get(key), f"{table}.{key}"
-            if was != value and not name.startswith(CHANGEABLE):
-                raise UserError(f"--resume: {name} is {value}, the run has {was}")
-    for key, name in {**SAME, "dtype": "compute dtype"}.items():
-        if saved[key] != meta[key]:
-            raise UserError(f"--resume: the {name} is {meta[key]}, the run has {saved[key]}")
-
-
-def take_up(s: Setup, state: State, saved: SavedState) -> None:
-    """Put a saved state in the place of a fresh one."""
+def take_up(s: Setup, state: State, saved: SavedState) -> list[str]:
+    """Put a saved state in the place of a fresh one; what was skipped to find it."""
     tensors, facts, eval_config = saved.tensors, saved.facts, s.meta["config"]["eval"]
-    check_same(facts, s.meta)
+    checkpoint.check_same(facts, s.meta)
     state.progress = progress = msgspec.convert(facts, Progress)
     progress.ended = ""
     if any(facts["config"]["eval"][k] != eval_config[k] for k in ("on", "weights")):
@@ -575,16 +453,16 @@ def take_up(s: Setup, state: State, saved: SavedState) -> None:
             p.copy_(tensors[f"params.{k}"])
             state.ema[k].copy_(tensors[f"ema.{k}"])
     optim.load_optimizers(state.opts, tensors)
-    state.carries = [carry_from(tensors, slots, s.device) for slots in s.shards]
+    state.carries = [checkpoint.carry_from(tensors, slots, s.device) for slots in s.shards]
     state.sums, state.pairs = tensors["sums"].to(s.device), tensors["pairs"]
+    return saved.skipped
 
 
 # ---------------------------------------------------------------- the loop
 
 
 def advance(s: Setup, state: State, ask: bool = False) -> tuple[Step, float]:
-    """Step, clip and average, in place: what the step gave, the norm of its gradients before
-    clipping.
+    """Step, clip and average, in place: (the step, the norm of its gradients before clipping).
 
     In fp16 an overflow of the gradients halves the scale of the loss and leaves the step out.
     Raises UserError where they, or the loss, are not finite otherwise."""
@@ -639,21 +517,15 @@ def fit(
     limit: float = math.inf,
     s: Setup | None = None,
 ) -> Row:
-    """Train as the config says; rows of metrics go to `say` and to metrics.jsonl. Returns the last
-    evaluation's row.
+    """Train as the config says; rows of metrics go to `say`. The last evaluation's row.
 
-    resume: continue from the newest whole state of the run folder, bit for bit as if never
-    interrupted. SIGTERM, SIGINT and `limit` (seconds) finish the step and save; "stopped" then says
-    why. Raises UserError on a loss that is not finite, naming the step; the state before it stays.
-    """
+    resume: continue from the newest whole state, bit for bit as if never interrupted. SIGTERM,
+    SIGINT and `limit` (seconds) finish the step and save; "stopped" then says why."""
     (rank, world), deadline, launcher = place_of(), time.monotonic() + limit, os.getppid()
     s = s or setup(cfg, resume)
     with together(rank, world, s.device), Run(Path(cfg.run.dir), rank, resume) as run:
-        state, skipped = fresh_state(s), list[str]()
-        if resume:
-            saved = checkpoint.load_state(run.folder)
-            take_up(s, state, saved)
-            skipped = saved.skipped
+        state = fresh_state(s)
+        skipped = take_up(s, state, checkpoint.load_state(run.folder)) if resume else []
         progress, stopped, durations = state.progress, "", list[float]()
         begun = time.monotonic() - progress.seconds
         if rank == 0:
@@ -701,16 +573,6 @@ def fit(
         return stamped(progress.last) | reasons
 
 
-def peak_memory(device: torch.device) -> float:
-    """GB that this process has used at most: of its GPU, else of the host."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    import resource  # not on Windows
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
 def plan(s: Setup, timed: bool) -> Row:
     """What a run would take: parameters, slots by size and, where timed, seconds and peak memory of
     three real steps, which change the setup's parameters."""
@@ -719,16 +581,15 @@ def plan(s: Setup, timed: bool) -> Row:
     queries = data.queries(s.tasks, cfg.data.query, cfg.data)
     row: Row = {"tasks": s.meta["tasks"], "queries_left_out": int((~queries.fits).sum())}
     row["guard"] = str(msgspec.convert(s.meta["finding"], sources.Finding))
-    row |= {"init_from": s.meta["init_from"]} if "init_from" in s.meta else {}
-    row["parameters"] = sum(p.numel() for p in s.params.values())
-    row |= {"dtype": str(s.dtype).removeprefix("torch."), "device": str(s.device)}
-    row["slots"] = data.histogram(s.deck.canvas[middle].amax(1))
+    row |= {k: s.meta[k] for k in ("init_from",) if k in s.meta}
+    row |= {"parameters": sum(p.numel() for p in s.params.values()), "dtype": s.meta["dtype"]}
+    row |= {"device": str(s.device), "slots": data.histogram(s.deck.canvas[middle].amax(1))}
     if timed:
         state, seconds = fresh_state(s), []
         for _ in range(3):
             begun = time.perf_counter()
             advance(s, state)
             seconds.append(time.perf_counter() - begun)
-        row |= {"seconds_per_step": min(seconds), "peak_memory_gb": peak_memory(s.device)}
+        row |= {"seconds_per_step": min(seconds), "peak_memory_gb": optim.peak_memory(s.device)}
         row["hours_without_evaluations"] = min(seconds) * cfg.train.steps / 3600
     return row

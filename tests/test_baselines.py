@@ -84,8 +84,8 @@ def test_gradients_of_rows_are_those_of_the_whole_table(tmp_path):
     s = train.setup(cfg)
     s.params[baselines.TABLE].normal_()
     [slots] = s.shards
-    rows, ids = train.one_step(s, [train.start_carry(s, slots)]).touched
-    carry, batch, least = train.next_batch(s, slots, train.start_carry(s, slots))
+    rows, ids = train.one_step(s, train.fresh_state(s).carries).touched
+    carry, batch, least = train.next_batch(s, slots, train.fresh_state(s).carries[0])
     table = s.params[baselines.TABLE].clone().requires_grad_()
     params = rebuild(s.like, s.params | {baselines.TABLE: table})
     out = etrm.act_step(params, cfg.model, s.encode, carry, batch, least)[1]

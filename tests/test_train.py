@@ -16,6 +16,7 @@ from etrm_arc import baselines, checkpoint, config, data, optim, sources, train
 from etrm_arc.config import DataConfig, EncoderConfig, ModelConfig, UserError
 from etrm_arc.encoders import encoder_of, init_params
 from etrm_arc.etrm import Params, act_loss, act_step, fresh_carry, leaves, rebuild
+from etrm_arc.extras import launch
 from etrm_arc.tests import published, puzzles
 from etrm_arc.tests.puzzles import generators
 from etrm_arc.tests.test_parity import batch_of
@@ -44,7 +45,7 @@ def tiny(folder, **changes):
 
 
 def first_carries(s):
-    return [train.start_carry(s, slots) for slots in s.shards]
+    return train.fresh_state(s).carries
 
 
 def weights_of(folder, name="last"):
@@ -70,7 +71,7 @@ def test_training_trace_of_the_published_trainer(golden):
     )  # fmt: skip
     assert (hyper["beta1"], hyper["beta2"]) == optim.BETAS
     params = {
-        k: v.clone().requires_grad_(k.startswith("core.") and not optim.is_frozen(opt, k))
+        k: v.clone().requires_grad_(k.startswith("core.") and not optim.is_asleep(opt, k, math.inf))
         for k, v in leaves(like).items()
     }
     trained = [v for v in params.values() if v.requires_grad]
@@ -157,9 +158,8 @@ def test_patterns_freeze_for_a_while_or_for_ever_and_scale(tmp_path):
     opt = config.OptimizerConfig(
         kind="adamw", lr_scale={r"core\.embed": 0.5}, freeze={r"core\..*_init": 0, "encoder.*": 2}
     )
-    assert [optim.is_frozen(opt, k) for k in ("core.H_init", "encoder.q", "core.o")] == [
-        True, False, False
-    ]  # fmt: skip
+    frozen = [optim.is_asleep(opt, k, math.inf) for k in ("core.H_init", "encoder.q", "core.o")]
+    assert frozen == [True, False, False]
     assert [optim.is_asleep(opt, "encoder.q", step) for step in (1, 2, 3)] == [True, True, False]
     params = {k: torch.ones(3, requires_grad=True) for k in ("core.embed", "core.q_bias")}
     opts = optim.optimizers(opt, params)
@@ -557,7 +557,7 @@ def test_a_dead_process_ends_the_others_with_its_own_error(tmp_path, capfd, monk
     )
     before = os.environ.copy()
     try:
-        assert train.launch(["train", "a.toml"], 2) == 1
+        assert launch.launch(["train", "a.toml"], 2) == 1
     finally:
         os.environ.clear()
         os.environ.update(before)
