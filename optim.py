@@ -29,9 +29,9 @@ def dtype_of(wanted: str, device: torch.device) -> torch.dtype:
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[wanted]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-    native = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
-    return torch.bfloat16 if native else torch.float32
+    on_cpu = device.type == "cpu"
+    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)() if on_cpu else {}
+    return torch.bfloat16 if able.get("amx_bf16") or able.get("avx512_bf16") else torch.float32
 
 
 def hardware(cfg: Config) -> tuple[torch.device, torch.dtype]:
@@ -239,8 +239,7 @@ def optimizers(
         for muon in (True, False)
     )
     if matrices:
-        half = dtype == torch.bfloat16
-        opts.append(Muon(matrices, cfg.lr, torch.bfloat16 if half else torch.float32))
+        opts.append(Muon(matrices, cfg.lr, dtype if dtype == torch.bfloat16 else torch.float32))
     if others and cfg.kind == "adam_atan2":
         opts.append(AdamAtan2(others, cfg.lr, cfg.weight_decay))
     elif others:

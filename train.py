@@ -484,8 +484,8 @@ def advance(s: Setup, state: State, ask: bool = False) -> tuple[Step, float]:
             torch._foreach_lerp_(averages, list(trained.values()), 1 - cfg.train.ema)
         if out.touched:
             share = lr / (cfg.optimizer.lr or 1.0) * baselines.TABLE_LR
-            table, decay = s.params[baselines.TABLE], cfg.optimizer.weight_decay
-            baselines.sign_step(table, *out.touched, share, decay)
+            table, (rows, ids) = s.params[baselines.TABLE], out.touched
+            baselines.sign_step(table, rows, ids, share, cfg.optimizer.weight_decay)
     elif finite and progress.scale > 1:
         progress.scale /= 2
     else:
