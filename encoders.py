@@ -91,15 +91,10 @@ def block(
     return x
 
 
-def cell_block(
-    p: CellBlock, cfg: ModelConfig, t: Packed, masked: Sequence[int] | None = None
-) -> Packed:
+def cell_block(p: CellBlock, cfg: ModelConfig, t: Packed, masked: Sequence[int] = ()) -> Packed:
     """The tokens of a slot attend to each other; masked: of each, whether some are not seen."""
     runs = runs_of(t.sizes, masked or [t.seen is not None] * len(t.sizes))
-
-    def attend(x: Tensor) -> Tensor:
-        return etrm.self_attention(p, cfg.heads, x, runs, t.rotary, t.seen)
-
+    attend = partial(etrm.self_attention, p, cfg.heads, runs=runs, rotary=t.rotary, seen=t.seen)
     return t._replace(x=block(p, cfg, t.x, attend))
 
 
@@ -116,7 +111,6 @@ def cross_attention(
     weights: Sequence[Any], heads: int, t: Packed, keys: Packed, values: Tensor | None = None
 ) -> Tensor:
     """(N, D): the tokens of a slot attend to its keys, both turned by their positions, if given.
-
     weights (D, D) of queries, keys, values; values: given ones. To have no key gives 0."""
 
     def turned(x: Tensor, weight: Tensor, rotary: Rotary, which: int) -> Tensor:
@@ -148,8 +142,7 @@ def rotary_in(cfg: ModelConfig, position: Tensor, like: Tensor) -> Rotary:
 
 
 def position_in(cfg: ModelConfig, at: Tensor, origins: int = 0) -> Tensor:
-    """Positions of `origins` tokens at the origin, then of cells at (M, 2), which keep rotary
-    positions in the encoder even where the core has none, as published."""
+    """Positions of `origins` tokens at the origin, then of cells at (M, 2): rotary in any case."""
     kind = cfg.positions if cfg.positions in ("rope2d", "both", "borders") else "rope"
     position = etrm.position_of(kind, at, cfg.raster)
     assert position is not None
@@ -231,51 +224,38 @@ def init_matching(cfg: ModelConfig, g: torch.Generator) -> Perceiver:
 
 
 def with_queries(batch: Batch) -> Demos:
-    """The cells of the demos, then those of the test inputs as if of demos whose output is asked;
-    the other fields remain those of the demos."""
+    """The cells of the demos, then those of the test inputs as if of demos without an output."""
     d, asked = batch.demos, torch.where(batch.inputs == 0, 0, ASKED)
-    return d._replace(
-        inputs=torch.cat((d.inputs, batch.inputs)),
-        outputs=torch.cat((d.outputs, asked)),
-        at=torch.cat((d.at, batch.at)),
-        cells=d.cells + batch.cells,
-        gaps=d.gaps + (1,) * len(batch.cells),
-        borders=torch.cat((d.borders, batch.borders)),
-    )
+    names, cells, gaps = ("inputs", "at", "borders"), d.cells + batch.cells, (1,) * len(batch.cells)
+    fields: dict[str, Any] = {k: torch.cat((getattr(d, k), getattr(batch, k))) for k in names}
+    outputs = torch.cat((d.outputs, asked))
+    return d._replace(**fields, outputs=outputs, cells=cells, gaps=d.gaps + gaps)
 
 
-class Asked(NamedTuple):
-    """What the test inputs' cells and T queries have found in the demos."""
-
-    context: Context
-    keys: Packed  # the demos' cells, slot by slot
-
-
-def match(p: Perceiver, cfg: ModelConfig, batch: Batch, cells: Packed) -> Asked:
-    """T queries and the cells of the test inputs attend to the cells of all demos; cells: those of
-    the demos, then those of the test inputs."""
+def match(p: Perceiver, cfg: ModelConfig, batch: Batch, cells: Packed) -> tuple[Context, Packed]:
+    """T queries and the cells of the test inputs attend to the cells of all demos, which come with
+    the context, slot by slot; cells: those of the demos, then those of the test inputs."""
     d, t, slots = batch.demos, cfg.context_tokens, len(batch.cells)
     layout = etrm.layout_of(cfg, batch.cells, batch.at.device)
     shown, asked = cells.x.split((len(d.inputs), len(batch.inputs)))
     rotary = rotary_in(cfg, position_in(cfg, d.at[d.by_slot]), shown)
     keys = Packed(shown[d.by_slot], d.slot_cells, cells.seen[: len(shown)][d.by_slot], rotary)
-    position = position_in(cfg, batch.at, origins=slots * t)
-    rotary = rotary_in(cfg, position[layout.source], shown)
+    position = position_in(cfg, batch.at, origins=slots * t)[layout.source]
     x = torch.cat((p.queries.repeat(slots, 1), asked))[layout.source]
-    tokens = Packed(x, layout.tokens, None, rotary)
+    tokens = Packed(x, layout.tokens, None, rotary_in(cfg, position, shown))
     for i, s in enumerate(p.sets):
         tokens = set_block(s, cfg, tokens, keys)
         if i < len(p.mixing):
             tokens = cell_block(p.mixing[i], cfg, tokens)
     x = rms(tokens.x)
     first = layout.first[:, None] + torch.arange(t, device=x.device)
-    return Asked(Context(x[first], cells=x[layout.cells]), keys)
+    return Context(x[first], cells=x[layout.cells]), keys
 
 
 def apply_matching(p: Perceiver, cfg: ModelConfig, batch: Batch) -> Context:
     """The test input is read like one more demo, and each of its cells attends to all cells of all
     demos (after Vinyals et al. 2016, arXiv 1606.04080)."""
-    return match(p, cfg, batch, aligned(p, cfg, with_queries(batch))).context
+    return match(p, cfg, batch, aligned(p, cfg, with_queries(batch)))[0]
 
 
 # ---------------------------------------------------------------- pointer: answers are copied
@@ -329,11 +309,9 @@ AXES: dict[str, Callable[[Axis], tuple[Tensor, Tensor]]] = {
     "third 3": lambda a: (a.place + 2 * ((a.size + 1) // 3), third(a.size)),
 }
 D8 = [(r, c, swap) for r in ("same", "flip") for c in ("same", "flip") for swap in (False, True)]
-BOTH = (
-    "box, box flip, tile 2, tile 3, tile n, fold, scale 2, scale 3, scale n, every 2nd, every 3rd"
-)
+BOTH = "box, box flip, tile 2, tile 3, tile n, fold, scale 2, scale 3, scale n"
 ONE = "next, previous, roll, roll back, start, end, box flip, tile 2, fold, fold back, scale 2"
-BOTH += ", every 2nd, every 3rd"
+BOTH += 2 * ", every 2nd, every 3rd"  # the second time in vain, but trained weights have them
 ONE += ", every 2nd, half 1, half 2, third 1, third 2, third 3"
 # Frames: (how rows are seen, how columns are seen, whether rows and columns change places).
 FRAMES: tuple[tuple[str, str, bool], ...] = (
@@ -347,12 +325,10 @@ FRAMES: tuple[tuple[str, str, bool], ...] = (
 
 def span(place: Tensor, owner: Tensor, chosen: Tensor, grids: int) -> tuple[Tensor, Tensor]:
     """First place and number of places (M,) of the chosen cells of each cell's grid; else 0, 0."""
-    low = place.new_full((grids,), 999).scatter_reduce(
-        0, owner, torch.where(chosen, place, 999), "amin"
-    )
-    end = place.new_zeros(grids).scatter_reduce(0, owner, torch.where(chosen, place + 1, 0), "amax")
-    low = torch.minimum(low, end)
-    return low[owner], (end - low)[owner]
+    first, last = torch.where(chosen, place, 999), torch.where(chosen, place + 1, 0)
+    low = place.new_full((grids,), 999).scatter_reduce(0, owner, first, "amin")
+    end = place.new_zeros(grids).scatter_reduce(0, owner, last, "amax")
+    return torch.minimum(low, end)[owner], (end - low).clamp(min=0)[owner]
 
 
 class Views(NamedTuple):
@@ -368,7 +344,7 @@ def views_of(tokens: Tensor, at: Tensor, cells: Sequence[int]) -> Views:
     last = first + torch.tensor(cells, device=at.device)[owner] - 1
     inside, drawn = tokens >= FIRST_COLOUR, tokens > FIRST_COLOUR
     axes, start, stride = [], first, at[last, 1] - at[first, 1] + 1
-    for place, step in zip((at - at[first]).unbind(1), (stride, 1), strict=True):
+    for place, step in zip((at - at[first]).unbind(1), (stride, stride**0), strict=True):
         origin, size = span(place, owner, inside, len(cells))
         box = span(place - origin, owner, drawn, len(cells))
         axes.append(Axis(place - origin, size.clamp(min=1), *box))
@@ -409,8 +385,9 @@ class Pointer(NamedTuple):
 
 def init_pointer(cfg: ModelConfig, g: torch.Generator) -> Pointer:
     d, k = cfg.hidden, len(FRAMES)
-    embeds = (normal(g, n, d, std=1.0) for n in (12 * k, 8, k))
-    return Pointer(init_matching(cfg, g), *embeds, normal(g, d, d), normal(g, d, d))
+    matching = init_matching(cfg, g)
+    seen, facts, matches = (normal(g, n, d, std=1.0) for n in (12 * k, 8, k))
+    return Pointer(matching, seen, facts, matches, normal(g, d, d), normal(g, d, d))
 
 
 def apply_pointer(p: Pointer, cfg: ModelConfig, batch: Batch) -> Context:
@@ -424,15 +401,15 @@ def apply_pointer(p: Pointer, cfg: ModelConfig, batch: Batch) -> Context:
     extra = F.one_hot(views.seen, 12).flatten(1).to(dtype) @ (p.seen_embed * k**-0.5)
     extra = extra + views.facts.to(dtype) @ (p.fact_embed * 8**-0.5)
     extra = extra + match_bits.to(dtype) @ (p.match_embed * (2 * k**-0.5))
-    asked = match(p.matching, cfg, batch, aligned(p.matching, cfg, demos, extra))
+    context, keys = match(p.matching, cfg, batch, aligned(p.matching, cfg, demos, extra))
     outputs = d.outputs[d.by_slot]
-    keys = asked.keys._replace(seen=outputs != PAD, rotary=None)
-    t = Packed(asked.context.cells, batch.cells)
+    keys = keys._replace(seen=outputs != PAD, rotary=None)
+    assert context.cells is not None
+    t = Packed(context.cells, batch.cells)
     values = F.one_hot(outputs, 12).to(dtype).repeat(1, COPIES)
     copied = cross_attention((p.copy_q, p.copy_k, None), COPIES, t, keys, values)
-    return asked.context._replace(
-        seen=views.seen[len(d.inputs) :], copied=copied.unflatten(1, (COPIES, 12))
-    )
+    seen, copied = views.seen[len(d.inputs) :], copied.unflatten(1, (COPIES, 12))
+    return context._replace(seen=seen, copied=copied)
 
 
 # ---------------------------------------------------------------- the table of encoders
@@ -465,8 +442,6 @@ def kinds() -> dict[str, Encoder]:
 @functools.lru_cache
 def user_module(file: Path) -> dict[str, Any]:
     """The names in a Python file of the user's, run once. Raises UserError, whatever it raises."""
-    if not file.is_file():
-        raise UserError(f"model.encoder.kind: {file}: no such module in the working directory")
     try:
         return runpy.run_path(str(file))
     except Exception as e:
@@ -485,10 +460,8 @@ def lookup(kind: str) -> Encoder:
         return Encoder(*entry)
     known = kinds()
     if kind not in known:
-        raise UserError(
-            f"model.encoder.kind: unknown {kind!r}{nearest(kind, known)}; known: "
-            f"{', '.join(known)}, and MODULE:NAME of MODULE.py in the working directory"
-        )
+        reason = f"unknown {kind!r}{nearest(kind, known)}; known: {', '.join(known)}"
+        raise UserError(f"model.encoder.kind: {reason}, and MODULE:NAME of ./MODULE.py")
     return known[kind]
 
 
@@ -505,13 +478,10 @@ class Widened(NamedTuple):
 
 
 def inner_config(cfg: ModelConfig) -> ModelConfig:
-    """The config as the encoder sees it: heads of the same size in its own width. Raises UserError
-    where heads do not divide a width."""
+    """The config as the encoder sees it: in its own width, with heads of the core's size."""
     width, head = cfg.encoder.width or cfg.hidden, cfg.hidden // cfg.heads
     if cfg.hidden % cfg.heads or head % 4:
-        raise UserError(
-            f"model.heads: must divide model.hidden = {cfg.hidden} into heads of a multiple of 4"
-        )
+        raise UserError(f"model.heads: must divide hidden = {cfg.hidden} into multiples of 4")
     if width % head:
         raise UserError(f"model.encoder.width: {width} is no multiple of the head size, {head}")
     return msgspec.structs.replace(cfg, hidden=width, heads=width // head)
@@ -519,9 +489,8 @@ def inner_config(cfg: ModelConfig) -> ModelConfig:
 
 def latent_of(cfg: ModelConfig) -> int | None:
     """How many numbers a variational encoder draws; None: it draws none."""
-    if not lookup(cfg.encoder.kind).variational:
-        return None
-    return cfg.encoder.latent or cfg.encoder.width or cfg.hidden
+    e = cfg.encoder
+    return (e.latent or e.width or cfg.hidden) if lookup(e.kind).variational else None
 
 
 def init_params(cfg: ModelConfig, seed: int) -> Params:
@@ -530,8 +499,7 @@ def init_params(cfg: ModelConfig, seed: int) -> Params:
     if encoder.variational and not e.kl_weight > 0:
         raise UserError(f"model.encoder.kl_weight: must be above 0, {e.kind} is variational")
     if (encoder.recur or encoder.asks) and e.cached:
-        why = "continues in every step" if encoder.recur else "gives more than context tokens"
-        raise UserError(f"model.encoder.cached: {e.kind} {why}, it cannot be read once")
+        raise UserError(f"model.encoder.cached: {e.kind} gives more than tokens to read once")
     if cfg.context_tokens == 0 and not cfg.feedback:
         raise UserError("model.context_tokens: must be at least 1")
     if encoder.offers and cfg.loss != "softmax":

@@ -136,8 +136,11 @@ def published_layout() -> Iterator[None]:
         real = batch(*args)
         return real._replace(demos=ten_demos(real.demos))
 
-    def self_attention(p: Any, heads: int, x: torch.Tensor, *rest: Any) -> torch.Tensor:
-        return attend(p._replace(qkv=p.qkv.to(x.dtype), o=p.o.to(x.dtype)), heads, x, *rest)
+    def self_attention(
+        p: Any, heads: int, x: torch.Tensor, *rest: Any, **named: Any
+    ) -> torch.Tensor:
+        p = p._replace(qkv=p.qkv.to(x.dtype), o=p.o.to(x.dtype))
+        return attend(p, heads, x, *rest, **named)
 
     def cast_late(like: Any, leaves: dict[str, torch.Tensor]) -> Any:
         """Weights of blocks stay in float32: they are cast where they are used."""

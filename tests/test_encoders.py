@@ -229,7 +229,7 @@ def test_an_encoder_of_the_user_s_is_found_by_its_module(tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in same) and not encoder_of(ours).recur
     with pytest.raises(UserError, match="no encoder 'other'"):
         lookup("mine:other")
-    with pytest.raises(UserError, match="no such module"):
+    with pytest.raises(UserError, match="yours.py: FileNotFoundError"):
         lookup("yours:ours")
 
 
