@@ -45,10 +45,6 @@ def tiny(folder, **changes):
     return config.parse_config(raw, "test")
 
 
-def first_carries(s):
-    return train.fresh_state(s).carries
-
-
 def weights_of(folder, name="last"):
     return leaves(checkpoint.load(folder / f"{name}.safetensors").params)
 
@@ -140,16 +136,12 @@ def test_muon_steps_as_torchs_does_and_its_updates_are_all_but_orthogonal():
             opt.step()
         return [p.detach() for p in params]
 
-    def ours(dtype):
-        return after(lambda ps: optim.Muon([{"params": ps, "weight_decay": 0.1}], 0.02, dtype))
-
-    options = {"lr": 0.02, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
-    reference = after(lambda ps: torch.optim.Muon(ps, **options))
-    for p, half, full, before in zip(
-        reference, ours(torch.bfloat16), ours(torch.float32), start, strict=True
-    ):
-        assert torch.allclose(half, p, atol=1e-3) and torch.allclose(full, p, atol=4e-3)
-        assert (p - before).abs().max() > 0.01
+    options = {"lr": 0.02, "weight_decay": 0.1}
+    reference = after(lambda ps: torch.optim.Muon(ps, adjust_lr_fn="match_rms_adamw", **options))
+    for dtype, error in ((torch.bfloat16, 1e-3), (torch.float32, 4e-3)):
+        ours = after(lambda ps, d=dtype: optim.Muon([{"params": ps, "weight_decay": 0.1}], 0.02, d))
+        for p, want, before in zip(ours, reference, start, strict=True):
+            assert torch.allclose(p, want, atol=error) and (p - before).abs().max() > 0.01
     both = torch.stack([grads[0][0], 1e4 * grads[0][2]])
     values = torch.linalg.svdvals(optim.orthogonal(both, torch.float32))
     assert values.min() > 0.6 and values.max() < 1.3
@@ -180,18 +172,15 @@ def test_patterns_freeze_for_a_while_or_for_ever_and_scale(tmp_path):
         assert torch.equal(v, before[k]) == k.endswith("_init"), k
 
 
-@pytest.mark.parametrize(
-    ("pattern", "words"),
-    [
-        ("nothing", "matches no parameter"),
-        ("[", "no regular expression"),
-        ("(.*)*x", "too many repetitions"),  # it would backtrack for ever
-        (".*" * 9 + "x", "too many repetitions"),
-        (".*", "nothing is left to train"),
-    ],
-)
-def test_a_pattern_that_means_nothing_is_refused(tmp_path, pattern, words):
-    with pytest.raises(UserError, match=words):
+PATTERNS = {
+    "nothing": "matches no parameter", "[": "no regular expression", ".*": "nothing is left",
+    "(.*)*x": "too many repetitions", ".*" * 9 + "x": "too many repetitions",  # for ever
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_pattern_that_means_nothing_is_refused(tmp_path, pattern):
+    with pytest.raises(UserError, match=PATTERNS[pattern]):
         train.setup(tiny(tmp_path, optimizer__freeze={pattern: 0}))
 
 
@@ -227,9 +216,7 @@ def test_shards_partition_the_slots_and_share_the_work(g, slots, parts):
 
 def test_exploration_is_drawn_anew_at_every_act_step():
     cfg, slots = ModelConfig(exploration=0.25, halt_max_steps=5), torch.arange(4000)
-    one, two = (
-        train.min_steps(cfg, 0, slots, slots * 0, torch.full_like(slots, step)) for step in (1, 2)
-    )
+    one, two = (train.min_steps(cfg, 0, slots, slots * 0, slots * 0 + step) for step in (1, 2))
     for least in (one, two):
         assert set(least.tolist()) == {0, 2, 3, 4, 5}
         assert float((least > 0).float().mean()) == pytest.approx(0.25, abs=0.03)
@@ -244,12 +231,9 @@ def test_noise_is_a_function_of_seed_slot_episode_and_step(seed, demos):
     assert abs(float(x.mean())) < 0.1 and abs(float(x.std()) - 1) < 0.1
     some = train.noise(32, 5, seed, slots[7:9], zeros[:2], zeros[:2] + 1)
     assert torch.equal(some[:, :demos], x[7:9]) and not torch.equal(x[0], x[1])
-    for other in (
-        (seed + 1, slots, zeros, zeros + 1),
-        (seed, slots, zeros + 1, zeros + 1),
-        (seed, slots, zeros, zeros + 2),
-    ):
-        assert (train.noise(32, demos, *other) - x).abs().min(0).values.mean() > 1e-3
+    for other, n, step in ((seed + 1, 0, 1), (seed, 1, 1), (seed, 0, 2)):
+        y = train.noise(32, demos, other, slots, zeros + n, zeros + step)
+        assert (y - x).abs().min(0).values.mean() > 1e-3
 
 
 def test_a_slot_that_halted_begins_its_next_episode(tmp_path, monkeypatch):
@@ -262,7 +246,7 @@ def test_a_slot_that_halted_begins_its_next_episode(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "min_steps", min_steps)
     cfg = tiny(tmp_path, train__shards=1)
     s = train.setup(cfg)
-    carry, _, _ = train.next_batch(s, s.shards[0], first_carries(s)[0])
+    carry, _, _ = train.next_batch(s, s.shards[0], train.fresh_state(s).carries[0])
     halted, steps = torch.tensor([True, False] * 3), torch.tensor([3, 1, 2, 2, 1, 0])
     after, _, _ = train.next_batch(s, s.shards[0], carry._replace(halted=halted, steps=steps))
     assert torch.equal(after.n, carry.n + halted) and torch.equal(drawn[-1][0], after.n)
@@ -306,7 +290,7 @@ def test_gradients_and_sums_of_shards_are_those_of_the_whole(tmp_path):
         cfg = tiny(tmp_path, train__shards=shards)
         s = train.setup(cfg)
         assert sorted(torch.cat(s.shards).tolist()) == list(range(cfg.train.batch))
-        steps[shards] = train.one_step(s, first_carries(s))
+        steps[shards] = train.one_step(s, train.fresh_state(s).carries)
     one, three = (torch.cat([g.flatten() for g in steps[k].grads]) for k in (1, 3))
     assert one.abs().max() > 1e-4
     torch.testing.assert_close(one, three, rtol=1e-4, atol=1e-6)
@@ -329,13 +313,13 @@ def test_a_step_is_the_mean_of_its_slots_scaled_and_its_sums_are_theirs(tmp_path
     cfg = tiny(tmp_path, train__shards=1, model__halt_max_steps=1)
     s = train.setup(cfg)
     [slots] = s.shards
-    carry, batch, least = train.next_batch(s, slots, first_carries(s)[0])
+    carry, batch, least = train.next_batch(s, slots, train.fresh_state(s).carries[0])
     out = act_step(rebuild(s.like, s.params), cfg.model, s.encode, carry, batch, least)[1]
     loss = act_loss(cfg.model, out, batch.labels, batch.cells)
     expected = torch.autograd.grad(loss.total.mean(), s.params["core.embed"])[0]
     embed = [k for k, v in s.params.items() if v.requires_grad].index("core.embed")
     for scale in (1.0, 1024.0):
-        grads = train.one_step(s, first_carries(s), scale).grads
+        grads = train.one_step(s, train.fresh_state(s).carries, scale).grads
         torch.testing.assert_close(grads[embed], expected, rtol=1e-4, atol=1e-7)
     halted = torch.arange(len(slots)) % 2 == 0  # only they count in the second row
 
@@ -344,7 +328,7 @@ def test_a_step_is_the_mean_of_its_slots_scaled_and_its_sums_are_theirs(tmp_path
         return carry._replace(halted=halted), out
 
     monkeypatch.setattr(train, "act_step", half_halts)
-    sums = train.one_step(s, first_carries(s)).sums
+    sums = train.one_step(s, train.fresh_state(s).carries).sums
     assert float(sums[1, -1]) == int(halted.sum())
     lm = train.METRICS.index("lm_loss")
     assert float(sums[0, lm]) == pytest.approx(float(loss.lm.sum()), rel=1e-5)
@@ -380,8 +364,6 @@ def test_every_row_watches_the_encoder_and_every_evaluation_the_gaps(tmp_path):
     for row in steps:
         squares = row["encoder/grad_norm"] ** 2 + row["core/grad_norm"] ** 2
         assert squares == pytest.approx(row["grad_norm"] ** 2, rel=1e-4)
-        ratio = row["encoder/grad_norm"] / row["core/grad_norm"]
-        assert row["encoder/grad_ratio"] == pytest.approx(ratio)
         assert row["encoder/context_var_across"] > 0 and 0 <= row["all/explored"] <= 1
     for row in evaluations:
         own, foreign = (row[f"dev/ema/{k}/cell_accuracy"] for k in ("own", "foreign"))
