@@ -13,7 +13,7 @@ import torch
 from etrm_arc import data, encoders, score, sources, train
 from etrm_arc.config import DataConfig, EncoderConfig, ModelConfig
 from etrm_arc.data import Symmetry, Task
-from etrm_arc.encoders import Widened, encoder_of, init_params
+from etrm_arc.encoders import encoder_of, init_params
 from etrm_arc.etrm import act_loss, act_step, fresh_carry, leaves, tree_map
 
 generators = st.integers(0, 2**32 - 1).map(lambda seed: torch.Generator().manual_seed(seed))
@@ -29,24 +29,18 @@ def grid(g: torch.Generator, low: int = 1, high: int = 6, colours: int = 10) -> 
     return torch.randint(0, colours, size, generator=g).to(torch.uint8).numpy()
 
 
-def pair(
-    g: torch.Generator, low: int = 1, high: int = 6, colours: int = 10
-) -> tuple[np.ndarray, np.ndarray]:
+def pair(g: torch.Generator, low=1, high=6, colours=10) -> tuple[np.ndarray, np.ndarray]:
     return grid(g, low, high, colours), grid(g, low, high, colours)
 
 
-def task(
-    g: torch.Generator, name: str = "t", low: int = 1, high: int = 6, hidden: bool = False
-) -> Task:
+def task(g: torch.Generator, name: str = "t", low=1, high=6, hidden=False) -> Task:
     """1..5 demos and 1..2 queries; with `hidden` about half of the queries have no output."""
     demos = [pair(g, low, high) for _ in range(integer(g, 1, 5))]
     asked = [pair(g, low, high) for _ in range(integer(g, 1, 2))]
     return Task(name, demos, [(x, None if hidden and integer(g, 0, 1) else y) for x, y in asked])
 
 
-def tasks(
-    g: torch.Generator, n: int, low: int = 1, high: int = 6, hidden: bool = False
-) -> list[Task]:
+def tasks(g: torch.Generator, n: int, low=1, high=6, hidden=False) -> list[Task]:
     return [task(g, f"t{i}", low, high, hidden) for i in range(n)]
 
 
@@ -68,7 +62,6 @@ VARIANTS = {
     "standard, attention": {"kind": "standard", "pooling": "attention", "set_layers": 2},
     "standard, max, pre": {"kind": "standard", "pooling": "max", "norm": "pre", "layer_scale": 0.5},
     "standard, weighted": {"kind": "standard", "pooling": "weighted"},
-    "perceiver, pre": {"kind": "perceiver", "norm": "pre", "layer_scale": 0.5},
     "matching, wide": {"kind": "matching", "width": 48, "set_layers": 2},
     "lpn_variational, wide": {"kind": "lpn_variational", "width": 16, "latent": 8},
     "recurrent, wide": {"kind": "recurrent", "width": 16, "norm": "pre", "set_layers": 2},
@@ -83,9 +76,7 @@ def config(encoder="perceiver", **options):
     e = EncoderConfig(**{"layers": 1, **VARIANTS.get(encoder, {"kind": encoder})})
     options = {"loss": "softmax", **options} if encoder == "pointer" else options
     small = dict(hidden=32, heads=2, expansion=1.0, layers=1, H_cycles=2, L_cycles=1)
-    return ModelConfig(
-        **{**small, "context_tokens": 4, "halt_max_steps": 4, "encoder": e, **options}
-    )
+    return ModelConfig(**{**small, "context_tokens": 4, "halt_max_steps": 4, **options}, encoder=e)
 
 
 class World:
@@ -112,14 +103,10 @@ class World:
         canvas = torch.full((len(d.owner), 2), side)
         shift, pair = e.shift[d.owner, 1 + d.number], e.demos[d.owner, d.number]
         shown = data.paint(self.packed, pair, sym, shift, canvas, self.cfg.raster)
+        fields = shown._asdict() | {"cells": (side**2,) * len(pair), "gaps": (1,) * len(pair)}
+        fields["by_slot"] = torch.argsort(d.owner.repeat_interleave(side**2), stable=True)
         count = torch.bincount(d.owner, minlength=SLOTS) * side**2
-        demos = d._replace(
-            **shown._asdict(),
-            cells=(side**2,) * len(pair),
-            gaps=(1,) * len(pair),
-            by_slot=torch.argsort(d.owner.repeat_interleave(side**2), stable=True),
-            slot_cells=tuple(count.tolist()),
-        )
+        demos = d._replace(**fields, slot_cells=tuple(count.tolist()))
         return self.batch._replace(demos=demos)
 
     def context(self, batch=None, params=None):
@@ -157,11 +144,11 @@ class World:
         z = torch.randn(2, *fresh.z_H.shape, generator=g)
         steps = torch.randint(1, self.cfg.halt_max_steps, (SLOTS,), generator=g)
         halted = torch.rand(SLOTS, generator=g) < 0.5
-        start = getattr(inner(self.params.encoder), "start", None)
+        encoder = self.params.encoder
+        start = getattr(getattr(encoder, "inner", encoder), "start", None)
         z_E = fresh.z_E if start is None else torch.randn(SLOTS, *start.shape, generator=g)
-        return fresh._replace(
-            z_H=z[0], z_L=z[1], steps=steps, halted=halted, n=torch.zeros_like(steps), z_E=z_E
-        )
+        zeros = torch.zeros_like(steps)
+        return fresh._replace(z_H=z[0], z_L=z[1], steps=steps, halted=halted, n=zeros, z_E=z_E)
 
     def of(self, slot, result, batch=None):
         """One slot's logits, q and KL, and its states."""
@@ -170,10 +157,6 @@ class World:
         kl = () if out.kl is None else (out.kl[slot],)
         states = carry.z_H[token], carry.z_L[token], carry.z_E[slot]
         return out.logits.split(batch.cells)[slot], out.q_halt[slot], *kl, *states
-
-
-def inner(encoder):
-    return encoder.inner if isinstance(encoder, Widened) else encoder
 
 
 def close(a, b, tolerance=1e-5):

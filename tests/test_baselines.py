@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from etrm_arc import baselines, checkpoint, data, etrm, solve, sources, train
+from etrm_arc import checkpoint, data, etrm, solve, train
 from etrm_arc.config import Config, ModelConfig, UserError
 from etrm_arc.encoders import encoder_of, init_params
 from etrm_arc.etrm import Params, act_loss, fresh_carry, leaves, rebuild
@@ -64,38 +64,6 @@ def test_a_table_trains_only_the_rows_it_touched_and_resumes_bit_identical(tmp_p
     assert torch.equal(c.params.encoder.table, c.ema.encoder.table)  # it is not averaged
 
 
-def test_equal_rows_are_summed_before_their_sign_and_others_stay():
-    table, rows = torch.ones(5000, 3), torch.tensor([4097, 3000, 4097])
-    batch = batch_of(torch.zeros(3, 1), torch.zeros(3, 1))
-    grads = torch.tensor([[1.0, -1.0, 2.0], [0.0, 3.0, -1.0], [-2.0, -1.0, 3.0]])
-    shards = torch.tensor([0, 2]), torch.tensor([1])
-    parts = [
-        baselines.spread(slots, batch._replace(rows=rows[slots]), grads[slots], 3)
-        for slots in shards
-    ]
-    baselines.sign_step(table, *train.reduce(parts), lr=0.1, decay=0.5)
-    want = torch.ones(5000, 3)
-    want[4097], want[3000] = torch.tensor([1.05, 1.05, 0.85]), torch.tensor([0.95, 0.85, 1.05])
-    torch.testing.assert_close(table, want)
-
-
-def test_gradients_of_rows_are_those_of_the_whole_table(tmp_path):
-    cfg = tiny(tmp_path, **TABLE, train__shards=1)
-    s = train.setup(cfg)
-    s.params[baselines.TABLE].normal_()
-    [slots] = s.shards
-    rows, ids = train.one_step(s, train.fresh_state(s).carries).touched
-    carry, batch, least = train.next_batch(s, slots, train.fresh_state(s).carries[0])
-    table = s.params[baselines.TABLE].clone().requires_grad_()
-    params = rebuild(s.like, s.params | {baselines.TABLE: table})
-    out = etrm.act_step(params, cfg.model, s.encode, carry, batch, least)[1]
-    loss = act_loss(cfg.model, out, batch.labels, batch.cells).total.mean()
-    (dense,) = torch.autograd.grad(loss, table)
-    sparse = torch.zeros_like(dense).index_add_(0, (ids[:, 0] * 4096 + ids[:, 1]).long(), rows)
-    torch.testing.assert_close(sparse, dense)
-    assert dense.any()
-
-
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
     """A table trained on four tasks of the set, of one of them, held out, on the demos alone."""
@@ -132,29 +100,6 @@ def test_a_table_answers_tasks_whose_demos_it_was_trained_on_and_says_so(table, 
 def test_what_a_table_cannot_answer_is_one_line(table, tmp_path, file, sets, text):
     with pytest.raises(UserError, match=text):
         evaluated(table, file, sets, tmp_path)
-
-
-def test_rows_can_be_trained_alone(tmp_path):
-    cfg = tiny(tmp_path, **TABLE, optimizer__freeze={r"core\..*": 9})
-    before = train.setup(cfg).params
-    train.fit(cfg)
-    after = leaves(checkpoint.load(tmp_path).params)
-    assert torch.equal(before["core.embed"], after["core.embed"]) and after["encoder.table"].any()
-
-
-def test_views_are_the_symmetries_of_the_rows(table, tmp_path, monkeypatch):
-    episodes, batch = [], data.batch
-    monkeypatch.setattr(data, "batch", lambda t, e, *a: episodes.append(e) or batch(t, e, *a))
-    evaluated(table, "border.json", [], tmp_path)
-    cfg, [task] = solve.opened(table).cfg, sources.load([str(SET / "border.json")])
-    k, names = torch.arange(4), [t.name for t in sources.prepare(cfg.data)[0]]
-    first = names.index("border#demos") * 4
-    rows = torch.cat([e.row for e in episodes])
-    assert sorted(rows.tolist()) == sorted((first + k).tolist() * len(task.queries))
-    want = data.row_symmetry(cfg.data, 0, rows // 4, rows % 4)
-    drawn = (torch.cat([e.symmetry.colours for e in episodes]),
-             torch.cat([e.symmetry.dihedral for e in episodes]))  # fmt: skip
-    assert torch.equal(want.colours, drawn[0]) and torch.equal(want.dihedral, drawn[1])
 
 
 @pytest.mark.parametrize(
@@ -232,38 +177,6 @@ def test_feedback_is_as_described(g, kind, halt):
         close(out.q_halt[i], q)
         assert bool(new.halted[i]) == bool(q.sigmoid() >= 0.9)
     assert (out.logits[:, :2] == -math.inf).all() and not new.z_H.requires_grad
-
-
-@settings(max_examples=10)
-@given(generators, st.sampled_from(["reset", "kept"]), st.sampled_from([1.0, 4.0, -4.0]))
-def test_a_grid_alone_is_the_grid_in_the_batch(g, kind, halt):
-    """Its answer, the step at which it is sure and leaves, and its gradient."""
-    cfg = feedback(feedback=kind)
-    p, encode = doubtful(cfg, g, halt), encoder_of(cfg)
-    grids = torch.randint(2, 12, (3, 9), generator=g)
-
-    def thought(grids, leave):
-        batch = batch_of(grids, grids)
-        out, spent = etrm.think(p, cfg, encode, batch, torch.float64, 2, leave)
-        return list(zip(out.logits[:, 2:].split(batch.cells), out.q_halt, spent, strict=True))
-
-    def slopes(grids, slot):
-        batch, params = batch_of(grids, grids), etrm.tree_map(lambda x: x.clone(), p)
-        params = etrm.tree_map(torch.Tensor.requires_grad_, params)
-        carry = fresh_carry(cfg, batch.cells, torch.float64)
-        out = etrm.act_step(params, cfg, encode, carry, batch, torch.zeros(len(grids)))[1]
-        loss = act_loss(cfg, out, batch.labels, batch.cells).total[slot]
-        return torch.autograd.grad(loss, list(leaves(params).values()))
-
-    for leave in ("never", "q"):
-        together = thought(grids, leave)
-        for i in range(3):
-            alone = thought(grids[i : i + 1], leave)[0]
-            assert all(close(a, b) is None for a, b in zip(together[i], alone, strict=True))
-            assert leave == "q" or alone[2] == 2
-    slot = puzzles.integer(g, 0, 2)
-    for a, b in zip(slopes(grids, slot), slopes(grids[slot : slot + 1], 0), strict=True):
-        close(a, b)
 
 
 def test_only_colours_are_asked_and_everything_learns():

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 
 from etrm_arc import data
 from etrm_arc.config import DataConfig, UserError
-from etrm_arc.data import Symmetry, Task
+from etrm_arc.data import Symmetry
 from etrm_arc.tests import puzzles
 from etrm_arc.tests.puzzles import generators
 
@@ -44,21 +44,15 @@ def test_symmetries_are_a_group(g):
                for j in range(8))  # fmt: skip
 
 
-@given(generators, st.booleans(), st.sampled_from(["fixed", "keep_black", "all"]))
-def test_drawn_symmetries_keep_what_they_must(g, dihedral, colours):
-    s = data.draw_symmetry(torch.rand(64, 11, generator=g, dtype=torch.float64), dihedral, colours)
-    assert torch.equal(s.colours.sort(-1).values, torch.arange(10).expand(64, 10))
-    assert set(s.dihedral.tolist()) <= (set(range(8)) if dihedral else {0})
-    kept = {"fixed": 10, "keep_black": 1, "all": 0}[colours]
-    assert torch.equal(s.colours[:, :kept], torch.arange(kept).expand(64, kept))
-
-
-def test_every_symmetry_is_drawn():
+@pytest.mark.parametrize(("colours", "fixed"), [("fixed", 10), ("keep_black", 1), ("all", 0)])
+def test_drawn_symmetries_keep_what_they_must_and_all_occur(colours, fixed):
     u = torch.rand(1000, 11, generator=torch.Generator().manual_seed(0))
-    s = data.draw_symmetry(u, True, "keep_black")
+    s = data.draw_symmetry(u, True, colours)
+    assert torch.equal(s.colours.sort(-1).values, torch.arange(10).expand(1000, 10))
+    assert torch.equal(s.colours[:, :fixed], torch.arange(fixed).expand(1000, fixed))
+    assert all(len(column.unique()) == 10 - fixed for column in s.colours[:, fixed:].T)
     assert len(s.dihedral.unique()) == 8
-    assert all(len(s.colours[:, colour].unique()) == 9 for colour in range(1, 10))
-    assert len(data.draw_symmetry(u, True, "all").colours[:, 0].unique()) == 10
+    assert not data.draw_symmetry(u, False, colours).dihedral.any()
 
 
 # ---------------------------------------------------------------- tokens and painting
@@ -139,20 +133,18 @@ def test_a_batch_paints_each_episode_on_its_canvas(g):
         want = painted(e.query[slot], slot, e.shift[slot, 0], canvas)
         assert same((x, at, borders), (want.inputs, want.at, want.borders))
         assert torch.equal(y, want.outputs.masked_fill(want.outputs == data.PAD, data.IGNORE))
-    d, places = b.demos, set()
-    assert list(d.cells) == sorted(d.cells) and d.most == e.demos.shape[1]
+    d = b.demos
+    assert sorted(zip(d.owner.tolist(), d.number.tolist(), strict=True)) == [
+        tuple(at) for at in torch.nonzero(e.demos >= 0).tolist()
+    ]
     parts = (x.split(d.cells) for x in (d.inputs, d.outputs, d.at, d.borders))
     for *tokens, gap, slot, number in zip(*parts, d.gaps, d.owner, d.number, strict=True):
         pair = e.demos[slot, number]
         size = data.turned_size(e.symmetry.dihedral[slot], packed.grids[pair, :, 1:].amax(0))
-        want = painted(pair, int(slot), e.shift[slot, 1 + number], size.tolist())
-        assert same(tokens, want)
+        assert same(tokens, painted(pair, int(slot), e.shift[slot, 1 + number], size.tolist()))
         assert gap or bool(((tokens[0] != data.PAD) | (tokens[1] != data.PAD)).all())
-        places.add((int(slot), int(number)))
-    assert places == {tuple(at) for at in torch.nonzero(e.demos >= 0).tolist()}
     owner = d.owner.repeat_interleave(torch.tensor(d.cells))
     assert torch.equal(owner[d.by_slot], owner.sort().values)
-    assert list(d.slot_cells) == torch.bincount(owner, minlength=8).tolist()
 
 
 # ---------------------------------------------------------------- queries and bands
@@ -192,27 +184,6 @@ def test_a_canvas_is_the_smallest_for_demos_and_input(g, rule, max_side, canvas)
     assert list(rows) == expected
 
 
-@given(generators, st.sampled_from(RULES))
-def test_a_canvas_knows_nothing_of_the_output(g, rule):
-    some, cfg = puzzles.tasks(g, 4), DataConfig(max_side=6)
-    packed = data.pack(some)
-    before = data.queries(packed, rule, cfg)
-    which = puzzles.integer(g, 0, len(before.pair) - 1)
-    t = int(before.task[which])
-    number, n = int(before.pair[which] - packed.first[t]), len(some[t].demos)
-    pairs = [*some[t].demos, *some[t].queries]
-    for output in [puzzles.grid(g, 1, 2), puzzles.grid(g, 1, 30)] + [None] * (rule == "test"):
-        changed = [*pairs[:number], (pairs[number][0], output), *pairs[number + 1 :]]
-        task = Task("t", changed[:n], changed[n:])
-        after = data.queries(data.pack([*some[:t], task, *some[t + 1 :]]), rule, cfg)
-        assert torch.equal(after.pair, before.pair)
-        canvas = after.canvas[which]
-        assert torch.equal(canvas, before.canvas[which])
-        size = [0, 0] if output is None else output.shape
-        fits = all(n <= int(c) for n, c in zip(size, canvas, strict=True))
-        assert bool(after.fits[which]) == (bool(canvas.all()) and fits)
-
-
 @given(generators, st.sampled_from(RULES), st.integers(1, 64))
 def test_every_task_has_the_same_share_of_a_batch(g, rule, slots):
     """A slot draws from its own part of the deck, from small to large; together they are all."""
@@ -228,8 +199,6 @@ def test_every_task_has_the_same_share_of_a_batch(g, rule, slots):
     u = torch.tensor([0.0, 0.5, 1 - 2.0**-53], dtype=torch.float64)
     rows = data.dealt(deck, u, torch.arange(slots)[:, None])
     assert torch.equal(rows.flatten(), rows.flatten().sort().values)
-    last = torch.searchsorted(deck.cdf, (torch.arange(slots) + 1.0) / slots - 1e-12, right=True)
-    assert (rows[:, -1] <= last.clamp(max=len(cells) - 1) + 1).all()
     assert rows[0, 0] == 0 and rows[-1, -1] == len(cells) - 1
 
 
@@ -237,23 +206,6 @@ def test_a_deck_without_a_query_is_refused():
     packed = data.pack([puzzles.task(torch.Generator().manual_seed(0), low=5)])
     with pytest.raises(UserError, match="no query to train on"):
         data.deck(data.queries(packed, "test", DataConfig(max_side=3)), 3)
-
-
-def chi_square(counts, expected):
-    counts, expected = counts.double(), expected.double()
-    return float(((counts - expected) ** 2 / expected).sum())
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_queries_are_drawn_task_by_task(rule):
-    packed, cfg = data.pack(puzzles.tasks(torch.Generator().manual_seed(3), 6)), DataConfig()
-    deck, n = data.deck(data.queries(packed, rule, cfg), 3), torch.arange(6000)
-    query = data.draw(packed, deck, DataConfig(query=rule), 5, n % 3, n // 3).query
-    tasks = torch.bincount(packed.task_of[query], minlength=6)
-    assert chi_square(tasks, torch.full((6,), 1000)) < 25  # 5 degrees of freedom
-    counts = torch.bincount(query, minlength=len(packed.task_of))[deck.pair]
-    each = torch.diff(deck.cdf, prepend=torch.zeros(1)) * 6000
-    assert chi_square(counts, each) < 3 * len(counts) + 15
 
 
 # ---------------------------------------------------------------- randomness
@@ -270,7 +222,7 @@ def test_a_lane_ignores_how_many_there_are(seed, n, few, many):
 
 @pytest.mark.parametrize("seed", [0, 12345])
 def test_uniform_is_uniform(seed):
-    """Each counter, each lane and neighbouring pairs fill their bins evenly: 15 or 63 degrees."""
+    """Each counter, each lane and neighbouring pairs fill 64 bins evenly: chi square."""
     line = torch.arange(8192)
     for u in (
         data.uniform(1, seed, 0, line, 0)[:, 0],
@@ -278,10 +230,9 @@ def test_uniform_is_uniform(seed):
         data.uniform(1, line, 0, 0, 0)[:, 0],
         data.uniform(8192, seed, 0, 0, 0),
     ):
-        counts = torch.bincount((u * 16).long(), minlength=16)
-        assert chi_square(counts, torch.full((16,), 512)) < 50
-        both = (u[:-1] * 8).long() * 8 + (u[1:] * 8).long()
-        assert chi_square(torch.bincount(both, minlength=64), torch.full((64,), 8191 / 64)) < 120
+        for bins in ((u * 64).long(), (u[:-1] * 8).long() * 8 + (u[1:] * 8).long()):
+            counts, each = torch.bincount(bins, minlength=64).double(), len(bins) / 64
+            assert ((counts - each) ** 2 / each).sum() < 120
 
 
 # ---------------------------------------------------------------- episodes
@@ -310,14 +261,6 @@ def test_an_episode_never_shows_its_query(g, rule, most):
         assert set(shown) <= allowed and len(shown) == min(most, len(allowed))
 
 
-def test_every_order_of_demos_occurs():
-    possible = torch.tensor([[10, 11, 12, -1]]).expand(600, 4)
-    u = data.uniform(4, 1, torch.arange(600))
-    for k, orders in ((10, 6), (2, 6), (1, 3)):
-        demos = data.choose_demos(possible, u, k)
-        assert len({tuple(row) for row in demos.tolist()}) == orders
-
-
 @given(generators, st.sampled_from(RULES))
 def test_episodes_are_a_pure_function_of_seed_slot_and_n(g, rule):
     """Whoever asks, and with whomever: the slots of two ranks are the rows of the whole."""
@@ -335,18 +278,6 @@ def test_episodes_are_a_pure_function_of_seed_slot_and_n(g, rule):
         assert not torch.equal(shift[:, 0], whole.shift[:, 0])
     still = DataConfig(query=rule, translate=False)
     assert not data.draw(packed, deck, still, 0, slot, n).shift.any()
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_one_demo_and_one_query_are_enough(rule):
-    g, cfg, slots = torch.Generator().manual_seed(0), DataConfig(query=rule), torch.arange(20)
-    packed = data.pack([Task("t", [puzzles.pair(g)], [puzzles.pair(g)])])
-    deck = data.deck(data.queries(packed, rule, cfg), 20)
-    e = data.draw(packed, deck, cfg, 0, slots, slots * 0)
-    assert set(e.query.tolist()) == ({0, 1} if rule == "leave_one_out" else {1})
-    shown = [[d for d in row if d >= 0] for row in e.demos.tolist()]
-    assert shown == (1 - e.query[:, None]).tolist()
-    assert len(data.batch(packed, e).demos.owner) == 20
 
 
 @given(generators)

@@ -164,14 +164,10 @@ def test_act_trace(golden):
         for key, value in published_sums(loss, carry.steps, loss.labelled & carry.halted).items():
             close(value, t[f"t{i}.loss." + ("total" if key == "total_loss" else key)])
     close(carry.z_H.view_as(t["final.z_H"]), t["final.z_H"])
-
     batch = batch_of(t["t0.batch.inputs"], t["t0.batch.labels"])
-    context = table[t["t0.batch.puzzle_identifiers"].long()].view(-1, 16, 64)
-    carry = etrm.fresh_carry(cfg, batch.cells, torch.float32)
-    for n in range(1, 5):
-        carry, out = taken(p, cfg, context, carry, batch)
-        close(out.q_halt, t[f"eval.s{n}.q_halt_logits"])
-        assert bool(carry.halted.all()) == (n == 4)
+    context = Context(table[t["t0.batch.puzzle_identifiers"].long()].view(-1, 16, 64))
+    out, _ = etrm.think(Params((), p), cfg, Encode(lambda *_: context), batch, torch.float32, 4)
+    close(out.q_halt, t["eval.s4.q_halt_logits"])
     close(out.logits, t["eval.logits"].flatten(0, 1))
 
 
@@ -179,14 +175,9 @@ def encoder_config(kind="standard", **options):
     return config(hidden=32, H_cycles=1, encoder=EncoderConfig(kind=kind, **options))
 
 
-def asked(inputs, outputs, mask, noise=None):
-    """A batch of demos alone."""
-    batch = batch_of(inputs[:, 0], outputs[:, 0], all_demos(inputs, outputs, mask))
-    return batch._replace(noise=noise)
-
-
 def context_of(p, cfg, demos, noise=None):
-    return encoder_of(cfg).read(p, asked(*demos, noise=noise))
+    batch = batch_of(demos[0][:, 0], demos[1][:, 0], all_demos(*demos))
+    return encoder_of(cfg).read(p, batch._replace(noise=noise))
 
 
 def golden_demos(golden):
@@ -194,22 +185,12 @@ def golden_demos(golden):
     return [inputs[k] for k in ("demo_inputs", "demo_labels", "demo_mask")]
 
 
-def published_encoder(golden, kind):
-    """(golden, config, our tree, demos)"""
-    t = golden(f"enc_{kind}")[0]
-    cfg = encoder_config(kind)
-    return t, cfg, encoder(sub(t, "sd."), cfg), golden_demos(golden)
-
-
-@pytest.mark.parametrize(
-    "kind",
-    ["standard", "lpn_standard", "hybrid_standard"]
-    + ["variational", "lpn_variational", "hybrid_variational"],
-)
-def test_encoders(golden, kind):
+@pytest.mark.parametrize("pooling", ["", "lpn_", "hybrid_"])
+@pytest.mark.parametrize("latent", ["standard", "variational"])
+def test_encoders(golden, pooling, latent):
     """Context, KL and gradients at evaluation; the same with the noise drawn in training."""
-    t, cfg, p, demos = published_encoder(golden, kind)
-    p = grad_tree(p)
+    (t, _), cfg = golden(f"enc_{pooling}{latent}"), encoder_config(pooling + latent)
+    p, demos = grad_tree(encoder(sub(t, "sd."), cfg)), golden_demos(golden)
     context = context_of(p, cfg, demos)
     close(context.tokens, t["eval.context"])
     loss = (context.tokens * t["gradprobe.W"]).sum()
@@ -243,13 +224,6 @@ def test_standard_options(golden, variant):
         demos = [x[:, :1] for x in demos]
         want = t["weightedpool.eval.context_first_demo_only"]
     close(context_of(encoder(sd, cfg), cfg, demos).tokens, want)
-
-
-def test_no_demo_gives_the_published_context(golden):
-    cfg = encoder_config()
-    p = encoder(sub(golden("enc_standard")[0], "sd."), cfg)
-    context = context_of(p, cfg, [x[:1] * 0 for x in golden_demos(golden)])
-    close(context.tokens, golden("enc_standard_options")[0]["nodemos.standard.context"])
 
 
 @pytest.mark.parametrize("kind", ["recurrent", "trm_style"])
@@ -326,12 +300,6 @@ def test_crop(golden):
             assert np.array_equal(got, t[f"crop{i}.grid"])
 
 
-def named_symmetry(name):
-    """Of an augmented identifier "task|||t3|||0213456789"."""
-    _, turn, colours, *_ = f"{name}|||t0|||0123456789".split("|||")
-    return data.Symmetry(torch.tensor(int(turn[1:])), torch.tensor([int(c) for c in colours]))
-
-
 def test_symmetries(golden):
     t, meta = golden("data")
     grid = t["dihedral.grid"].numpy()
@@ -339,38 +307,6 @@ def test_symmetries(golden):
         assert np.array_equal(data.turn(k, grid), t[f"dihedral.t{k}"])
     assert torch.equal(data.INVERSE, t["dihedral.inverse"].long())
     for i, name in enumerate(meta["aug.names"]):
-        moved = data.apply(named_symmetry(name), t["aug.grid"].numpy())
-        assert np.array_equal(moved, t[f"aug{i}.result"])
-
-
-def test_a_built_data_set(golden):
-    """Three tasks, three augmentations each: every example under its identifier's symmetry."""
-    t, meta = golden("data")
-    names, seen = ["007bbfb7", "0934a4d8", "AboveBelow1"], []
-
-    def pairs(start):
-        keys = sorted(k[:-6] for k in t if k.startswith(start) and k.endswith(".input"))
-        return [(t[f"{k}.input"].numpy(), t[f"{k}.output"].numpy()) for k in keys]
-
-    parts = [(n, pairs(f"task.{n}.train"), pairs(f"task.{n}.test")) for n in names]
-    tasks = data.pack([data.Task(*part) for part in parts])
-    for split in ("train", "test"):
-        built = sub(t, f"built.{split}.")
-        bounds = built["puzzle_indices"].unfold(0, 2, 1).tolist()
-        for i, (start, end) in zip(built["puzzle_identifiers"].tolist(), bounds, strict=True):
-            name, n = meta["built.identifiers.json"][i], end - start
-            k = names.index(name.split("|||")[0])
-            pair = torch.arange(tasks.first[k], tasks.first[k + 1])
-            if meta[names[k]] == "evaluation":  # its demos are trained on, the others are asked
-                pair = pair.tensor_split([tasks.n_demos[k]])[split == "test"]
-            s = data.Symmetry(*(torch.stack([x] * n) for x in named_symmetry(name)))
-            inputs, labels = (built[side][start:end].long() for side in ("inputs", "labels"))
-            grid = inputs.view(n, 30, 30) >= data.FIRST_COLOUR
-            corner = torch.stack([grid.any(axis).int().argmax(1) for axis in (2, 1)], 1)
-            room = 31 - data.turned_size(s.dihedral[:, None], tasks.grids[pair, :, 1:]).amax(1)
-            shift = (corner + 0.5).double() / room
-            painted = data.paint(tasks, pair, s, shift, torch.full((n, 2), 30))
-            assert torch.equal(painted.inputs, inputs.flatten())
-            assert torch.equal(painted.outputs, labels.flatten())
-            seen += [i] * n
-    assert len(seen) == 68 and set(seen) == set(range(1, 13))
+        _, turn, colours, *_ = f"{name}|||t0|||0123456789".split("|||")  # task|||t3|||0213456789
+        s = data.Symmetry(torch.tensor(int(turn[1:])), torch.tensor([int(c) for c in colours]))
+        assert np.array_equal(data.apply(s, t["aug.grid"].numpy()), t[f"aug{i}.result"])
