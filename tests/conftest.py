@@ -12,9 +12,8 @@ from hypothesis import settings
 from safetensors import safe_open
 from torch import Tensor
 
-torch.set_num_threads(
-    1
-)  # before `train` counts them: tensors are tiny here, and a forked copy of a pool of threads hangs
+# before `train` counts them: tensors are tiny, and a forked copy of a pool of threads hangs
+torch.set_num_threads(1)
 pytest.register_assert_rewrite("etrm_arc.tests.puzzles")  # its `close` says both values
 from etrm_arc import config, train  # noqa: E402
 from etrm_arc.tests.puzzles import SET  # noqa: E402
@@ -24,9 +23,8 @@ Golden = tuple[dict[str, Tensor], dict[str, Any]]
 # No deadline: the first call of a torch function can take seconds.
 settings.register_profile("same", deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("explore", deadline=None)
-settings.load_profile(
-    "explore" if os.environ.get("EXPLORE") else "same"
-)  # EXPLORE=1 pytest: new examples each time
+# EXPLORE=1 pytest: new examples each time
+settings.load_profile("explore" if os.environ.get("EXPLORE") else "same")
 
 
 def decode(value: str) -> Any:
@@ -48,9 +46,8 @@ def golden() -> Callable[[str], Golden]:
     """name -> (tensors, metadata) of tests/golden/<name>.safetensors, read anew at each call."""
 
     def load(name: str) -> Golden:
-        with safe_open(
-            Path(__file__).parent / "golden" / f"{name}.safetensors", framework="pt"
-        ) as file:
+        path = Path(__file__).parent / "golden" / f"{name}.safetensors"
+        with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
             return tensors, {key: decode(value) for key, value in file.metadata().items()}
 
@@ -60,27 +57,16 @@ def golden() -> Callable[[str], Golden]:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of a few steps on five tasks; the sixth is held out."""
-    folder = tmp_path_factory.mktemp("run")
+    folder = tmp_path_factory.mktemp("run") / "run"
+    chosen, dev, held_out = ([str(file)] for file in (SET, SET / "mirror.json", SET / "flip.json"))
     raw = {
-        "run": {"dir": str(folder / "run")},
-        "data": {
-            "train": [str(SET)],
-            "dev": [str(SET / "mirror.json")],
-            "held_out": [str(SET / "flip.json")],
-            "max_side": 10,
-        },
-        "model": {
-            "hidden": 32,
-            "heads": 2,
-            "expansion": 1.0,
-            "H_cycles": 1,
-            "L_cycles": 1,
-            "context_tokens": 4,
-            "halt_max_steps": 2,
-        },
-        "train": {"batch": 6, "steps": 4, "dtype": "fp32"},
-        "eval": {"every": 2},
-        "solve": {"views": 3},
+        "run": {"dir": str(folder)},
+        "data": dict(train=chosen, dev=dev, held_out=held_out, max_side=10),
+        "model": dict(hidden=32, heads=2, expansion=1.0, H_cycles=1, L_cycles=1)
+        | dict(context_tokens=4, halt_max_steps=2),
+        "train": dict(batch=6, steps=4, dtype="fp32"),
+        "eval": dict(every=2),
+        "solve": dict(views=3),
     }
     train.fit(config.parse_config(raw, "test"))
-    return folder / "run"
+    return folder

@@ -3,6 +3,7 @@
 And the tasks of tests/data/set, with what was predicted of them.
 """
 
+import json
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -182,6 +183,21 @@ def total(world, out, batch=None):
 # ---------------------------------------------------------------- tasks on disk
 
 SET = Path(__file__).parent / "data" / "set"
+
+
+def raw_pair(pair):
+    return {"input": pair[0].tolist()} | ({} if pair[1] is None else {"output": pair[1].tolist()})
+
+
+def raw_task(t):
+    return {"train": [raw_pair(p) for p in t.demos], "test": [raw_pair(p) for p in t.queries]}
+
+
+def as_folder(folder, some):
+    folder.mkdir(parents=True, exist_ok=True)
+    for t in some:
+        (folder / f"{t.name}.json").write_text(json.dumps(raw_task(t)))
+    return folder
 
 
 def tasks_of_all():

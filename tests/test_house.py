@@ -27,8 +27,11 @@ def imports_of(path):
     return names
 
 
-def test_these_are_all_modules():
+def test_these_are_all_modules_and_every_name_of_an_extra_is_that_of_a_module():
     assert sorted(HOUSE) == sorted(p.stem for p in ROOT.glob("*.py") if p.stem != "__init__")
+    for module in (*solve.SOLVERS.values(), encoders.PUBLISHED, encoders.FEEDBACK, cli.REPORT):
+        assert importlib.import_module(module)
+    assert {*sources.GENERATORS.values()} <= {*EXTRAS}
 
 
 @pytest.mark.parametrize("name", HOUSE)
@@ -42,11 +45,3 @@ def test_extras_know_puzzles_and_scores_alone_and_encoders_the_model(name):
     allowed |= {"etrm", "encoders"} if name in ("encoders", "feedback") else set()
     allowed |= {"checkpoint", "show", "solve"} if name == "report" else set()
     assert imports_of(ROOT / "extras" / f"{name}.py") <= allowed
-
-
-def test_every_name_of_an_extra_is_that_of_a_module():
-    for table in (sources.GENERATORS, solve.SOLVERS):
-        for module in table.values():
-            assert importlib.import_module(f"etrm_arc.extras.{module.rpartition('.')[2]}")
-    for module in (encoders.PUBLISHED, encoders.FEEDBACK, cli.REPORT):
-        assert importlib.import_module(module)

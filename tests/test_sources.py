@@ -16,7 +16,7 @@ from etrm_arc.config import DataConfig, UserError
 from etrm_arc.data import Task
 from etrm_arc.extras import cache, compose, rearc
 from etrm_arc.tests import puzzles
-from etrm_arc.tests.puzzles import generators
+from etrm_arc.tests.puzzles import as_folder, generators, raw_pair, raw_task
 
 
 def generator(seed=0):
@@ -24,14 +24,6 @@ def generator(seed=0):
 
 
 # ---------------------------------------------------------------- loading
-
-
-def raw_pair(p):
-    return {"input": p[0].tolist()} | ({} if p[1] is None else {"output": p[1].tolist()})
-
-
-def raw_task(t):
-    return {"train": [raw_pair(p) for p in t.demos], "test": [raw_pair(p) for p in t.queries]}
 
 
 def names(some):
@@ -48,25 +40,13 @@ def write(path, value):
     return path
 
 
-def without_outputs(t):
-    return t._replace(queries=[(x, None) for x, _ in t.queries])
-
-
-def as_folder(root, some):
-    for t in some:
-        write(root / f"{t.name}.json", raw_task(t))
-    return root
-
-
 def as_folders_and_links(root, some):
     """Other files lie beside tasks, hidden copies, links to them and to the folder itself."""
     write(root / "LICENSE", "")
     write(root / "submission.json", "not for us")
     write(root / ".ipynb_checkpoints" / "copy.json", raw_task(some[0]))
-    for t in some[:3]:
-        write(root / "part" / f"{t.name}.json", raw_task(t))
-    as_folder(root.parent / "elsewhere", some[3:])
-    (root / "linked").symlink_to(root.parent / "elsewhere")
+    as_folder(root / "part", some[:3])
+    (root / "linked").symlink_to(as_folder(root.parent / "elsewhere", some[3:]))
     (root / "part" / "again.json").symlink_to(root / "part" / "t0.json")
     (root / "part" / "loop").symlink_to(root)
     return root
@@ -81,15 +61,10 @@ def as_splits(root, some):
     return write(root / "all.json", {"train": one, "eval": two})
 
 
-def as_kaggle(root, some, name="arc-agi_evaluation_challenges"):
-    hidden = {t.name: raw_task(without_outputs(t)) for t in some}
+def as_kaggle(root, some):
     answers = {t.name: [y.tolist() for _, y in t.queries] for t in some}
-    write(root / f"{name.replace('challenges', 'solutions')}.json", answers)
-    return write(root / f"{name}.json", hidden)
-
-
-def as_kaggle_folder(root, some):
-    return as_kaggle(root, some, "evaluation-challenges").parent
+    write(root / "evaluation-challenges.json", {t.name: raw_task(sources.hidden(t)) for t in some})
+    return write(root / "evaluation-solutions.json", answers).parent
 
 
 def as_lines(root, some):
@@ -99,97 +74,83 @@ def as_lines(root, some):
     return write(root / "all.jsonl", text.replace("0]", "0.0]"))
 
 
-FORMS = (as_folder, as_folders_and_links, as_list, as_splits, as_kaggle, as_kaggle_folder, as_lines)
-
-
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [as_folders_and_links, as_list, as_splits, as_kaggle, as_lines])
 def test_every_format_gives_the_same_tasks(form, tmp_path):
     some = puzzles.tasks(generator(), 5)
     loaded = sources.load(form(tmp_path / "tasks", some))
     assert names(loaded) == names(some) and digests(loaded) == digests(some)
     assert all(g.dtype == np.uint8 for t in loaded for p in (*t.demos, *t.queries) for g in p)
     hidden = sources.load(form(tmp_path / "hidden", some), hide=True)
-    assert sources.set_hash(hidden) == sources.set_hash(map(without_outputs, some))
+    assert sources.set_hash(hidden) == sources.set_hash(map(sources.hidden, some))
 
 
-@pytest.mark.parametrize("key", [None, "examples"])
-def test_pairs_alone_are_all_demos(key, tmp_path):
-    pairs = [puzzles.pair(generator(i)) for i in range(7)]
+@pytest.mark.parametrize(("key", "count"), [(None, 7), ("examples", 7), (None, 203)])
+def test_pairs_alone_are_demos_and_many_become_tasks_of_few(key, count, tmp_path):
+    pairs = [puzzles.pair(generator(i)) for i in range(count)]
     raw = [[x.tolist(), y.tolist()] for x, y in pairs] if key else [raw_pair(p) for p in pairs]
-    (task,) = sources.load(write(tmp_path / "abc.json", {key: raw} if key else raw))
-    assert data.task_digest(task) == data.task_digest(Task("abc", pairs, [])) and task.name == "abc"
-
-
-def test_many_pairs_become_tasks_of_few(tmp_path):
-    """One large grid then makes the canvas of one task large, not of all."""
-    pairs = [puzzles.pair(generator(i)) for i in range(203)]
-    tasks = sources.load(write(tmp_path / "abc.json", [raw_pair(p) for p in pairs]))
-    assert {len(t.demos) for t in tasks} <= {4, 5} and len({t.name for t in tasks}) == len(tasks)
+    tasks = sources.load(write(tmp_path / "abc.json", {key: raw} if key else raw))
     shown = sorted(sources.pair_digest(p) for t in tasks for p in t.demos)
     assert shown == sorted(map(sources.pair_digest, pairs))
+    assert names(tasks) == ["abc"] if count == 7 else {len(t.demos) for t in tasks} <= {4, 5}
+    assert len({*names(tasks)}) == len(tasks)
 
 
-def test_demos_beyond_30_are_left_out_and_counted(tmp_path, caplog):
+def test_demos_beyond_30_are_left_out_and_counted_and_queries_only_not_trained_on(tmp_path, caplog):
     some = puzzles.tasks(generator(), 3)
     huge = {"input": [[0] * 31], "output": [[1]]}
     raw = {t.name: raw_task(t) for t in some} | {"huge": {"train": [huge], "test": []}}
     for t in some[:2]:
         raw[t.name]["train"].append(huge)
-    path = write(tmp_path / "all.json", raw)
+    path = str(write(tmp_path / "all.json", raw))
     with caplog.at_level(logging.WARNING):
         assert sources.set_hash(sources.load(path)) == sources.set_hash(some)
-    assert [r.getMessage() for r in caplog.records if "3 pairs beyond" in r.getMessage()]
-
-
-def test_queries_beyond_30_are_kept_and_not_trained_on(tmp_path):
-    some = puzzles.tasks(generator(), 2)
-    raw = {t.name: raw_task(t) for t in some}
+    assert "3 pairs beyond" in caplog.text
     raw["t0"]["test"] += [{"input": [[0] * 31]}, {"input": [[1]], "output": [[2] * 31]}]
-    path = str(write(tmp_path / "all.json", raw))
-    assert [len(t.queries) for t in sources.load(path)] == [
-        len(t.queries) + 2 * (t is some[0]) for t in some
-    ]
+    write(tmp_path / "all.json", raw)
+    assert len(sources.load(path)[0].queries) == len(some[0].queries) + 2
     train, _, _ = sources.prepare(DataConfig(train=(path,), dev=(), held_out=()))
     assert sources.set_hash(train) == sources.set_hash(some)
 
 
 @given(generators, st.sampled_from([np.int64, np.float32, list, tuple]))
 def test_a_task_of_python_is_the_same_whatever_its_numbers(g, kind):
-    task = puzzles.task(g)
-
     def changed(x):
         return kind(map(kind, x.tolist())) if kind in (list, tuple) else x.astype(kind)
 
+    task = puzzles.task(g)
     demos, asked = ([(changed(x), changed(y)) for x, y in part] for part in task[1:])
-    checked = sources.check(Task(task.name, demos, asked))
-    assert data.task_digest(checked) == data.task_digest(task)
+    assert digests([sources.check(Task("t", demos, asked))]) == digests([task])
     if kind is np.int64:  # also where nobody checks
-        assert data.task_digest(Task(task.name, demos, asked)) == data.task_digest(task)
+        assert digests([Task("t", demos, asked)]) == digests([task])
         assert data.pack([Task("", demos, asked)]).cells.equal(data.pack([task]).cells)
         demos[0][0][0, 0] = -1
         with pytest.raises(UserError, match="colour -1"):
             sources.check(Task("bad", demos, asked))
 
 
-@pytest.mark.parametrize("source, count, content", [
-    ("arc1:training", 400, "1614cf3cf2555ad5"), ("arc1:evaluation", 400, "55bf54add07f5157"),
-    ("arc2:training", 1000, "5a960a2809f5d1f9"), ("arc2:evaluation", 120, "7c7c04918d663f7c"),
-    ("arc1:dev", 80, "50eb316c413f8ee8"),
-])  # fmt: skip
-def test_embedded_sets(source, count, content):
+EMBEDDED = {
+    "arc1:training": (400, "1614cf3cf2555ad5"),
+    "arc1:evaluation": (400, "55bf54add07f5157"),
+    "arc2:training": (1000, "5a960a2809f5d1f9"),
+    "arc2:evaluation": (120, "7c7c04918d663f7c"),
+    "arc1:dev": (80, "50eb316c413f8ee8"),
+}
+
+
+@pytest.mark.parametrize("source", EMBEDDED)
+def test_embedded_sets(source):
     loaded = sources.load([source])
-    assert len(loaded) == count and sources.set_hash(loaded) == content
+    assert (len(loaded), sources.set_hash(loaded)) == EMBEDDED[source]
 
 
 def test_sources_combine(tmp_path):
+    """Equal copies count once; another task of the same name stays, under a name of its own."""
     a, b, other = (puzzles.tasks(generator(s), n) for s, n in ((0, 3), (0, 5), (9, 1)))
     paths = [as_folder(tmp_path / n, some) for n, some in (("a", a), ("b", b), ("c", other))]
-    loaded = sources.load(paths)
-    # equal copies once; another task of the same name stays, under a name of its own
-    assert [t.name.partition("#")[0] for t in loaded] == ["t0", "t0", "t1", "t2", "t3", "t4"]
-    assert len({t.name for t in loaded}) == 6
-    assert sources.set_hash(loaded) == sources.set_hash([*b, *other])
-    assert sources.set_hash(sources.load([*paths, *paths])) == sources.set_hash(loaded)
+    for loaded in (sources.load(paths), sources.load([*paths, *paths])):
+        assert [t.name.partition("#")[0] for t in loaded] == ["t0", "t0", "t1", "t2", "t3", "t4"]
+        assert len({*names(loaded)}) == 6
+        assert sources.set_hash(loaded) == sources.set_hash([*b, *other])
 
 
 @given(generators)
@@ -219,23 +180,19 @@ def task_with(grid):
     return {"train": [GOOD, {"input": grid, "output": [[1]]}], "test": [GOOD]}
 
 
-IN_GRID = ["bad.json", "task bad", "train[1].input"]
 BAD = {
-    "ragged": (task_with([[1, 2], [3]]), [*IN_GRID, "ragged"]),
-    "colour -1": (task_with([[-1]]), [*IN_GRID, "colour -1"]),
-    "float": (task_with([[1.5]]), [*IN_GRID, "whole number"]),
-    "bool": (task_with([[True]]), [*IN_GRID, "whole number"]),
-    "no cell": (task_with([[]]), [*IN_GRID, "empty"]),
-    "no demos": ({"train": [], "test": [GOOD]}, ["bad.json", "task bad", "no demos"]),
-    "no train": ({"x": {"test": [GOOD]}}, ["bad.json", "task x", '"train"']),
-    "no input": ({"train": [GOOD], "test": [{"output": [[1]]}]}, ["test[0]", '"input"']),
-    "no output": ({"train": [{"input": [[1]]}], "test": []}, ["train[0]", '"output"']),
-    "list of numbers": ([[[1, 2, 3]]], ["bad.json", "neither a task"]),
-    "text": ('{"train": [', ["bad.json", "broken JSON"]),
-    "a key twice": ('{"a": 1, "a": 2}', ["bad.json", "twice"]),
-    "no task": ({}, ["no task found"]),
-    "control": ({"x\n\x1b[1m": task_with([[1]])}, ["bad.json", "control character"]),
-    "hidden": ({"train": [GOOD], "test": [{"input": [[1]], "output": 5}]}, ["test[0].output"]),
+    "task bad, train[1].input: ragged": task_with([[1, 2], [3]]),
+    "task bad, train[1].input: colour -1": task_with([[-1]]),
+    "task bad, train[1].input: whole number": task_with([[True]]),
+    "task bad: no demos": {"train": [], "test": [GOOD]},
+    'task x: "train"': {"x": {"test": [GOOD]}},
+    'train[0]: "output"': {"train": [{"input": [[1]]}], "test": []},
+    "neither a task": [[[1, 2, 3]]],
+    "broken JSON": '{"train": [',
+    "twice": '{"a": 1, "a": 2}',
+    "no task found": {},
+    "control character": {"x\n\x1b[1m": task_with([[1]])},
+    "test[0].output": {"train": [GOOD], "test": [{"input": [[1]], "output": 5}]},
 }
 
 
@@ -247,43 +204,35 @@ def complaint(source, hide=False):
     return text
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_bad_files_are_refused_by_name(name, tmp_path):
-    value, words = BAD[name]
-    path = write(tmp_path / "bad.json", value)
+@pytest.mark.parametrize("words", BAD)
+def test_bad_files_are_refused_by_name(words, tmp_path):
+    path = write(tmp_path / "bad.json", BAD[words])
     for hide in (False, True):  # before any view is asked
         text = complaint(path, hide)
-        assert all(word in text for word in words), text
+        assert all(word in text for word in ("bad.json", *words.split(": "))), text
 
 
-def test_a_broken_line_is_named_by_its_number(tmp_path):
+def test_what_cannot_be_read_is_named(tmp_path):
     good = json.dumps(raw_task(puzzles.task(generator())))
     path = write(tmp_path / "x.jsonl", f"{good}\n\n{good[:-4]}\n{good}")
     assert "x.jsonl: line 3: broken JSON" in complaint(path)
     path.write_bytes(b"\xff\xfe{}")
     assert "x.jsonl" in complaint(path)
-
-
-def test_what_cannot_be_read_is_named(tmp_path):
-    assert "gone.json: no such file" in complaint(tmp_path / "gone.json")
+    path.unlink()
     assert "did you mean arc2:evaluation?" in complaint("arc2:evaluatoin")
     assert "no such file" in complaint("a" * 10_000) and "no such file" in complaint("a\0b")
-    (tmp_path / "empty").mkdir()
-    assert "empty: no task found" in complaint(tmp_path / "empty")
+    assert "no task found" in complaint(tmp_path)
     os.mkfifo(tmp_path / "pipe.json")
     for source in (tmp_path / "pipe.json", tmp_path):
         assert "pipe.json: not a regular file" in complaint(source)
     (tmp_path / "pipe.json").unlink()
     (tmp_path / "broken.json").symlink_to(tmp_path / "gone.json")
     assert "broken.json: no such file" in complaint(tmp_path)
-    with pytest.raises(UserError, match="no source: no task found"):
-        sources.load([])
 
 
 def test_solutions_must_match_their_queries(tmp_path):
     some = puzzles.tasks(generator(), 2)
-    path = as_kaggle(tmp_path, some)
-    beside = path.with_name("arc-agi_evaluation_solutions.json")
+    beside = as_kaggle(tmp_path, some) / "evaluation-solutions.json"
     answers = json.loads(beside.read_text())
     for bad, word in [
         (answers | {"t1": answers["t1"] + [[[1]]]}, "one grid per query"),
@@ -292,16 +241,15 @@ def test_solutions_must_match_their_queries(tmp_path):
         ({"t0": answers["t0"]}, "task t1"),
     ]:
         write(beside, bad)
-        assert all(word in complaint(path, hide) for hide in (False, True))
+        assert all(word in complaint(tmp_path, hide) for hide in (False, True))
 
 
 def test_what_lies_beside_tasks_is_known_by_the_end_of_its_name(tmp_path):
-    names = ["looks_like_a_star", "metadata_of_a_cat", "solutions-2"]
-    for t, name in zip(puzzles.tasks(generator(), 3), names, strict=True):
-        write(tmp_path / f"{name}.json", raw_task(t))
+    for name in ("looks_like_a_star", "metadata_of_a_cat", "solutions-2"):
+        write(tmp_path / f"{name}.json", task_with([[1]]))
     for name in ("looks", "my-submission", "arc_solutions", "metadata", "predictions-2"):
         write(tmp_path / f"{name}.json", "no task")
-    assert [t.name for t in sources.load(tmp_path)] == names
+    assert len(sources.load(tmp_path)) == 3
 
 
 # ---------------------------------------------------------------- held-out guard
@@ -350,18 +298,16 @@ def test_no_pair_of_a_held_out_or_dev_task_is_trained_on(g, number):
     from_held_out = shared(g, train[0], held_out[1], number)
     mixed = [from_held_out, shared(g, train[1], dev[2], number), train[2]]
     kept, finding = sources.guard(mixed, dev, held_out, "drop")
-    assert names(kept) == ["t2"]
-    assert finding == sources.Finding("drop", (("t0", "h1"),), set_aside=1)
+    assert names(kept) == ["t2"] and finding.set_aside == 1
+    assert finding.dropped == (("t0", "h1"),)
     with pytest.raises(UserError, match="t0 shares a pair with held-out task h1"):
         sources.guard(mixed, dev, held_out, "refuse")
-    assert names(sources.guard(mixed[1:], dev, held_out, "refuse")[0]) == ["t2"]
-
     kept, finding = sources.guard(mixed, dev, held_out, "demos")
     is_demo = number == 0
     assert names(kept) == ["t0"] * is_demo + ["t2", "h0#demos", "h1#demos", "h2#demos"]
     assert [(t.demos, t.queries) for t in kept[-3:]] == [(t.demos, []) for t in held_out]
-    assert finding.admitted == 3 and finding.set_aside == 1 and "TRAINED ON" in str(finding)
     assert finding.dropped == (() if is_demo else (("t0", "h1"),))
+    assert finding.admitted == 3 and finding.set_aside == 1 and "TRAINED ON" in finding.warning
     for policy in ("refuse", "drop", "demos"):  # dev tasks are not even admitted
         assert names(sources.guard([train[2], *dev], dev, dev, policy)[0]) == ["t2"]
 
@@ -392,28 +338,23 @@ def test_one_tiny_pair_is_chance_and_several_or_all_are_not(g):
             kept, finding = sources.guard(train, [], [other], "drop")
         assert names(kept) == ["t"] * (not hit) + ["u"] and finding.tiny == (0 if hit else count)
         assert finding.dropped == ((("t", "h"),) if hit else ())
-    kept, finding = sources.guard([Task("t", moved[:1], []), second], [], [other], "drop")
-    assert names(kept) == ["u"] and finding.dropped == (("t", "h"),)
+    kept, _ = sources.guard([Task("t", moved[:1], []), second], [], [other], "drop")
+    assert names(kept) == ["u"]
     with pytest.raises(UserError, match="no task is left"):
         sources.guard([second], [], [second], "drop")
 
 
 def test_the_guard_on_arc():
     cfg = DataConfig()
-    train, dev, finding = sources.prepare(cfg)
+    train, dev, finding = sources.prepare(msgspec.structs.replace(cfg, max_eval_tasks=2))
     assert finding.dropped == (("40853293", "070dd51e"), ("caa06a1f", "50a16a69"))
-    assert finding.set_aside == len(dev) == 80  # also those of nothing but 3 x 3 grids
+    assert finding.set_aside == 80 and len(dev) == 2  # also those of nothing but 3 x 3 grids
     assert len(train) == 400 - 80 - 2
-    with pytest.raises(UserError, match="40853293 shares a pair with held-out task 070dd51e"):
-        sources.prepare(msgspec.structs.replace(cfg, policy="refuse"))
     train, _, finding = sources.prepare(msgspec.structs.replace(cfg, dev=(), policy="demos"))
     assert len(train) == 400 - 2 + 400 and finding.admitted == 400  # seven have a demo as query
-    few, dev, _ = sources.prepare(msgspec.structs.replace(cfg, max_train_tasks=3, max_eval_tasks=2))
-    assert len(few) == 3 and len(dev) == 2
     # ARC-2 holds 376 of the held-out tasks
     train, _, finding = sources.prepare(DataConfig(train=("arc2:training",)))
-    forbidden = {*names(sources.load("arc1:evaluation")), *names(sources.load("arc1:dev"))}
-    assert not forbidden & {*names(train)}
+    assert not {*names(sources.load(["arc1:evaluation", "arc1:dev"]))} & {*names(train)}
     assert len(finding.dropped) == 377 and finding.set_aside == 80
 
 
@@ -457,15 +398,14 @@ def test_sources_get_their_share_of_the_slots(g, first, second, slots):
 
 @pytest.mark.parametrize("kind", ["composed", "composed-held-out"])
 def test_composed_tasks_are_a_source(kind):
-    loaded, hidden = sources.load([f"{kind}:7", f"{kind}:3"]), sources.load(f"{kind}:7", hide=True)
+    loaded = sources.load([f"{kind}:7", f"{kind}:3"])
     assert names(loaded) == [f"{kind}:{i:06d}" for i in range(7)]
     assert digests(loaded) == digests(compose.tasks(7, kind))
-    assert digests(hidden) == digests(map(without_outputs, loaded))
 
 
-@pytest.mark.parametrize("count", ["", "0", "-1", "x", "1.5", "1000001", "9" * 5000, "²", " 5"])
-def test_a_malformed_number_is_refused(count):
-    for kind in sources.GENERATORS:
+@pytest.mark.parametrize("kind", sources.GENERATORS)
+def test_a_malformed_number_is_refused(kind):
+    for count in ("", "0", "-1", "x", "1.5", "1000001", "9" * 5000, "²", " 5"):
         assert "needs a number of tasks" in complaint(f"{kind}:{count}")
 
 
@@ -477,7 +417,6 @@ def test_many_generated_tasks_are_kept_and_read_back(tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(compose, "tasks", None)
         assert sources.set_hash(sources.load("composed:6")) == once["composed:6"]
-        assert names(sources.load("composed:6"))[5] == "composed:000005"
     for damaged in (file.read_bytes()[:100], b"", b"PK\x03\x04" + bytes(99)):
         file.write_bytes(damaged)
         assert sources.set_hash(sources.load("composed:6")) == once["composed:6"]
