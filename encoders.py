@@ -253,8 +253,7 @@ def match(p: Perceiver, cfg: ModelConfig, batch: Batch, cells: Packed) -> tuple[
 
 
 def apply_matching(p: Perceiver, cfg: ModelConfig, batch: Batch) -> Context:
-    """The test input is read like one more demo, and each of its cells attends to all cells of all
-    demos (after Vinyals et al. 2016, arXiv 1606.04080)."""
+    """The test input is read like a demo; its cells attend to all demos' (arXiv 1606.04080)."""
     return match(p, cfg, batch, aligned(p, cfg, with_queries(batch)))[0]
 
 

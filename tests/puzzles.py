@@ -1,7 +1,4 @@
-"""Random tasks and small models for the property tests, made from a torch.Generator alone.
-
-And the tasks of tests/data/set, with what was predicted of them.
-"""
+"""Random tasks and small models, from a torch.Generator alone; the tasks of tests/data/set."""
 
 import json
 from pathlib import Path
@@ -175,9 +172,8 @@ def gradients(params):
     return {k: v.grad for k, v in leaves(params).items()}
 
 
-def total(world, out, batch=None):
-    batch = batch or world.batch
-    return act_loss(world.cfg, out, batch.labels, batch.cells).total
+def total(world, out):
+    return act_loss(world.cfg, out, world.batch.labels, world.batch.cells).total
 
 
 # ---------------------------------------------------------------- tasks on disk

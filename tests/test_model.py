@@ -158,9 +158,8 @@ def test_a_slot_alone_is_the_slot_in_the_batch(encoder, g):
         symmetry = data.Symmetry(*(x[row] for x in w.episodes.symmetry))
         batch = w.paint(w.episodes._replace(**fields, symmetry=symmetry))
         _, _, own_carry = etrm.select_slots(w.batch, None, carry, [slot])
-        puzzles.close(
-            w.of(0, w.step(own_carry, batch=batch), batch), w.of(slot, together), 5e-5
-        )  # float32
+        alone = w.of(0, w.step(own_carry, batch=batch), batch)
+        puzzles.close(alone, w.of(slot, together), 5e-5)  # rounding of float32
         puzzles.close(w.context(batch), context[slot::SLOTS])
 
 
