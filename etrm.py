@@ -123,7 +123,7 @@ def runs_of(tokens: Sequence[int], masked: Sequence[int] | None = None) -> Runs:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Of scaled queries, (b, h, s, head) each; mask (b, 1, 1, s): the keys seen, none of them: 0."""
+    """Of scaled queries, (b, h, s, head) each; mask (b, 1, 1, s): the keys seen, none gives 0."""
     if q.device.type == "cuda":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
     # A few slots at a time, whose scores stay in cache: in bf16 2 to 5 times torch's fused kernel.
