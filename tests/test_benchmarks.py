@@ -34,8 +34,7 @@ def test_evaluation_measures_every_rung(call, run, tmp_path, trained):
     call(evaluation, *small, *(["--checkpoint", run] if trained else []))
     result = json.loads((tmp_path / "e.json").read_text())["fp32"]
     assert [*result["views_per_s"]] == list(evaluation.LADDER[: 4 if trained else 3])
-    assert all(rate > 0 for rate in result["views_per_s"].values())
-    assert ("leaving" in result) == trained
+    assert min(result["views_per_s"].values()) > 0 and ("leaving" in result) == trained
     if trained:
         assert result["leaving"]["views"] == 3 and 1 <= result["leaving"]["act_steps"] <= 2
 
@@ -43,10 +42,10 @@ def test_evaluation_measures_every_rung(call, run, tmp_path, trained):
 def test_throughput_measures_steps_stand_in_and_growth(call, tmp_path, monkeypatch):
     growth = {"tasks": (3, 9), "data.canvas": (8,), "data.max_demos": (1,), "model.layers": (1,)}
     monkeypatch.setattr(throughput, "GROWTH", growth)
-    fields = {"data.train": [str(SET)], "model.hidden": 16, "model.heads": 1, "train.batch": 1}
-    fields |= {"model.H_cycles": 1, "model.L_cycles": 1, "train.shards": 1}
-    fields |= {"model.encoder.layers": 1, "model.context_tokens": 1}
-    sets = [word for k, v in fields.items() for word in ("--set", f"{k}={json.dumps(v)}")]
+    ones = ("model.heads", "model.H_cycles", "model.L_cycles", "model.context_tokens")
+    ones += ("model.encoder.layers", "train.batch", "train.shards")
+    fields = [f'data.train=["{SET}"]', "model.hidden=16", *(f"{name}=1" for name in ones)]
+    sets = [word for field in fields for word in ("--set", field)]
     outputs = ["--json", tmp_path / "t.json", "--plot", tmp_path / "t.png"]
     call(throughput, "--dtype", "fp32", "--repeats", 1, *sets, *outputs)
     result = json.loads((tmp_path / "t.json").read_text())

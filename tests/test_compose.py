@@ -6,9 +6,7 @@ import pytest
 from hypothesis import given, settings
 
 from etrm_arc import data, sources
-from etrm_arc.extras import compose, grids, scenes
-from etrm_arc.tests import puzzles
-from etrm_arc.tests.puzzles import generators
+from etrm_arc.extras import compose, scenes
 
 
 def pairs(task):
@@ -71,30 +69,6 @@ def test_every_rule_and_scene_occurs_and_none_rules(made):
     assert {m.scene for m in made} == set(scenes.SCENES)
     assert 0.35 < np.mean([len(m.names) > 1 for m in made]) < 0.5
     assert 0.55 < np.mean([len({x.shape for x, _ in pairs(m.task)}) > 1 for m in made]) < 0.75
-
-
-@given(generators)
-def test_objects_part_the_coloured_cells(g):
-    x = puzzles.grid(g, colours=3)
-    for mixed in (False, True):
-        found = grids.parts(x, mixed)
-        assert sorted(i for p in found for i in p) == np.flatnonzero(x).tolist()
-        where = {i: k for k, p in enumerate(found) for i in p}
-        h, w = x.shape
-        for i in where:
-            for r, c in np.ndindex(3, 3):
-                r, c = i // w + r - 1, i % w + c - 1
-                if 0 <= r < h and 0 <= c < w and x[r, c] and (mixed or x[r, c] == x.flat[i]):
-                    assert where[r * w + c] == where[i]
-
-
-@given(generators)
-def test_what_is_enclosed_reaches_no_border(g):
-    x = puzzles.grid(g, high=7, colours=2)
-    reached = (x == 0) & grids.border(x)
-    for _ in range(x.size):  # grown from the border
-        reached |= (x == 0) & (np.max(grids.around(reached.astype(np.uint8)), 0) > 0)
-    assert np.array_equal(grids.enclosed(x), (x == 0) & ~reached)
 
 
 def test_the_tasks_that_checkpoints_were_trained_on_stay_the_same():

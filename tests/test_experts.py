@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 
 from etrm_arc import data, score
-from etrm_arc.data import EOS, FIRST_COLOUR, Task
+from etrm_arc.data import FIRST_COLOUR, Task
 from etrm_arc.extras import compose, experts, grids
 from etrm_arc.tests import puzzles
 from etrm_arc.tests.puzzles import generators
@@ -25,18 +25,6 @@ def test_a_feature_of_a_cell_does_not_depend_on_the_canvas(g):
     for name in snug:
         assert np.array_equal(snug[name], wide[name][:h, :w]), name
         assert wide[name].min() >= 0 and wide[name].max() < experts.TOKENS
-
-
-@given(generators)
-def test_frames_lie_on_the_canvas_with_the_marks_of_their_end(g):
-    x = puzzles.grid(g)
-    seen = features(x)
-    for name, frame in experts.FRAMES.items():
-        (h, w), y = frame(x + np.uint8(FIRST_COLOUR)).shape, seen[name]
-        assert np.array_equal(y[:h, :w], frame(x + np.uint8(FIRST_COLOUR))[:16, :16]), name
-        if max(h, w) < 16:
-            assert (y[h, :w] == EOS).all() and (y[:h, w] == EOS).all(), name
-            assert not y[h + 1 :].any() and not y[h:, w:].any(), name
 
 
 @given(generators)
@@ -131,14 +119,6 @@ def test_a_demo_is_predicted_from_the_other_demos_alone(g):
     ]
     p, q = (experts.mixture([c for c, _ in t], worth, own, seen, demo) for t in tables)
     assert np.allclose(p[demo == 0], q[demo == 0])
-
-
-def test_colours_that_demos_never_had_are_copied():
-    drawn = np.random.default_rng(0)
-    grids = [*drawn.integers(0, 4, (3, 5, 5), dtype=np.uint8)]
-    query = drawn.integers(6, 9, (5, 5), dtype=np.uint8)
-    tokens, _ = experts.answer([(x, x[::-1]) for x in grids], query, (5, 5))
-    assert np.array_equal(data.untokenise(tokens), query[::-1])
 
 
 def test_the_second_round_solves_what_takes_two_steps_and_its_features_cost(monkeypatch):

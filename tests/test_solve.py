@@ -4,6 +4,8 @@ And adaptation to a task: from its demos alone, on a copy of the weights, within
 
 import sys
 import time
+from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -47,6 +49,22 @@ def copy_of(run, file, change=lambda x: x, **fields):
     }
     checkpoint.save(Path(file), {**weights, "pairs": c.pairs}, c.meta)
     return Path(file)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that passes in calls of two functions alone, by their `seconds`; `calls` counts them."""
+    state = SimpleNamespace(now=0.0, seconds={"one_step": 40.0, "think": 0.0}, calls=Counter())
+
+    def slow(name, function, *args):
+        state.now += state.seconds[name]
+        state.calls[name] += 1
+        return function(*args)
+
+    monkeypatch.setattr(train, "one_step", partial(slow, "one_step", train.one_step))
+    monkeypatch.setattr(etrm, "think", partial(slow, "think", etrm.think))
+    monkeypatch.setattr(time, "monotonic", lambda: state.now)
+    return state
 
 
 def answers(s, tasks, views=2, **fields):
@@ -109,17 +127,12 @@ def test_evaluation_agrees_with_what_training_watches(run):
     assert probed["cell_accuracy"] > 0 and scores["exact_match"] == probed["exact"]
 
 
-@pytest.mark.parametrize("fixed", [False, True])
-def test_act_steps_of_an_answer_are_a_choice_of_their_own(run, fixed):
-    """In every regime; more than in training, too. Their mean is reported."""
-    opened, tasks, solvers = solve.opened(run), tasks_of_all()[:2], []
-    for steps in (2, 5):
-        changes = {"fixed_steps": fixed, "halt_max_steps": steps}
-        model = msgspec.structs.replace(opened.cfg.model, **changes)
-        solvers.append(opened._replace(cfg=msgspec.structs.replace(opened.cfg, model=model)))
-    two, five = solvers
+def test_act_steps_of_an_answer_are_a_choice_of_their_own(run):
+    """More than in training, too; fewer where the model is sure. Their mean is reported."""
+    two, tasks = solve.opened(run), tasks_of_all()[:2]
+    model = msgspec.structs.replace(two.cfg.model, halt_max_steps=5)
+    five = two._replace(cfg=msgspec.structs.replace(two.cfg, model=model))
     assert answers(two, tasks, act_steps=5) == answers(five, tasks) != answers(two, tasks)
-    assert {v[1] for _, _, votes in answers(five, tasks) for v in votes} == {5}
     core = two.params.core._replace(q_bias=torch.ones(2))  # sure at once
     sure = two._replace(params=two.params._replace(core=core))
     early = answers(sure, tasks, act_steps=5, leave="q")
@@ -174,24 +187,15 @@ def test_shards_checkpoints_and_submissions_join(run, tmp_path):
     other = copy_of(run, "other.safetensors", lambda x: 1.1 * x)
     both = evaluate([run, other], "whole.jsonl")
     assert both["votes"] == 36 and len(both["checkpoints"]) == 2
-    with pytest.raises(UserError, match="--shard 3/2"):
-        evaluate(run, shard="3/2")
 
 
-def test_a_budget_ends_the_views_and_loses_nothing(run, monkeypatch):
+def test_a_budget_ends_the_views_and_loses_nothing(run, monkeypatch, clock):
     monkeypatch.setattr(train, "EVAL_TOKENS", 60)
-    sets, think = ["solve.views=64"], etrm.think
+    sets = ["solve.views=64"]
     with pytest.raises(UserError, match="not enough for a single view"):
-        evaluate(run, sets=sets, budget=0.0, submit="sub.json")
+        evaluate(run, sets=sets, budget=-1.0, submit="sub.json")
     assert len({p.task for p in score.read(Path("sub.json"))}) == 6  # valid all the same
-    clock = [0.0]
-
-    def slow(*args):
-        clock[0] += 1
-        return think(*args)
-
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(etrm, "think", slow)
+    clock.seconds["think"] = 1.0
     part = evaluate(run, sets=sets, budget=30.0)
     assert 0 < part["votes"] < 64 * 6 and part["n_tasks"] == 6
     counts = [len(p.votes) for p in score.joined(tasks_of_all(), score.read(Path("p.jsonl")))]
@@ -224,8 +228,6 @@ def test_hand_made_solvers_vote_and_are_never_one_number_with_learned_ones(run, 
     sets = ["solve.views=2"]
     alone = evaluate("made", sets=sets)
     assert alone["votes"] == 12 and "held_out" not in alone and alone["adaptation"] == "hand-made"
-    with pytest.raises(UserError, match="not enough"):
-        evaluate("made", "late.jsonl", budget=0.0)
     both, learned = evaluate([run, "made"], sets=sets), evaluate(run, "q.jsonl", sets=sets)
     name = str(checkpoint.find(run))
     assert both["votes"] == 24 and both["by_solver"].keys() == {name, "made"}
@@ -274,18 +276,17 @@ def test_predictions_lie_in_the_run_folder_or_where_they_can_be_read_again(run, 
     assert Path("votes.json").read_text() == "a file of the user"
 
 
-CASES = {"query": "no query", "weights": "NaN", "output": "cannot be written"}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_what_cannot_end_well_is_found_before_a_view_is_asked(run, tmp_path, monkeypatch, case):
+def test_what_cannot_end_well_is_found_before_a_view_is_asked(run, tmp_path, monkeypatch):
     monkeypatch.setattr(etrm, "think", None)
-    tasks = [t._replace(queries=t.queries[: case != "query"]) for t in tasks_of_all()]
-    folder = as_folder(tmp_path / "tasks", tasks)
-    nan = copy_of(run, "nan.safetensors", lambda x: x * float("nan"))
-    submit = "no/s.json" if case == "output" else ""
-    with pytest.raises(UserError, match=CASES[case]):
-        evaluate(nan if case == "weights" else run, sources=[folder], submit=submit)
+    unasked = as_folder(tmp_path / "tasks", [t._replace(queries=[]) for t in tasks_of_all()])
+    for phrase, wrong in {
+        "no query": {"sources": [unasked]},
+        "NaN": {"name": copy_of(run, "nan.safetensors", lambda x: x * float("nan"))},
+        "cannot be written": {"submit": "no/s.json"},
+        "must look like 1/4": {"shard": "3/2"},
+    }.items():
+        with pytest.raises(UserError, match=phrase):
+            evaluate(**{"name": run, **wrong})
     assert not Path("p.jsonl").exists()
 
 
@@ -296,12 +297,9 @@ def test_a_task_of_an_earlier_source_is_left_out_and_another_of_its_id_is_not(ru
     chosen = [*ALL, str(tmp_path / "other"), *ALL]  # a source named twice is asked once
     result = evaluate(run, sources=chosen)
     assert [row["n_tasks"] for row in result["by_source"].values()] == [6, 2]
-    assert result["n_tasks"] == 8
     tasks = score.load_by_source(chosen, hide=True)
     assert [t.name.partition("#")[:2] for t in tasks[chosen[1]]] == [("flip", "#"), ("new", "")]
     assert [len(ts) for ts in score.load_by_source(chosen, 7).values()] == [6, 1]
-    both = score.load_by_source(["arc1:evaluation", "arc2:evaluation"])
-    assert [len(ts) for ts in both.values()] == [400, 120]
 
 
 def test_tasks_without_solutions_are_predicted_and_take_no_score_from_others(run, tmp_path):
@@ -370,25 +368,9 @@ def test_a_search_makes_no_demo_less_likely_and_rows_do_not_meet(run):
     assert (after >= before - 1e-6).all() and (after - before).mean() > 0.01
     alone = search(cfg, questions(s, tasks[3:4]), context[3:4])
     torch.testing.assert_close(alone[0], searched[3], rtol=1e-3, atol=1e-4)
-    wild = [with_solve(cfg, adapt_lr=3.0, adapt_steps=n) for n in (1, 3, 6)]
-    values = [value(search(c) - context) for c in wild]  # of one that leaps about the best is kept
-    assert (values[1] >= values[0] - 1e-4).all() and (values[2] >= values[1] - 1e-4).all()
-
-
-def test_gradients_of_a_search_are_those_of_all_steps_together(run):
-    s, g = solve.opened(run), torch.Generator().manual_seed(0)
-    asked, model = questions(s, tasks_of_all()), msgspec.structs.replace(s.cfg.model, q_weight=0.0)
-    tokens = torch.randn(len(asked[1]), 4, 32, generator=g).requires_grad_()
-    context = etrm.Context(tokens)
-    grad, _ = solve.likelihood(s.params, s.cfg, asked, context, 6)
-    carry, total = etrm.fresh_carry(model, asked[0].cells, torch.float32), torch.zeros(())
-    for _ in range(model.halt_max_steps):
-        carry, out = etrm.act_step(s.params, model, solve.constant(context), carry, asked[0], None)
-        loss = etrm.act_loss(model, out, asked[0].labels, asked[0].cells)
-        total = total + loss.total.sum()
-    want = torch.autograd.grad(total, tokens)[0]
-    torch.testing.assert_close(grad, want, rtol=1e-4, atol=1e-6)
-    assert grad.abs().max() > 1e-4
+    wild = [with_solve(cfg, adapt_lr=3.0, adapt_steps=n) for n in (1, 4)]
+    one, four = (value(search(c) - context) for c in wild)  # it leaps about: the best is kept
+    assert (four >= one - 1e-4).all()
 
 
 # ---------------------------------------------------------------- a copy of the weights trained on
@@ -409,9 +391,7 @@ def test_a_task_whose_demos_cannot_be_asked_is_answered_without_adaptation(run):
 def test_full_adaptation_learns_the_demos_and_touches_only_its_copy(run):
     s, task = solve.opened(run), tasks_of_all()[1]
     before = {k: v.clone() for k, v in leaves(s.params).items()}
-    official = msgspec.structs.replace(s.cfg.data, query="test")  # what training asked is no matter
-    trained = msgspec.structs.replace(s.cfg, data=official)
-    cfg = with_solve(trained, adapt_steps=12, adapt_lr=1e-2)
+    cfg = with_solve(s.cfg, adapt_steps=12, adapt_lr=1e-2)
     adapted = solve.adapt_weights(s.params, cfg, task, FOREVER)
     packed = data.pack([task._replace(queries=[])])
     loss = [train.probe(p, s.cfg, packed, "leave_one_out")["loss"] for p in (s.params, adapted)]
@@ -423,29 +403,12 @@ def test_full_adaptation_learns_the_demos_and_touches_only_its_copy(run):
     assert not torch.equal(once.core.embed, adapted.core.embed)
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    """Time that passes in steps of training alone: [seconds, seconds of a step, steps]."""
-    state, one_step = [0.0, 40.0, 0], train.one_step
-
-    def slow(*args):
-        state[0] += state[1]
-        state[2] += 1
-        return one_step(*args)
-
-    monkeypatch.setattr(train, "one_step", slow)
-    monkeypatch.setattr(time, "monotonic", lambda: state[0])
-    return state
-
-
 def test_time_spent_on_adaptation_is_time_spent_on_its_task(run, clock):
     sets = ["solve.adapt=full", "solve.adapt_steps=2"]
-    for views, seconds in ((1, 80), (3, 160)):  # adapted anew for each call
+    for views, seconds in ((1, 80), (3, 160), (3, 160)):  # nothing is learned for no question
         result = evaluate(run, sets=[*sets, f"solve.views={views}"])
         assert result["seconds_per_task"] == pytest.approx(seconds, rel=0.01)
-    steps = clock[2]
-    evaluate(run, sets=[*sets, "solve.views=3"])
-    assert clock[2] == steps  # where nothing is asked, nothing is learned
+    assert clock.calls["one_step"] == 2 * 2 * 6  # adapted anew for each call
 
 
 def test_shares_of_a_budget_go_by_cells_and_one_overdrawn_is_answered(run, tmp_path, clock):
@@ -455,13 +418,12 @@ def test_shares_of_a_budget_go_by_cells_and_one_overdrawn_is_answered(run, tmp_p
         tasks.append(Task(name, [(x, x), (x, x + 1)], [(x, None)]))  # which cannot both be right
     chosen = [as_folder(tmp_path / t.name, [t]) for t in tasks]
     sets = ["solve.adapt=full", "solve.adapt_steps=1000"]
-    begun = clock[2]
-    clock[1] = 80.0
+    clock.seconds["one_step"] = 80.0
     result = evaluate(run, "a.jsonl", chosen, sets, budget=2000.0)
     steps = [round(p.seconds / 80) for p in score.joined(tasks, score.read(Path("a.jsonl")))]
-    assert result["unanswered"] == 0 and sum(steps) == clock[2] - begun
+    assert result["unanswered"] == 0 and sum(steps) == clock.calls["one_step"]
     assert steps[0] == 5 and 15 < steps[1] < 20  # 4 of 20 cells: 400 s, of which 320 to learn
-    clock[1] = 1500.0  # one step is more than the first has
+    clock.seconds["one_step"] = 1500.0  # one step is more than the first has
     assert evaluate(run, "b.jsonl", chosen, sets, budget=3200.0)["unanswered"] == 0
 
 
@@ -475,14 +437,6 @@ def test_adaptation_in_half_precision_moves_and_stays_finite(run, monkeypatch):
     assert float(norms[1]) == pytest.approx(float(norms[0]), rel=0.05)  # scaled back
     assert all(x.isfinite().all() for x in leaves(adapted).values())
     assert not torch.equal(adapted.core.embed, s.params.core.embed)
-    cfg, encode = with_solve(s.cfg, adapt_steps=3, adapt_lr=1e-2), solve.encoder_of(s.cfg.model)
-    added = []
-    for dtype in (torch.float32, torch.float16):
-        params, start = etrm.tree_map(lambda x, t=dtype: x.to(t), s.params), torch.zeros(1, 4, 32)
-        asked, context = questions(s, [task]), etrm.Context(start.to(dtype))
-        added.append(solve.search_context(params, cfg, encode, asked, context, FOREVER).tokens)
-    torch.testing.assert_close(added[1].float(), added[0], rtol=0.1, atol=5e-3)
-    assert added[0].abs().max() > 0.01
 
 
 def test_full_adaptation_ends_when_its_demos_are_solved(run, monkeypatch):
