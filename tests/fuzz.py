@@ -1,8 +1,7 @@
 """Mutated files: python -m tests.fuzz --mutations 1000 [--seed 0]
 
-Bytes of checkpoints, states, metrics, published checkpoints, configs, task files, predictions and
-submissions are changed, cut out, doubled, nested deeply or cut off at random. A mutated checkpoint
-or state must be refused (or be, byte for byte, what it was); the others are refused or valid.
+Bytes of every kind of file are changed, cut out, doubled, nested deeply or cut off at random. A
+mutated checkpoint or state must be refused (or hold what it held); the others are refused or valid.
 Anything but a UserError of one line is a finding.
 """
 
@@ -27,7 +26,6 @@ from etrm_arc.extras import published
 from etrm_arc.tests.test_train import SET, tiny
 
 DATA = Path(__file__).parent / "data"
-CONFIGS = Path(config.__file__).parent / "configs"
 
 
 def mutate(content: bytes, draw: random.Random) -> bytes:
@@ -83,9 +81,8 @@ def main() -> None:
         "state": ([checkpoint.states(run)[-1]], state),
         "metrics": ([run / "metrics.jsonl"], checkpoint.rows_of),
         "published": ([work / "step_1"], published.read_state),
-        "config": (sorted(CONFIGS.glob("*.toml")), config.load_config),
-        "predictions": ([votes], predictions),
-        "submission": ([sent], predictions),
+        "config": (sorted(config.SHIPPED.glob("*.toml")), config.load_config),
+        "predictions": ([votes, sent], predictions),
         "task": (sorted(DATA.glob("**/*.json")), sources.load),
     }
     counts: dict[str, collections.Counter[str]] = {k: collections.Counter() for k in kinds}

@@ -2,18 +2,16 @@
 
     python -m tests.kill --kills 20 [--seed 0]
 
-fp32 and bf16, one and two processes in turn; canvases from 1 x 1 to a side of 30; a state after
-every step. A tenth of the kills falls at start-up, half in the middle of a write, the others at any
-instant of training. The kills of a run are identical when each left no state that is not whole, and
-the run in the end the weights, average, state and metrics of the unbroken run, to the bit (the
-clock aside). The last line is JSON.
+fp32 and bf16, one and two processes in turn; a state after every step. A tenth of the kills falls
+at start-up, half in the middle of a write. The kills of a run are identical when each left whole
+states only, and the run ends in the weights, average, state and metrics of the unbroken run, to the
+bit (the clock aside). The last line is JSON.
 """
 
 import argparse
 import collections
 import contextlib
 import json
-import math
 import os
 import random
 import shutil
@@ -23,7 +21,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 from etrm_arc import checkpoint
 
@@ -36,14 +33,6 @@ eval = { on = "train", every = 10 }
 """
 SIZES = ((1, 1), (3, 2), (4, 4), (10, 10), (30, 2), (2, 30), (15, 6))
 WALL_CLOCK = ("seconds", "samples_per_s")
-
-
-class Whole(NamedTuple):
-    """The unbroken run."""
-
-    outcome: str
-    begins: float  # seconds until its first state
-    trains: float  # seconds from there to its end
 
 
 def prepare(work: Path) -> None:
@@ -94,20 +83,11 @@ def outcome(folder: Path) -> str:
     return checkpoint.digest_of(tensors, json.dumps(rows))
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether every newest state can be read; there may be none."""
-    return not checkpoint.states(folder) or not checkpoint.load_state(folder).skipped
-
-
-def unbroken(work: Path, dtype: str, procs: int) -> Whole:
-    folder, began, first = work / f"whole-{dtype}-{procs}", time.monotonic(), math.inf
-    run = start(work, folder, dtype, procs)
-    while run.poll() is None:
-        if first == math.inf and checkpoint.states(folder):
-            first = time.monotonic()
-        time.sleep(0.002)
-    assert run.returncode == 0, (work / "stderr").read_text()
-    return Whole(outcome(folder), first - began, time.monotonic() - first)
+def unbroken(work: Path, dtype: str, procs: int) -> tuple[str, float]:
+    """The outcome of the unbroken run and the seconds that it takes."""
+    folder, began = work / f"whole-{dtype}-{procs}", time.monotonic()
+    assert start(work, folder, dtype, procs).wait() == 0, (work / "stderr").read_text()
+    return outcome(folder), time.monotonic() - began
 
 
 def writing(folder: Path) -> set[tuple[str, int]]:
@@ -119,24 +99,22 @@ def writing(folder: Path) -> set[tuple[str, int]]:
     return files
 
 
-def strike(run: subprocess.Popen[bytes], folder: Path, draw: random.Random, whole: Whole) -> str:
-    """Kill the run at a drawn instant, and say where that fell; nothing where it ended before."""
+def strike(run: subprocess.Popen[bytes], folder: Path, draw: random.Random, seconds: float) -> str:
+    """Kill the run, which takes so many seconds, at a drawn instant, and say where that fell;
+    nothing where it ended before."""
     old, before, seen = writing(folder), {*checkpoint.states(folder)}, set[tuple[str, int]]()
     kind = draw.choices(("start-up", "write", "training"), (1, 5, 4))[0]
-    nth, share, deadline = draw.randint(1, 20), draw.random(), math.inf
-    if kind == "start-up":
-        deadline = time.monotonic() + share * whole.begins
+    nth, delay, begins = draw.randint(1, 20), draw.random() * seconds / 5, time.monotonic()
     while run.poll() is None:
         begun = not before.issuperset(checkpoint.states(folder))
-        if kind == "write":
-            seen |= writing(folder) - old
-        elif begun and deadline == math.inf:
-            deadline = time.monotonic() + share * whole.trains / 5
-        if time.monotonic() >= deadline or len(seen) >= nth:
+        if kind == "training" and not begun:
+            begins = time.monotonic()
+        seen |= writing(folder) - old
+        if len(seen) >= nth if kind == "write" else time.monotonic() >= begins + delay:
             kill(run, folder)
-            unfinished = writing(folder) - old
-            name = min(unfinished)[0].split("-")[0].split(".")[1] if unfinished else ""
-            return f"mid-write of {name}" if name else "between writes" if begun else "start-up"
+            names = [name for name, _ in sorted(writing(folder) - old)]
+            place = "between writes" if begun else "start-up"
+            return f"mid-write of {names[0].split('-')[0].split('.')[1]}" if names else place
         time.sleep(0.001)
     return ""
 
@@ -152,18 +130,19 @@ def main() -> None:
     kills, runs, identical, places = 0, 0, 0, collections.Counter[str]()
     while kills < args.kills:
         kind, folder, good = kinds[runs % len(kinds)], work / f"run-{runs}", []
-        whole[kind] = whole.get(kind) or unbroken(work, *kind)
+        expected, seconds = whole[kind] = whole.get(kind) or unbroken(work, *kind)
         while True:
             run = start(work, folder, *kind)
             enough = kills + len(good) >= args.kills
-            place = "" if enough else strike(run, folder, draw, whole[kind])
+            place = "" if enough else strike(run, folder, draw, seconds)
             if not place:
                 break
             places[place] += 1
-            good.append(is_whole(folder))
+            states = checkpoint.states(folder)
+            good.append(not states or not checkpoint.load_state(folder).skipped)
         assert run.wait() == 0, (work / "stderr").read_text()
         kills, runs = kills + len(good), runs + 1
-        identical += sum(good) * (outcome(folder) == whole[kind].outcome)
+        identical += sum(good) * (outcome(folder) == expected)
         result = {"kills": kills, "identical": identical, "runs": runs, "fell": dict(places)}
         print(json.dumps(result), file=sys.stderr, flush=True)
     if identical == kills:

@@ -9,14 +9,13 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from unittest import mock
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
-from etrm_arc import cli, config, solve
+from etrm_arc import checkpoint, cli, config, etrm, solve
 from etrm_arc.tests.puzzles import SET
 
 PAIR = {"input": [[1, 2]], "output": [[2, 1]]}
@@ -125,8 +124,9 @@ def test_overfit_reports_exact_match_and_cells(tmp_path):
 
 
 def test_show_and_report_write_where_they_are_told(run, tmp_path):
-    facts = last_json(call("show", run, "-t", "mirror", "-o", tmp_path / "a.png", "--json"))
-    assert (facts["task"], facts["steps"]) == ("mirror", 2) and (tmp_path / "a.png").exists()
+    facts = last_json(call("show", run, "-t", "mirror", "-o", tmp_path / "a.svg", "--json"))
+    assert (facts["task"], facts["steps"]) == ("mirror", 2)
+    assert "<svg" in (tmp_path / "a.svg").read_text()
     copy = shutil.copytree(run, tmp_path / "copy")
     facts = last_json(call("report", copy, "--data", SET / "mirror.json", "--json"))
     assert facts["output"] == str(copy / "report.html") and facts["marks"] == []
@@ -134,9 +134,9 @@ def test_show_and_report_write_where_they_are_told(run, tmp_path):
     assert page.startswith("<!doctype html>") and '"mirror":' in page
 
 
-def test_runs_lists_describes_and_compares(run, tmp_path):
-    from etrm_arc import checkpoint, etrm
-
+def test_data_and_runs_describe_and_compare(run, tmp_path):
+    facts = last_json(call("data", SET, "--json"))
+    assert (facts["tasks"], facts["pairs"]) == (6, 24)
     assert f"{run} " in call("runs", run.parent).stdout
     result = call("runs", run, "--json")
     facts, leaves = last_json(result), etrm.leaves(checkpoint.load(run).params)
@@ -150,13 +150,6 @@ def test_runs_lists_describes_and_compares(run, tmp_path):
     table = list(csv.DictReader((tmp_path / "t.csv").open()))
     assert [float(r["loss"]) for r in table] == [r["loss"] for r in rows]
     assert re.search(f"^exact +{SCORE} +{SCORE}$", result.stdout, re.M)
-    assert "no such" in mistake("runs", tmp_path / "nowhere")
-
-
-def test_data_describes_folders_and_files():
-    facts = last_json(call("data", SET, "--json"))
-    assert (facts["tasks"], facts["pairs"]) == (6, 24)
-    assert last_json(call("data", *sorted(SET.iterdir()), "--json"))["hash"] == facts["hash"]
 
 
 @pytest.mark.parametrize(
@@ -165,19 +158,14 @@ def test_data_describes_folders_and_files():
         (["data", "nowhere.json"], "nowhere.json: no such file"),
         (["data", "arc1:trainin"], "did you mean arc1:training?"),
         (["train", "nowhere.toml"], "shipped configs: "),
-        (["train", "n" * 300], "n: "),
         (["train", "cpu", "--set", "train.bach=3"], "--set: unknown key train.bach (did you"),
         (["train", "cpu", "--set", "model.encoder.kind=perciever"], "did you mean perceiver?"),
-        (["train", "cpu", "--set", "model.encoder.kind=none:here"], "none.py"),
-        (["train", "cpu", "--set", "model.heads=5"], "heads"),
         (["train", "cpu", "--set", "train.batch=2", "--set", "train.shards=3"], "3 shards"),
-        (["train", "cpu", "--set", "optimizer.lr_scale={'[' = 1}"], "no regular expression"),
-        (["train", "cpu", "--time-limit", "soon"], "--time-limit soon"),
         (["train", "cpu", "--time-limit", "1h١m"], "--time-limit"),
         (["train", "overfit", "--fast"], "has no [fast] table"),
         (["eval", "nowhere"], "no such checkpoint"),
         (["eval", "cpu-plain", "task.json"], "--data task.json"),
-        (["merge", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["runs", "nowhere"], "no such"),
         (["runs", "nowhere", "here"], "run.json"),
     ],
 )
@@ -188,11 +176,8 @@ def test_a_mistake_is_one_line_and_code_2(args, text):
 
 @pytest.mark.parametrize(
     "item",
-    ["model.expansion=0", "run.seed=-1", "run.seed=1e30",
-     "model.expansion=inf", "model.context_tokens=5000", "model.exploration=7", "train.ema=1.0",
-     "optimizer.lr_scale={'.*' = -1}", "eval.stop_at=2", "eval.every=0", "eval.weights=[]",
-     "train.batch=100000000000000000000", "model.halt_max_steps=1e20"],
-)  # fmt: skip
+    ["model.expansion=inf", "run.seed=-1", "train.ema=1.0", "eval.weights=[]", "train.batch=1e20"],
+)
 def test_a_number_out_of_bounds_names_its_field(item):
     with pytest.raises(config.UserError, match=f"^--set: {item.partition('=')[0]}"):
         config.load_config("cpu", [item])
@@ -209,7 +194,6 @@ def test_what_is_nested_too_deeply_is_one_line_that_names_it(run, tmp_path):
     deep = "[" * 200_000
     assert "c.toml: broken TOML" in mistake("train", write(tmp_path / "c.toml", f"x = {deep}"))
     assert "--set train.steps: " in mistake("train", "cpu", "--set", f"train.steps={deep}")
-    assert "p.jsonl: line 1" in mistake("merge", write(tmp_path / "p.jsonl", deep + "\n"))
     assert "t.json" in mistake("data", write(tmp_path / "t.json", deep))
     copy = shutil.copytree(run, tmp_path / "run")
     write(copy / "run.json", deep)
@@ -217,11 +201,12 @@ def test_what_is_nested_too_deeply_is_one_line_that_names_it(run, tmp_path):
     assert "unreadable" in call("runs", tmp_path).stdout
 
 
-def test_names_from_files_do_not_act_on_the_terminal(tmp_path):
+def test_names_from_files_do_not_act_on_the_terminal_and_json_has_no_nan(tmp_path, capsys):
     name = "a\x1b[31m\nb.json"
     text = mistake("data", write(tmp_path / name, "3"))
     assert "\x1b" not in text and "\\x1b[31m\\nb.json" in text
-    assert cli.printable("[bold]x\udcff\t") == "[bold]x\\udcff\\t"
+    cli.last_line(True, {"a": [math.nan, 1.5], "b": -math.inf})
+    assert json.loads(capsys.readouterr().out) == {"a": [None, 1.5], "b": None}
 
 
 @pytest.mark.parametrize(
@@ -229,30 +214,13 @@ def test_names_from_files_do_not_act_on_the_terminal(tmp_path):
     [
         (KeyboardInterrupt(), 130, "the same command goes on"),
         (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 2, "runs/x: No space left"),
-        (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 2, "/root/x: Permission"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "raise train.shards"),
-        (MemoryError(), 2, "raise train.shards"),
     ],
 )
 def test_what_the_machine_refuses_is_one_line(run, monkeypatch, error, code, text):
     monkeypatch.setattr(solve, "evaluate", mock.Mock(side_effect=error))
     result = call("eval", run, code=code)
     assert text in result.stderr and result.stderr.count("\n") == 1
-
-
-def test_json_has_no_nan(capsys):
-    cli.last_line(True, {"a": [math.nan, 1.5], "b": -math.inf})
-    assert json.loads(capsys.readouterr().out) == {"a": [None, 1.5], "b": None}
-
-
-def test_progress_is_a_line_in_half_a_minute(monkeypatch, capsys):
-    now = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    say = cli.paced()
-    for i in range(9):
-        say(f"line {i}")
-        now[0] += 20
-    assert capsys.readouterr().err.splitlines() == [f"line {i}" for i in (0, 2, 4, 6, 8)]
 
 
 MODULE = """
@@ -276,7 +244,6 @@ def test_an_encoder_of_a_module_beside_the_config_is_known_to_every_command(tmp_
     assert last_json(call("eval", "r", "--views", 1, "--json"))["n_tasks"] == 2
     assert "own_encoders:mine" in call("runs", "r").stdout
     assert call("report", "r").exit_code == 0
-    write(tmp_path / "broken_encoders.py", "1 / 0")
-    errors = {"broken_encoders:x": "ZeroDivisionError", "own_encoders:x": "encoder 'x'"}
-    for kind, text in errors.items():
+    write(tmp_path / "broken.py", "1 / 0")
+    for kind, text in {"broken:x": "ZeroDivisionError", "own_encoders:x": "encoder 'x'"}.items():
         assert text in mistake("train", "cpu", *sets(model__encoder__kind=kind, run__dir="s"))

@@ -61,8 +61,8 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path):
 
 
 def test_another_yardstick_starts_a_new_best(tmp_path, monkeypatch):
+    row = {"train/ema/own/loss": 0.0, "train/ema/own/exact": 0.0}
     with monkeypatch.context() as patch:
-        row = {"train/ema/own/loss": 0.0, "train/ema/own/exact": 0.0}
         patch.setattr(train, "watch", lambda *args: dict(row))
         train.fit(tiny(tmp_path, train__steps=3))
     assert checkpoint.load_state(tmp_path).facts["best"] == 0.0
@@ -72,13 +72,11 @@ def test_another_yardstick_starts_a_new_best(tmp_path, monkeypatch):
 
 def test_what_decides_the_course_of_a_run_may_not_change_on_resume(tmp_path):
     """Episodes and rows of a table are addressed by the order of tasks, which their names give."""
-    for file in sorted(Path(SET).glob("*.json")):
-        split = tmp_path / ("dev" if file.stem in ("flip", "mirror") else "train")
-        split.mkdir(exist_ok=True)
-        shutil.copy(file, split)
-    folder, first, dev = (tmp_path / x for x in ("run", "train/border.json", "dev/flip.json"))
-    options = {**SMALL, "data__train": [str(first.parent)], "data__dev": [str(dev.parent)]}
-    options["eval__on"] = "dev"
+    folder, tasks, dev = tmp_path / "run", tmp_path / "train", tmp_path / "dev"
+    shutil.copytree(SET, tasks)
+    dev.mkdir()
+    shutil.move(tasks / "flip.json", dev)
+    options = {**SMALL, "data__train": [str(tasks)], "data__dev": [str(dev)], "eval__on": "dev"}
     train.fit(tiny(folder, **options), limit=-1)
     with pytest.raises(UserError, match="holds a run already"):
         train.fit(tiny(folder, **options))
@@ -88,17 +86,17 @@ def test_what_decides_the_course_of_a_run_may_not_change_on_resume(tmp_path):
             train.fit(tiny(folder, **options | changes), resume=True)
 
     refused("optimizer.lr is 0.5", optimizer__lr=0.5)
-    refused("train.dtype", train__dtype="bf16")
     refused("run.seed", run__seed=1)
+    first = tasks / "border.json"
     text = first.read_text()
-    renamed = first.rename(first.with_name("zzz.json"))
+    renamed = first.rename(tasks / "zzz.json")
     refused("the order of the training tasks")
     renamed.rename(first).write_text(text.replace("1", "2"))
     refused("the training set is")
     first.write_text(text)
-    moved = dev.rename(tmp_path / dev.name)
-    refused("the dev set is")
-    moved.rename(dev)
+    shutil.copy(first, dev)
+    refused("the (dev|training) set is")
+    (dev / first.name).unlink()
     assert train.fit(tiny(folder, **options | {"train__steps": 2}), resume=True)["step"] == 2
 
 
@@ -145,9 +143,7 @@ def test_metrics_survive_damage_on_resume_and_losses_are_told(tmp_path):
     log.write_bytes(b"\n".join([first, *odd, *others, b'{"step": 7, "lr"']))
     train.fit(cfg, rows.append, resume=True)
     assert "line 2, 3, 4, 5" in rows[0]["skipped"]
-    assert list(map(json.loads, log.read_text().splitlines())) == [json.loads(first)] + [
-        json.loads(line) for line in others
-    ]
+    assert list(checkpoint.rows_of(log)[0]) == [json.loads(line) for line in (first, *others)]
     log.unlink()
     train.fit(cfg, rows.append, resume=True)
     assert "missing" in rows[1]["skipped"]
@@ -212,11 +208,10 @@ def test_any_number_of_processes_ends_in_the_bits_of_one(tmp_path):
     options["eval__every"] = 4
     train.fit(tiny(tmp_path / "one", **options))
     cfg = tiny(tmp_path / "several", **options)
-    for start, processes in enumerate((2, 4, 2)):
+    for processes, resume, limit in ((2, False, -1), (4, True, -1), (2, True, math.inf)):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        arguments = (processes, port, cfg, start > 0, -1 if start < 2 else math.inf)
+            arguments = (processes, free.getsockname()[1], cfg, resume, limit)
         multiprocessing.start_processes(run_rank, arguments, processes, start_method="fork")
     assert outcome(tmp_path / "one") == outcome(tmp_path / "several")
 
@@ -224,15 +219,19 @@ def test_any_number_of_processes_ends_in_the_bits_of_one(tmp_path):
 # ---------------------------------------------------------------- the folder
 
 
-def test_what_a_run_folder_says_and_that_a_run_can_be_made_longer(tmp_path):
-    seconds = train.fit(tiny(tmp_path / "a", **TINIEST, train__steps=2))["seconds"]
+def test_what_a_run_folder_says_and_that_a_run_can_be_made_longer(tmp_path, monkeypatch):
+    tracked, rows = [], []
+    monkeypatch.setitem(trackers.TRACKERS, "tensorboard", lambda folder, cfg: tracked.append)
+    options = {**TINIEST, "run__track": "tensorboard"}
+    seconds = train.fit(tiny(tmp_path / "a", **options, train__steps=2), rows.append)["seconds"]
+    assert tracked == rows
     about = json.loads((tmp_path / "a" / "run.json").read_text())
     assert about["config"]["train"]["steps"] == 2 and about["torch"] == torch.__version__
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "run.json").write_text("{")
     a, b = checkpoint.listing(tmp_path)
     assert a["state"] == "done" and b["state"].startswith("unreadable")
-    cfg = tiny(tmp_path / "a", **TINIEST, train__steps=4)
+    cfg = tiny(tmp_path / "a", **options, train__steps=4)
     with checkpoint.Run(tmp_path / "a", 0, True):
         assert checkpoint.listing(tmp_path / "a")[0]["state"] == "running"
         with pytest.raises(UserError, match="held by a live"):
@@ -240,16 +239,9 @@ def test_what_a_run_folder_says_and_that_a_run_can_be_made_longer(tmp_path):
     longer = train.fit(cfg, limit=-1, resume=True)
     assert longer["step"] == 3 and longer["seconds"] >= seconds
     assert checkpoint.listing(tmp_path / "a")[0]["state"] == "stopped"
-
-
-def test_a_tracker_gets_every_row_or_is_not_installed(tmp_path, monkeypatch):
-    tracked, rows = [], []
-    monkeypatch.setitem(trackers.TRACKERS, "tensorboard", lambda folder, cfg: tracked.append)
-    train.fit(tiny(tmp_path / "a", run__track="tensorboard"), rows.append)
-    assert tracked == rows
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="wandb is not installed"):
-        train.fit(tiny(tmp_path / "b", run__track="wandb"))
+        train.fit(tiny(tmp_path / "c", run__track="wandb"))
 
 
 def test_files_follow_the_umask_and_links_and_devices_stay(tmp_path):
@@ -271,17 +263,17 @@ def test_files_follow_the_umask_and_links_and_devices_stay(tmp_path):
 
 
 def test_a_folder_that_cannot_be_synced_is_written_but_not_a_file(tmp_path, monkeypatch):
-    fsync = os.fsync
+    fsync, refused = os.fsync, stat.S_ISDIR
 
     def refuse(handle):
-        if stat.S_ISDIR(os.fstat(handle).st_mode):
+        if refused(os.fstat(handle).st_mode):
             raise OSError(22, "Invalid argument")
         fsync(handle)
 
     monkeypatch.setattr(os, "fsync", refuse)
     checkpoint.write_text(tmp_path / "x", "text")
-    monkeypatch.setattr(os, "fsync", failing(fsync, iter([0])))
-    with pytest.raises(UserError, match="Input/output error"):
+    refused = stat.S_ISREG
+    with pytest.raises(UserError, match="Invalid argument"):
         checkpoint.write_text(tmp_path / "y", "text")
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
@@ -294,14 +286,10 @@ def test_a_folder_that_cannot_be_synced_is_written_but_not_a_file(tmp_path, monk
     [
         ({"params.core.embed": torch.zeros(3, 3)}, {}, "must be"),
         ({"params.more": torch.zeros(1)}, {}, "unknown"),
-        ({"ema.core.q_bias": None}, {}, "missing"),
         ({"pairs": None}, {}, "missing"),
-        ({}, {"data": None}, "metadata"),
         ({}, {"finding": 5}, "metadata"),
         ({}, {"config": {"model": {"hidden": 20000}}}, "must be"),
-        ({}, {"config": {"model": {"layers": 2**30}}}, "depth"),
         ({}, {"config": {"model": {"encoder": {"layers": 2**30}}}}, "depth"),
-        ({}, {"config": {"model": {"L_cycles": 2**30}}}, "depth"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_its_config_is_refused(run, tmp_path, tensors, meta, text):
@@ -315,7 +303,7 @@ def test_a_checkpoint_that_does_not_fit_its_config_is_refused(run, tmp_path, ten
     assert time.monotonic() - begun < 20
 
 
-def test_the_checksum_covers_names_values_and_metadata(run, tmp_path):
+def test_a_checkpoint_is_found_and_its_checksum_covers_names_values_and_metadata(run, tmp_path):
     saved, other, name = run / "last.safetensors", tmp_path / "x.safetensors", "params.core.q_bias"
     tensors, about = checkpoint.read(saved)
     with checkpoint.opened(saved) as (file, _):
@@ -333,14 +321,10 @@ def test_the_checksum_covers_names_values_and_metadata(run, tmp_path):
         save_file(tensors, other, metadata=odd)
         with pytest.raises(UserError, match="not a checkpoint of ETRM in format"):
             checkpoint.load(other)
-    for cut in (0, 5, 100, 4000, -1):
+    for cut in (0, 5, 4000, -1):
         other.write_bytes(saved.read_bytes()[:cut])
         with pytest.raises(UserError, match="truncated"):
             checkpoint.load(other)
-
-
-def test_a_checkpoint_is_found_by_file_and_folder(run, tmp_path):
     assert checkpoint.load(run).path.name == "best.safetensors"
-    for path in (tmp_path / "nothing.safetensors", tmp_path):
-        with pytest.raises(UserError, match="no such checkpoint"):
-            checkpoint.load(path)
+    with pytest.raises(UserError, match="no such checkpoint"):
+        checkpoint.load(tmp_path / "nothing")

@@ -44,7 +44,7 @@ def test_a_published_encoder_is_read_as_a_whole(golden, tmp_path, kind):
     assert all(tensors[k].shape == like[k].shape for k in tensors)
 
 
-@pytest.mark.parametrize("prefix", ["_orig_mod.model.inner.", "module.model.inner.", "inner.", ""])
+@pytest.mark.parametrize("prefix", ["_orig_mod.model.inner.", "inner."])
 def test_training_starts_from_a_published_core_and_says_what_it_took(golden, tmp_path, prefix):
     state, file = inner(golden, prefix), tmp_path / "step_9"
     torch.save(state, file)
@@ -60,8 +60,8 @@ def test_training_starts_from_a_published_core_and_says_what_it_took(golden, tmp
     text = plan["init_from"] + plan["guard"]
     assert re.search(r"taken core.embed, core.blocks \(8\).*skipped inner.puzzle_emb", text)
     assert "missing, so drawn anew: encoder." in text and "NOT strictly held out" in text
-    part = initialised(tmp_path / "a", file, init_from__take=[r"core\.blocks\..*"])
-    params = train.setup(part).params
+    blocks = [r"core\.blocks\..*"]
+    params = train.setup(initialised(tmp_path / "a", file, init_from__take=blocks)).params
     assert not torch.equal(params["core.embed"], s.params["core.embed"])
     assert torch.equal(params["core.blocks.0.qkv"], s.params["core.blocks.0.qkv"])
     (tmp_path / "all_config.yaml").write_text("arch:\n  H_cycles: 3\n  L_cycles: 6\n")
@@ -79,13 +79,7 @@ def ours(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("heads", 2), ("layers", 1), ("positions", "rope"), ("encoder.layers", 1),
-        ("encoder.set_layers", 2), ("encoder.norm", "pre"), ("encoder.pooling", "max"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("field", "value"), [("heads", 2), ("layers", 1), ("encoder.norm", "pre")])
 def test_what_no_tensor_says_is_compared_too(ours, tmp_path, field, value):
     options = {f"model__{field}": value}
     with pytest.raises(UserError, match=rf"has {field} = .*, the model {value}"):
@@ -125,12 +119,8 @@ class Evil:
 
 @pytest.mark.parametrize(
     "content",
-    [
-        {"x": Evil()}, {"x": 3}, {3: torch.zeros(1)}, [torch.zeros(1)], {}, b"", b"PK\x03\x04",
-        {"x": torch.zeros(2, 2).to_sparse()}, {"x": torch.zeros(2, device="meta")},
-        {"x": torch.zeros(2, dtype=torch.complex64)},
-    ],
-)  # fmt: skip
+    [{"x": Evil()}, {"x": 3}, {3: torch.zeros(1)}, {}, b"", {"x": torch.zeros(2, 2).to_sparse()}],
+)
 def test_what_is_no_state_dict_is_one_line_and_nothing_in_it_runs(tmp_path, monkeypatch, content):
     monkeypatch.chdir(tmp_path)
     if isinstance(content, bytes):
@@ -151,8 +141,8 @@ def test_every_checkpoint_down_the_line_knows_what_training_started_from(golden,
     cfg = initialised(tmp_path / "c", ours, **options)
     train.fit(cfg)
     a, b, c = (checkpoint.load(tmp_path / name) for name in "abc")
-    for x in (a, b):
-        assert "STARTED FROM step_9: a published table" in checkpoint.warned(x.meta)
+    assert "STARTED FROM step_9: a published table" in checkpoint.warned(a.meta)
+    assert checkpoint.warned(b.meta) == checkpoint.warned(a.meta)
     assert checkpoint.warned(c.meta) == ""
     before, after = ({*map(bytes, x.pairs.tolist())} for x in (checkpoint.load(ours), c))
     pairs = [p for t in sources.prepare(cfg.data)[0] for p in (*t.demos, *t.queries)]
