@@ -60,14 +60,14 @@ def failure_marks(run: Run) -> list[dict[str, Any]]:
     def rows(*keys: str) -> list[list[float]]:
         return [[r[k] for k in ("step", *keys)] for r in run.rows if set(keys) <= r.keys()]
 
-    contexts = rows(*(f"encoder/context_{k}" for k in ("var_across", "mean", "std")))
+    contexts = rows("encoder/context_var_across", "encoder/context_var_within")
     evaluated = rows(f"{run.watched}/own/loss", f"{run.watched}/foreign/loss")
     losses = [(step, loss) for step, loss in rows("all/lm_loss") if math.isfinite(loss)]
     medians = [median(x for _, x in losses[i - 4 : i + 1]) for i in range(4, len(losses))]
     recent = zip(losses[4:], medians, itertools.accumulate(medians, min), strict=True)
     signs = {
-        "collapse: contexts of different tasks differ by less than 1 % of their mean square": [
-            (step, across < 0.01 * (mean**2 + std**2)) for step, across, mean, std in contexts
+        "collapse: contexts vary over slots by less than 1 % of what they vary over tokens": [
+            (step, across < 0.01 * within) for step, across, within in contexts
         ],
         "collapse: another task's demos serve as well as the task's own": [
             (step, foreign < 1.01 * own) for step, own, foreign in evaluated
