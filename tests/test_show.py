@@ -8,16 +8,13 @@ import torch
 from hypothesis import given
 
 from etrm_arc import data, etrm, show, solve
-from etrm_arc.config import UserError, parse_config
+from etrm_arc.config import UserError
 from etrm_arc.data import PAD, PALETTE, Task, tokenise
 from etrm_arc.encoders import encoder_of, init_params
 from etrm_arc.show import Step, Timeline
 from etrm_arc.tests import puzzles
+from etrm_arc.tests.test_train import tiny
 
-SMALL = {
-    "hidden": 32, "heads": 2, "expansion": 1.0, "H_cycles": 2, "L_cycles": 1, "context_tokens": 4,
-    "halt_max_steps": 3,
-}  # fmt: skip
 TASK = Task(
     "t",
     [(np.full((3, 4), c, np.uint8), np.full((3, 4), c + 1, np.uint8)) for c in (1, 3)],
@@ -26,7 +23,7 @@ TASK = Task(
 
 
 def solver_of(**fields):
-    cfg = parse_config({"model": {**SMALL, **fields}, "train": {"dtype": "fp32"}}, "test")
+    cfg = tiny("run", **{f"model__{k}": v for k, v in fields.items()})
     return solve.Solver(Path(), cfg, "", init_params(cfg.model, 0), {}, torch.zeros(0, 16))
 
 
@@ -117,11 +114,9 @@ def test_marks_are_read_back_from_the_pixels():
     assert np.argwhere(changed).tolist() == [[0, 0], [1, 2]]
     image = show.painted(t.steps[1].tokens, (state > 0, show.RIGHT, 2), (state < 0, show.WRONG, 2))
     for (r, c), colour in {(0, 0): show.RIGHT, (1, 2): show.WRONG}.items():
-        cell = image[r * show.CELL :, c * show.CELL :][: show.CELL, : show.CELL]
+        cell = image[r * show.CELL :, c * show.CELL :]
         assert tuple(cell[3, show.CELL // 2]) == show.rgb(colour)
         assert tuple(cell[show.CELL // 2, show.CELL // 2]) == show.rgb(PALETTE[second[r, c]])
-    shown = {tuple(pixel) for pixel in image[2 * show.CELL :].reshape(-1, 3)}
-    assert not shown & {show.rgb(show.RIGHT), show.rgb(show.WRONG)}  # beyond the border
     assert not show.marks(t._replace(task=TASK), 1)[0].any()
 
 
@@ -142,10 +137,8 @@ def test_a_picture_has_a_panel_for_each_grid_and_none_overlap():
 
 def test_a_file_that_cannot_be_written_and_an_unknown_task_are_named(tmp_path):
     target = np.eye(2, dtype=np.uint8)
-    for name in ("nowhere/a.png", "a.doc"):
-        with pytest.raises(UserError, match="cannot be written"):
-            show.save(show.picture(line(target, target=target)), tmp_path / name)
-    names = [show.find_task([str(puzzles.SET)], name).name for name in ("flip", "")]
-    assert names[0] == "flip" and names[1] == min(p.stem for p in puzzles.SET.glob("*.json"))
+    with pytest.raises(UserError, match="cannot be written"):
+        show.save(show.picture(line(target, target=target)), tmp_path / "nowhere" / "a.png")
+    assert show.find_task([str(puzzles.SET)], "flip").name == "flip"
     with pytest.raises(UserError, match="one of 6 tasks of .*, for instance flip"):
         show.find_task([str(puzzles.SET)], "flop")

@@ -8,11 +8,9 @@ import torch
 
 from etrm_arc import checkpoint, sources, train
 from etrm_arc.config import UserError
-from etrm_arc.encoders import init_params
 from etrm_arc.etrm import leaves
 from etrm_arc.extras import published as extras
 from etrm_arc.tests.published import sub
-from etrm_arc.tests.test_parity import encoder_config
 from etrm_arc.tests.test_train import tiny
 
 MODEL = {
@@ -30,18 +28,6 @@ def inner(golden, prefix="_orig_mod.model.inner."):
 def initialised(folder, path, **options):
     options = {"model": {**MODEL}, "train__steps": 1, **options}
     return tiny(folder, init_from__path=str(path), **options)
-
-
-@pytest.mark.parametrize("kind", sorted(extras.KINDS))
-def test_a_published_encoder_is_read_as_a_whole(golden, tmp_path, kind):
-    name = "enc_recurrent_standard" if kind == "recurrent" else f"enc_{kind}"
-    state, file = sub(golden(name)[0], "sd."), tmp_path / "x"
-    torch.save({f"module.encoder.{k}": v for k, v in state.items()}, file)
-    model = encoder_config(kind, **({"set_layers": 2} if kind == "trm_style" else {}))
-    like = leaves(init_params(model, 1))
-    tensors = extras.read(file, kind, like).tensors
-    assert tensors.keys() == {k for k in like if k.startswith("encoder.")}
-    assert all(tensors[k].shape == like[k].shape for k in tensors)
 
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.model.inner.", "inner."])
