@@ -12,7 +12,6 @@ from etrm_arc.tests.puzzles import generators
 
 
 def features(x, canvas=(16, 16)):
-    """name -> (H, W) features of a grid of colours."""
     return experts.features(data.tokenise(x, canvas))
 
 
@@ -61,7 +60,7 @@ def cornered(x):
 PALETTE = np.array([0, 5, 1, 7, 9, 2, 3, 4, 6, 8], np.uint8)
 RULES = {
     "mirror": lambda x: x[:, ::-1],
-    "enlarge": lambda x: x.repeat(2, 0).repeat(2, 1),
+    "enlarge": lambda x: grids.enlarged(x, 2),
     "recolour": lambda x: PALETTE[x],
     "fill": lambda x: np.where(grids.enclosed(x), 4, x).astype(np.uint8),
     "mirror, then frame": lambda x: np.pad(x[1:-1, -2:0:-1], 1, constant_values=8),

@@ -71,11 +71,9 @@ def test_votes_agree_with_the_published_ones():
 @pytest.mark.parametrize("right", [True, False])
 def test_the_right_answer_scores_one_and_a_constant_nothing(right):
     tasks, predictions = sources.load([str(SET)]), []
-    for t in tasks:
-        for _, y in t.queries:
-            grid = y if right else np.zeros((1, 1), np.uint8)
-            canvas = tokenise(grid, (10, 10))
-            predictions.append(prediction(t.name, grid)._replace(canvas=canvas))
+    for t in tasks:  # of one query each
+        grid = t.queries[0][1] if right else TWO[:1, :1]
+        predictions.append(prediction(t.name, grid)._replace(canvas=tokenise(grid, (10, 10))))
     scores = score.score(tasks, predictions)
     names = [*(f"pass@{k}" for k in score.PASS), "exact_match", "oracle"]
     assert [scores[k] for k in names] == [float(right)] * len(names)
@@ -83,7 +81,7 @@ def test_the_right_answer_scores_one_and_a_constant_nothing(right):
     assert (scores["cell_accuracy"] == 1) == right
 
 
-def test_the_three_definitions_of_pass_differ():
+def test_the_definitions_of_pass_differ_and_count_attempts_in_order():
     pair = Task("pair", [(ONE, ONE)], [(ONE, ONE), (TWO, ONE)])
     votes = [prediction("pair", ONE), prediction("pair", TWO, query=1), prediction("t", ONE)]
     scores = score.score([pair, SINGLE], votes)
@@ -91,9 +89,7 @@ def test_the_three_definitions_of_pass_differ():
     assert scores["all_queries/pass@1"] == 0.5
     assert scores["per_output/pass@1"] == pytest.approx(2 / 3)
     assert score.score([SINGLE], votes)["pass@1"] == 1  # a subset knows nothing of the rest
-
-
-def test_attempts_count_in_order_and_an_unanswered_query_is_wrong():
+    # attempts count in order; an unanswered query is wrong
     task = SINGLE._replace(queries=[(ONE, ONE), (TWO, ONE), (TWO, None)])
     scores = score.score([task], [prediction("t", TWO, TWO, ONE)])
     assert (scores["pass@1"], scores["pass@2"], scores["oracle"]) == (0.0, 0.5, 0.5)
