@@ -43,11 +43,10 @@ def copy_of(run, file, change=lambda x: x, **fields):
     for key, value in fields.items():
         table, _, name = key.partition("__")
         c.meta["config"][table][name] = value
-    trees = {"params": c.params, "ema": c.ema}
-    weights = {
-        f"{k}.{path}": change(v) for k, tree in trees.items() for path, v in leaves(tree).items()
-    }
-    checkpoint.save(Path(file), {**weights, "pairs": c.pairs}, c.meta)
+    weights = {"pairs": c.pairs}
+    for name, tree in {"params": c.params, "ema": c.ema}.items():
+        weights |= {f"{name}.{path}": change(v) for path, v in leaves(tree).items()}
+    checkpoint.save(Path(file), weights, c.meta)
     return Path(file)
 
 
@@ -146,14 +145,12 @@ def test_act_steps_of_an_answer_are_a_choice_of_their_own(run):
 def test_an_interrupted_evaluation_goes_on_and_ends_the_same(run, monkeypatch):
     monkeypatch.setattr(train, "EVAL_TOKENS", 60)
     evaluate(run, "whole.jsonl")
-    append, count = score.append, []
+    append = score.append
 
     def dying(path, lines):
         append(path, lines)
-        count.append(1)
-        if len(count) == 3:
-            with open(path, "a") as f:
-                f.write('{"task": "cut of')
+        if len(path.read_text().splitlines()) >= 3:
+            path.write_text(path.read_text() + '{"task": "cut of')
             raise KeyboardInterrupt
 
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
@@ -439,16 +436,8 @@ def test_adaptation_in_half_precision_moves_and_stays_finite(run, monkeypatch):
     assert not torch.equal(adapted.core.embed, s.params.core.embed)
 
 
-def test_full_adaptation_ends_when_its_demos_are_solved(run, monkeypatch):
-    s, task, count, one_step = solve.opened(run), tasks_of_all()[1], [], train.one_step
-
-    def solved(*args):
-        step = one_step(*args)
-        count.append(1)
-        step.sums[0, train.METRICS.index("exact")] = step.sums[0, -1]
-        return step
-
-    monkeypatch.setattr(train, "one_step", solved)
-    cfg = with_solve(s.cfg, adapt_steps=9)
-    solve.adapt_weights(s.params, cfg, task, FOREVER)
-    assert len(count) == 3
+def test_full_adaptation_ends_when_its_demos_are_solved(run, monkeypatch, clock):
+    monkeypatch.setattr(train, "metrics_row", lambda sums: {"all/exact": 1.0})
+    s = solve.opened(run)
+    solve.adapt_weights(s.params, with_solve(s.cfg, adapt_steps=9), tasks_of_all()[1], FOREVER)
+    assert clock.calls["one_step"] == 3
