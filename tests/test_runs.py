@@ -90,22 +90,6 @@ def test_what_decides_the_course_of_a_run_may_not_change_on_resume(tmp_path):
     assert train.fit(tiny(folder, **options | {"train__steps": 2}), resume=True)["step"] == 2
 
 
-def test_a_state_remembers_what_it_was_initialised_from(tmp_path):
-    """Also where the file is another one by now, or gone."""
-    train.fit(tiny(tmp_path / "a", train__steps=1))
-    source = tmp_path / "a" / "best.safetensors"
-    tensors, meta = checkpoint.read(source)
-    meta["finding"]["admitted"] = 3
-    checkpoint.save(source, {**tensors, "pairs": tensors["pairs"] + 1}, meta)
-    cfg = tiny(tmp_path / "b", init_from__path=str(source), train__steps=4)
-    train.fit(cfg, limit=-1)
-    source.unlink()
-    train.fit(cfg, resume=True)
-    resumed = checkpoint.load(tmp_path / "b" / "last.safetensors")
-    assert "DEMOS of held-out tasks" in checkpoint.warned(resumed.meta)
-    assert len(resumed.pairs) == 2 * len(tensors["pairs"])
-
-
 # ---------------------------------------------------------------- crashes
 
 

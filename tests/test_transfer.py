@@ -1,6 +1,7 @@
 """What training starts from: published checkpoints and ours."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -119,14 +120,19 @@ def test_what_is_no_state_dict_is_one_line_and_nothing_in_it_runs(tmp_path, monk
 
 
 def test_every_checkpoint_down_the_line_knows_what_training_started_from(golden, tmp_path, ours):
-    """A published table has seen held-out demos; what ours was trained on, its digests say."""
+    """A published table has seen held-out demos; what ours was trained on, its digests say. Also
+    after a resume where the first file is gone."""
     torch.save(inner(golden), tmp_path / "step_9")
     train.fit(initialised(tmp_path / "a", tmp_path / "step_9", init_from__force=True))
-    train.fit(initialised(tmp_path / "b", tmp_path / "a"))
+    a = checkpoint.load(tmp_path / "a")
+    copied = initialised(tmp_path / "b", tmp_path / "a", train__steps=2)
+    train.fit(copied, limit=-1)
+    shutil.rmtree(tmp_path / "a")
+    train.fit(copied, resume=True)
     options = {"data__train": ["arc1:training"], "data__max_train_tasks": 2}
     cfg = initialised(tmp_path / "c", ours, **options)
     train.fit(cfg)
-    a, b, c = (checkpoint.load(tmp_path / name) for name in "abc")
+    b, c = (checkpoint.load(tmp_path / name) for name in "bc")
     assert "STARTED FROM step_9: a published table" in checkpoint.warned(a.meta)
     assert checkpoint.warned(b.meta) == checkpoint.warned(a.meta)
     assert checkpoint.warned(c.meta) == ""
