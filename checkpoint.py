@@ -12,9 +12,9 @@ import contextlib
 import hashlib
 import importlib
 import json
+import math
 import os
 import platform
-import re
 import signal
 import subprocess
 import threading
@@ -49,16 +49,13 @@ LONGEST = 1000  # cycles and ACT steps that a checkpoint may ask for
 
 def sync(path: Path) -> None:
     """Let the content of a file, or the names in a folder, survive a loss of power."""
-    folder = path.is_dir()
-    try:
-        handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+    is_folder = path.is_dir()
+    with contextlib.suppress(*[OSError] * is_folder):  # network mounts and Windows sync no folders
+        handle = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
-    except OSError:
-        if not folder:  # network mounts and Windows cannot; the file in it was synced all the same
-            raise
 
 
 def commit(path: Path, write: Callable[[Path], Any]) -> None:
@@ -133,8 +130,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, metadata) that `save` wrote. Raises UserError unless the file is ours and whole."""
     with opened(path) as (file, meta):
         tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a mapping)
-        about = file.metadata()
-        if digest_of(tensors, about["etrm"]) != about.get("sha256"):
+        if digest_of(tensors, file.metadata()["etrm"]) != file.metadata().get("sha256"):
             raise UserError(f"{path}: differs from its checksum")
         return tensors, meta
 
@@ -218,15 +214,11 @@ def warned(meta: dict[str, Any]) -> str:
 def inspect(path: str | Path) -> dict[str, Any]:
     """What a checkpoint holds: the shapes of its parameters, their number, and its metadata."""
     c = load(path)
-    params = leaves(c.params)
-    return {
-        **{k: c.meta[k] for k in ("step", "data", "tasks", "dtype", "config", "score")},
-        "checkpoint": str(c.path),
-        "finding": str(msgspec.convert(c.meta["finding"], Finding)),
-        "parameters": sum(x.numel() for x in params.values()),
-        "shapes": {name: tuple(x.shape) for name, x in params.items()},
-        "pairs": len(c.pairs),
-    }
+    shapes = {name: tuple(x.shape) for name, x in leaves(c.params).items()}
+    facts = {k: c.meta[k] for k in ("step", "data", "tasks", "dtype", "config", "score")}
+    facts |= {"checkpoint": str(c.path), "shapes": shapes, "pairs": len(c.pairs)}
+    facts["finding"] = str(msgspec.convert(c.meta["finding"], Finding))
+    return facts | {"parameters": sum(map(math.prod, shapes.values()))}
 
 
 def order_hash(tasks: Iterable[Task]) -> str:
@@ -248,7 +240,7 @@ def pair_digests(tasks: Iterable[Task], others: Tensor) -> Tensor:
 def states(folder: Path) -> list[Path]:
     """The states of a run folder, oldest first."""
     files = folder.glob("state-*.safetensors")
-    return sorted((p for p in files if re.fullmatch(r"state-\d{8,}", p.stem)), key=step_of)
+    return sorted((p for p in files if p.stem[6:].isdigit()), key=step_of)
 
 
 def step_of(state: Path) -> int:
@@ -301,8 +293,8 @@ def check_same(saved: dict[str, Any], meta: dict[str, Any]) -> None:
 
 
 class SavedState(NamedTuple):
-    facts: dict[str, Any]
     tensors: dict[str, Tensor]
+    facts: dict[str, Any]
     skipped: list[str]  # newer states that are not whole, and why
 
 
@@ -311,8 +303,7 @@ def load_state(folder: Path) -> SavedState:
     skipped: list[str] = []
     for path in reversed(states(folder)):
         try:
-            tensors, facts = read(path)
-            return SavedState(facts, tensors, skipped)
+            return SavedState(*read(path), skipped)
         except UserError as e:
             skipped.append(str(e))
     reasons = "; ".join(skipped) or "none at all"
@@ -461,17 +452,12 @@ def described(folder: Path) -> dict[str, Any]:
     """A run: its state, step, best value of what it watches, and seconds since its last row."""
     try:
         about, facts = parsed((folder / "run.json").read_text()), newest_facts(folder)
-        cfg, now = about["config"], time.time()
-        return {
-            "run": str(folder),
-            "state": "running" if is_held(folder) else facts.get("ended") or "stopped",
-            "step": facts.get("step", 0),
-            "steps": cfg["train"]["steps"],
-            "best": facts.get("best"),
-            "watched": f"{cfg['eval']['on']}/{cfg['eval']['weights'][0]}/own/loss",
-            "guard": warned(about),
-            "age_s": round(now - (folder / "metrics.jsonl").stat().st_mtime),
-        }
+        cfg, age = about["config"], time.time() - (folder / "metrics.jsonl").stat().st_mtime
+        state = "running" if is_held(folder) else facts.get("ended") or "stopped"
+        row = {"run": str(folder), "state": state, "step": facts.get("step", 0)}
+        row |= {"steps": cfg["train"]["steps"], "best": facts.get("best"), "age_s": round(age)}
+        watched = f"{cfg['eval']['on']}/{cfg['eval']['weights'][0]}/own/loss"
+        return {**row, "watched": watched, "guard": warned(about)}
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         return {"run": str(folder), "state": f"unreadable: {e!r}", "age_s": 0}
 
@@ -510,8 +496,8 @@ def source_of(path: str, cfg: ModelConfig, like: dict[str, Tensor]) -> Source:
     file = find(path)
     if file.suffix != ".safetensors":
         published = importlib.import_module(f"{__package__}.extras.published")
-        tensors, stated, started = published.read(file, cfg.encoder.kind, like)
-        return Source(file, tensors, stated, started, torch.zeros(0, 16, dtype=torch.uint8))
+        facts = published.read(file, cfg.encoder.kind, like)
+        return Source(file, *facts, torch.zeros(0, 16, dtype=torch.uint8))
     c = load(file)
     finding = msgspec.convert(c.meta["finding"], Finding)
     demos = f"{file.name}: trained on DEMOS of held-out tasks" if finding.admitted else ""
@@ -519,12 +505,10 @@ def source_of(path: str, cfg: ModelConfig, like: dict[str, Tensor]) -> Source:
 
 
 def other_meaning(source: Source, cfg: ModelConfig, taken: Iterable[str]) -> str:
-    """What the checkpoint says otherwise of the modules that are taken; "" where nothing.
-
-    Another kind of encoder shares no more than tables of embeddings with ours."""
+    """What the checkpoint says otherwise of the modules that are taken; "" where nothing."""
     ours, modules = meaning(cfg), {k.split(".")[0] for k in taken}
     if source.meaning.get("encoder.kind") != cfg.encoder.kind:
-        modules -= {"encoder"}
+        modules -= {"encoder"}  # another kind shares no more than tables of embeddings
     if "core" in modules and not {"H_cycles", "L_cycles"} <= source.meaning.keys():
         return f"does not say its cycles, the model has {(cfg.H_cycles, cfg.L_cycles)}"
     other = [
@@ -542,22 +526,19 @@ def grouped(paths: Iterable[str]) -> str:
 
 
 def start(init: InitConfig, cfg: ModelConfig, like: dict[str, Tensor]) -> tuple[Source, str]:
-    """(source with the leaves that are taken, what was taken, skipped and missing): the leaves that
-    match a pattern; rows of a table only for the same tasks.
-
-    Raises UserError on other cycles, heads, depths or sizes, unless init.force."""
+    """(source with the leaves that match a pattern; what was taken, skipped and missing). Rows of a
+    table only for the same tasks. Other cycles, heads, depths, sizes need init.force."""
     source = source_of(init.path, cfg, like)
     wanted = {path for pattern in init.take for path in matched("init_from.take", pattern, like)}
     keys = [tensors.get("encoder.keys", torch.empty(0)) for tensors in (source.tensors, like)]
     if not (len(keys[0]) and torch.equal(*keys)):  # rows of other tasks
         wanted -= {"encoder.table", "encoder.keys"}
     taken = {k: source.tensors[k] for k in like if k in wanted and k in source.tensors}
-    other_size = [k for k, x in taken.items() if x.shape != like[k].shape]
-    if other_size and not init.force:
-        path = other_size[0]
-        sizes = f"{tuple(taken[path].shape)} in {source.path}, {tuple(like[path].shape)} here"
-        raise UserError(f"init_from: {path} is {sizes} (init_from.force leaves it out)")
-    taken = {k: x for k, x in taken.items() if k not in other_size}
+    for k, x in list(taken.items()):
+        if x.shape != like[k].shape and not init.force:
+            sizes = f"{tuple(x.shape)} in {source.path}, {tuple(like[k].shape)} here"
+            raise UserError(f"init_from: {k} is {sizes} (init_from.force leaves it out)")
+    taken = {k: x for k, x in taken.items() if x.shape == like[k].shape}
     if not taken:
         names = grouped(source.tensors)
         raise UserError(f"init_from: nothing of {source.path} is taken; it holds {names}")

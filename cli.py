@@ -39,8 +39,7 @@ class Commands(typer.core.TyperGroup):
             raise stop(2, f"{e.filename or 'file system'}: {e.strerror or e}") from None
         except (MemoryError, RuntimeError) as e:
             if isinstance(e, MemoryError) or re.search("out of memory|t allocate memory", str(e)):
-                hint = "raise train.shards, or lower train.batch or model.hidden"
-                raise stop(2, f"out of memory: {hint}") from None
+                raise stop(2, "out of memory: raise train.shards, or lower train.batch") from None
             raise
 
 
@@ -75,8 +74,8 @@ def echo(*lines: object, err: bool = False) -> None:
 def last_line(as_json: bool, result: dict[str, Any]) -> None:
     """JSON, where it was asked for; a number that is not finite is null."""
     if as_json:
-        text = json.dumps(result)
-        typer.echo(json.dumps(json.loads(text, parse_constant=lambda name: None)))
+        finite = json.loads(json.dumps(result), parse_constant=lambda name: None)
+        typer.echo(json.dumps(finite))
 
 
 def stop(code: int, reason: object) -> typer.Exit:
@@ -98,20 +97,11 @@ def paced(seconds: float = 30) -> Callable[[str], None]:
     return say
 
 
-def show_version(wanted: bool) -> None:
-    if wanted:
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, option("--version", help="Print the version.")] = False) -> None:
+    if version:
         echo(f"etrm {importlib.metadata.version('etrm-arc')}")
         raise typer.Exit()
-
-
-Version = Annotated[
-    bool, option("--version", is_eager=True, callback=show_version, help="Print the version.")
-]
-
-
-@app.callback()
-def root(version: Version = False) -> None:
-    pass
 
 
 @app.command()
@@ -136,16 +126,15 @@ def training_line(row: dict[str, Any], total: int) -> str:
 
 
 def evaluation_line(row: dict[str, Any]) -> str:
-    """Every measure of an evaluation; shares of queries have their interval."""
+    """Every measure of an evaluation; exact match with its interval."""
     from .score import with_interval
 
     parts = [f"step {row['step']}"]
     for key, value in row.items():
         group, _, name = key.rpartition("/")
-        if name == "exact" and f"{group}/n" in row:
-            parts.append(f"{key} {with_interval(value, int(row[f'{group}/n']))}")
-        elif group and name != "n":
-            parts.append(f"{key} {value:.3f}")
+        if group and name != "n":
+            n = row.get(f"{group}/n") if name == "exact" else None
+            parts.append(f"{key} {with_interval(value, int(n)) if n else f'{value:.3f}'}")
     return "  ".join(parts)
 
 
@@ -157,12 +146,11 @@ def fit_aloud(cfg: Any, setup: Any = None, **options: Any) -> dict[str, Any]:
     warning, progress = checkpoint.warned(setup.meta), paced()
 
     def say(row: dict[str, Any]) -> None:
-        if "skipped" in row:
-            echo(f"skipped {row['skipped']}", err=True)
-        elif "all/lm_loss" in row:
+        if "all/lm_loss" in row:
             progress(training_line(row, cfg.train.steps))
         else:
-            echo(f"{evaluation_line(row)}  {warning}".rstrip(), err=True)
+            text = f"skipped {row['skipped']}" if "skipped" in row else evaluation_line(row)
+            echo(f"{text}  {warning}".rstrip(), err=True)
 
     return train.fit(cfg, say, s=setup, **options)
 
@@ -226,8 +214,7 @@ def overfit(
     """Can the model memorise a few real tasks? All their pairs are queries, weights are raw."""
     from . import solve
 
-    asked = [f"data.max_train_tasks={groups}", "eval.on=train"]
-    cfg = load_config(recipe, [*asked, *sets])
+    cfg = load_config(recipe, [f"data.max_train_tasks={groups}", "eval.on=train", *sets])
     result = solve.overfit(cfg, fit_aloud)
     echo(*result.pop("text").split("\n"))
     last_line(as_json, result)
@@ -242,10 +229,9 @@ def score_lines(result: dict[str, Any]) -> list[str]:
 
     if "pass@2" not in result:  # no output is known
         return []
-    tasks, queries = result["n_tasks"], result["n_queries"]
-    sizes = {f"pass@{k}": tasks for k in PASS} | {"all_queries/pass@2": tasks}
-    sizes |= {"per_output/pass@2": queries, "oracle": queries, "exact_match": queries}
-    sizes["cell_accuracy"] = queries
+    sizes = dict.fromkeys([*(f"pass@{k}" for k in PASS), "all_queries/pass@2"], result["n_tasks"])
+    per_query = ("per_output/pass@2", "oracle", "exact_match", "cell_accuracy")
+    sizes |= dict.fromkeys(per_query, result["n_queries"])
     lines = [f"{key} {with_interval(result[key], n)}" for key, n in sizes.items()]
     for kind in ("by_source", "by_solver"):
         for name, row in result.get(kind, {}).items():
@@ -260,9 +246,7 @@ def score_lines(result: dict[str, Any]) -> list[str]:
 
 @app.command(name="eval")
 def evaluate(
-    checkpoints: Annotated[
-        list[str], argument(metavar="CHECKPOINT...", help="Files, run folders; all vote together.")
-    ],
+    checkpoints: Annotated[list[str], argument(help="Files, run folders; all vote together.")],
     sources: Data = [],  # noqa: B006
     views: Annotated[int, option(help="Symmetries and demo orders; 0: as configured.")] = 0,
     adapt: Annotated[str, option(help="none, context or full: learn from the demos first.")] = "",
@@ -289,9 +273,8 @@ def evaluate(
         left = (time.monotonic() - begun) * (1 / done - 1)
         progress(f"views {100 * done:.1f} %, {left / 60:.0f} min left")
 
-    result = solve.evaluate(
-        checkpoints, sources, sets, predictions, 60 * budget, shard, submission, say
-    )
+    files = predictions, 60 * budget, shard, submission
+    result = solve.evaluate(checkpoints, sources, sets, *files, say)
     facts = f"{result['views']} views, {result['adaptation']}, {result['votes']} votes"
     if result["act_steps"]:  # not where all solvers are made by hand
         facts += f", {result['act_steps']:.1f} ACT steps a view"
@@ -299,12 +282,11 @@ def evaluate(
     facts += f"; guard: {result['guard']}" if result["guard"] else ""
     what = "hand-made, no weights" if "pass@2" in result else "no output is known: no scores"
     if "held_out" in result:
-        shared = "NOT held out: shares pairs with the training data"
-        what = "held out" if result["held_out"] else shared
+        what = "held out" if result["held_out"] else "NOT held out: shares pairs with training"
     echo(f"{', '.join(result['data'])}: {what}; {facts}", *score_lines(result))
     if left := result["unanswered"]:
-        ended = ", or the budget ended: the same command goes on" if budget < math.inf else ""
-        echo(f"{left} queries have no answer: they need a larger canvas than any trained on{ended}")
+        reasons = "larger than any canvas trained on, or the budget ended"
+        echo(f"{left} queries have no answer: {reasons}")
     last_line(as_json, result)
 
 
@@ -333,29 +315,27 @@ def solve(checkpoint: str, task: str, sets: Set = [], as_json: Json = False) -> 
     """Answer the queries of a task file: demos, answer and confidence in colour."""
     from rich.console import Console
 
+    from . import score, sources
     from . import show as pictures
     from . import solve as solver
-    from .score import rank
-    from .sources import load
 
     console, queries = Console(markup=False, highlight=False), []
-    tasks = load([task], hide=True)
+    tasks = sources.load([task], hide=True)
     predictions = solver.ask(solver.solver_of(checkpoint, sets), tasks)
     for each in tasks:
         echo(each.name)
         for x, y in each.demos:
             console.print(pictures.beside(x, y), soft_wrap=True)
         for p in (p for p in predictions if p.task == each.name):
-            ranked = rank(p.votes)
+            ranked = score.rank(p.votes)
             query, best = each.queries[p.query][0], ranked[0].grid if ranked else None
             console.print(pictures.beside(query, best), soft_wrap=True)
-            reason = f"no answer: none of {len(p.votes)} votes was a whole grid"
-            if not p.votes:
-                reason = "no answer: needs a larger canvas than any trained on"
             if ranked:
                 votes, confidence = ranked[0].votes, f"{100 * ranked[0].q:.1f} %"
-                reason = f"{votes} of {len(p.votes)} votes agree, confidence {confidence}"
-            echo(f"query {p.query + 1}: {reason}")
+                text = f"{votes} of {len(p.votes)} votes agree, confidence {confidence}"
+            else:
+                text = "no answer: no vote is a whole grid, or no canvas trained on is large enough"
+            echo(f"query {p.query + 1}: {text}")
             answers = [a._asdict() | {"grid": a.grid.tolist()} for a in ranked[:2]]
             about = {"task": p.task, "query": p.query, "votes": len(p.votes)}
             queries.append(about | {"answers": answers})
@@ -378,12 +358,11 @@ def show(
     s = solver.opened(checkpoint)
     chosen = pictures.find_task(sources or [*s.cfg.data.dev, *s.cfg.data.train], task)
     timeline = pictures.timeline(s, chosen, query)
-    path = Path(output or f"{chosen.name.replace('/', '-')}.png")
-    caption = f"{checkpoint}, step {s.meta.get('step', 'unknown')}, weights {s.source}"
-    pictures.save(pictures.picture(timeline, printable(caption)), path)
-    echo(f"{path}: {len(timeline.steps)} steps; checkpoint {s.path}, weights {s.source}")
-    facts = {"task": chosen.name, "steps": len(timeline.steps), "weights": s.source}
-    last_line(as_json, facts | {"output": str(path)})
+    path, n = output or f"{chosen.name.replace('/', '-')}.png", len(timeline.steps)
+    caption = f"{checkpoint}, step {s.meta['step']}, weights {s.source}"
+    pictures.save(pictures.picture(timeline, printable(caption)), Path(path))
+    echo(f"{path}: {n} steps; checkpoint {s.path}, weights {s.source}")
+    last_line(as_json, {"task": chosen.name, "steps": n, "weights": s.source, "output": path})
 
 
 @app.command()
@@ -394,9 +373,7 @@ def report(
 ) -> None:
     """Write one HTML file, RUN/report.html: curves, known failures, config, gallery, contexts.
     The gallery shows tasks of the dev split, or of --data."""
-    pages = importlib.import_module(REPORT)
-
-    path, page = pages.report(run, sources)
+    path, page = importlib.import_module(REPORT).report(run, sources)
     echo(*(mark["text"] for mark in page["marks"]), page["note"], path)
     last_line(as_json, {"output": str(path), "marks": page["marks"], "note": page["note"]})
 
@@ -419,9 +396,7 @@ def runs(
     """List the runs below a folder (default: runs), describe one checkpoint, or compare runs."""
     from . import checkpoint
 
-    pages = importlib.import_module(REPORT)
-
-    folder = Path(paths[0])
+    folder, pages = Path(paths[0]), importlib.import_module(REPORT)
     if len(paths) > 1 or plot or table:
         compared = [pages.opened(path) for path in paths]
         rows = pages.compared(compared)

@@ -1,9 +1,8 @@
 """Votes on disk, their ranking, and what a ranking is worth: scores, intervals, submissions.
 
 A line of predictions.jsonl holds the votes of one solver, "source", for one query of a task with
-the content "hash", outputs of queries left out. A vote is {"view", "step", "q", "grid"}: rows of a
-grid are joined by "/", null is no answer. "canvas" is the whole canvas of view 0: a blank for an
-empty cell, "|" for the mark at a grid's end.
+the content "hash", outputs of queries left out. Rows of a vote's grid are joined by "/", null is no
+answer. "canvas" is that of view 0: a blank for an empty cell, "|" for the mark at a grid's end.
 """
 
 from __future__ import annotations
@@ -77,9 +76,8 @@ def to_line(p: Prediction) -> str:
     line: dict[str, Any] = {k: getattr(p, k) for k in ("task", "query", "hash", "source")}
     line["seconds"] = round(p.seconds, 3)
     line["canvas"] = None if p.canvas is None else canvas_text(p.canvas)
-    keys = ("view", "step", "q")
     line["votes"] = [
-        {k: getattr(v, k) for k in keys} | {"grid": grid_text(v.grid)} for v in p.votes
+        {"view": v.view, "step": v.step, "q": v.q, "grid": grid_text(v.grid)} for v in p.votes
     ]
     return json.dumps(line)
 
@@ -88,13 +86,12 @@ def from_line(text: str, where: str) -> Prediction:
     """What `to_line` wrote. Raises UserError on anything else."""
     try:
         line = parsed(text)
-        source, votes = str(line["source"]), []
+        source, seconds, votes = str(line["source"]), float(line["seconds"]), []
         for v in line["votes"]:
-            grid = v["grid"]
-            if grid is not None:
-                grid = sources.check_grid(rows_of(grid, FIRST_COLOUR), where)
+            rows = None if v["grid"] is None else rows_of(v["grid"], FIRST_COLOUR)
+            grid = None if rows is None else sources.check_grid(rows, where)
             votes.append(Vote(grid, float(v["q"]), int(v["view"]), int(v["step"]), source))
-        text, seconds = line.get("canvas"), float(line["seconds"])
+        text = line.get("canvas")
         canvas = None if text is None else np.array(rows_of(text, 0), np.uint8)
         if not all(map(math.isfinite, [seconds, *(v.q for v in votes)])):
             raise ValueError("a number is not finite")
@@ -132,17 +129,12 @@ def append(path: Path, lines: Iterable[str]) -> None:
 # ---------------------------------------------------------------- the votes for a query
 
 
-def task_hash(task: Task) -> str:
-    """Content of a task but for the outputs of its queries."""
-    return sources.asked_digest(task).hex()
-
-
 def view(task: Task, query: int, number: int, cfg: DataConfig) -> tuple[Symmetry, Tensor]:
     """Symmetry () and uniform numbers that order the demos; view 0 is the task as it is.
 
     Drawn from the task's content: other tasks, their order and hidden outputs are no matter."""
     lots = 1 + len(task.demos)
-    u = data.uniform(11 + lots, int(task_hash(task)[:13], 16), data.VIEW, query, number)
+    u = data.uniform(11 + lots, int(sources.task_hash(task)[:13], 16), data.VIEW, query, number)
     if number == 0:
         return data.identity(), torch.arange(lots).double() / lots
     s = data.draw_symmetry(u[None, :11], cfg.dihedral, cfg.colours)
@@ -164,11 +156,9 @@ def union(blank: Prediction, parts: Sequence[Prediction]) -> Prediction:
     for v in sorted(everyone, key=lambda v: (v.source, v.view, v.q, grid_text(v.grid) or "")):
         votes.setdefault((v.source, v.view), v)
     drawn = [p for p in parts if p.canvas is not None]
-    return blank._replace(
-        votes=list(votes.values()),
-        canvas=min(drawn, key=lambda p: p.source, default=blank).canvas,
-        seconds=math.fsum(p.seconds for p in parts),
-    )
+    canvas = min(drawn, key=lambda p: p.source, default=blank).canvas
+    seconds = math.fsum(p.seconds for p in parts)
+    return blank._replace(votes=list(votes.values()), canvas=canvas, seconds=seconds)
 
 
 def unions(predictions: Iterable[Prediction]) -> list[Prediction]:
@@ -180,7 +170,7 @@ def joined(tasks: Sequence[Task], predictions: Iterable[Prediction]) -> list[Pre
     """One prediction for every query of the tasks, in order; submissions are matched by name."""
     groups, joint = by_query(predictions), []
     for task in tasks:
-        key = task_hash(task)
+        key = sources.task_hash(task)
         for i in range(len(task.queries)):
             parts = groups.get((key, i), []) + groups.get((task.name, i), [])
             joint.append(union(Prediction(task.name, i, key, []), parts))
@@ -253,13 +243,12 @@ def score(tasks: Sequence[Task], predictions: Sequence[Prediction]) -> dict[str,
     pass@k (the headline, as published): mean over tasks of the share of their queries solved;
     all_queries/pass@k: share of the tasks all of whose queries are solved; per_output/pass@k: share
     of queries."""
-    by_name = {(p.task, p.query): p for p in predictions}
-    unanswered = Prediction("", 0, "", [])
-    rows = []  # of each task
+    by_name, rows = {(p.task, p.query): p for p in predictions}, []  # a row for each task
     for task in tasks:
         known = [(i, y) for i, (_, y) in enumerate(task.queries) if y is not None]
-        rows.append([judge(by_name.get((task.name, i), unanswered), y) for i, y in known])
-    rows = [row for row in rows if row]
+        blank = Prediction(task.name, 0, "", [])
+        if known:
+            rows.append([judge(by_name.get((task.name, i), blank), y) for i, y in known])
     flat = [j for row in rows for j in row]
     if not flat:
         return {}
@@ -275,14 +264,10 @@ def score(tasks: Sequence[Task], predictions: Sequence[Prediction]) -> dict[str,
     return scores
 
 
-# What the published encoder's authors called a win, hoped for and meaningful: held-out scores above
-CRITERIA = {"pass@2": 0.05, "exact_match": 0.05, "pass@100": 0.0}
-
-
 def verdicts(scores: dict[str, Any]) -> str:
-    """A line: which of CRITERIA the scores meet."""
-    words = []
-    for name, least in CRITERIA.items():
+    """A line: which held-out scores are as high as the published encoder's authors hoped for."""
+    criteria, words = {"pass@2": 0.05, "exact_match": 0.05, "pass@100": 0.0}, []
+    for name, least in criteria.items():
         words.append(f"{name} above {100 * least:g} %: {'yes' if scores[name] > least else 'no'}")
     return f"published criteria: {', '.join(words)}"
 
@@ -293,7 +278,7 @@ def verdicts(scores: dict[str, Any]) -> str:
 @functools.cache
 def contents(source: str) -> frozenset[str]:
     """Hashes of the tasks of a source."""
-    return frozenset(task_hash(t)[:16] for t in sources.load([source], hide=True))
+    return frozenset(sources.task_hash(t)[:16] for t in sources.load([source], hide=True))
 
 
 def count_evaluation(
@@ -301,11 +286,11 @@ def count_evaluation(
 ) -> dict[str, int | None]:
     """Count an evaluation of held-out tasks, by content: ARC's evaluation sets and a config's own.
 
-    {"held_out_evaluation": number of this one, for the task evaluated most often}, kept in the
-    user's state folder; None where that cannot be written, {} where no task is held out."""
+    The number is that of the task evaluated most often, kept in the user's state folder; None where
+    that cannot be written. {} where no task is held out."""
     named = [s for s in held_out if s in known or Path(s).exists()]
     held = frozenset().union(*map(contents, ("arc1:evaluation", "arc2:evaluation", *named)))
-    tasks = sorted({task_hash(t)[:16] for t in sum(known.values(), [])} & held)
+    tasks = sorted({sources.task_hash(t)[:16] for t in sum(known.values(), [])} & held)
     if not tasks:
         return {}
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
@@ -326,9 +311,8 @@ def held_out(pairs: Tensor, tasks: Sequence[Task]) -> bool:
     trained = {bytes(row) for row in pairs.numpy()}
     for task in tasks:
         shared = [p for p in sources.known_pairs(task) if sources.pair_digest(p) in trained]
-        cells = max((x.size + y.size for x, y in shared), default=0)
-        demos_known = all(sources.pair_digest(demo) in trained for demo in task.demos)
-        if cells >= sources.MIN_SHARED_CELLS or demos_known:
+        large = any(x.size + y.size >= sources.MIN_SHARED_CELLS for x, y in shared)
+        if large or all(sources.pair_digest(demo) in trained for demo in task.demos):
             return False
     return True
 
@@ -339,13 +323,12 @@ def judged(
     """Scores of predictions, of each source where there are several, and the number of this
     evaluation of held-out tasks, as in `count_evaluation`; nothing of it without known outputs."""
     scores = score(sum(known.values(), []), predictions)
-    unanswered = {"unanswered": sum(not p.votes for p in predictions)}
-    if not scores:
-        return unanswered
-    if len(known) > 1:
-        by_source = {source: score(tasks, predictions) for source, tasks in known.items()}
-        scores["by_source"] = {source: row for source, row in by_source.items() if row}
-    return unanswered | scores | count_evaluation(known, held_out, scores["pass@2"])
+    if scores:
+        if len(known) > 1:
+            by_source = {source: score(tasks, predictions) for source, tasks in known.items()}
+            scores["by_source"] = {source: row for source, row in by_source.items() if row}
+        scores |= count_evaluation(known, held_out, scores["pass@2"])
+    return {"unanswered": sum(not p.votes for p in predictions), **scores}
 
 
 # ---------------------------------------------------------------- submissions, files to evaluate
@@ -355,8 +338,8 @@ PLACEHOLDER = np.zeros((2, 2), np.uint8)  # twice in Kaggle's sample: no answer
 
 
 def submission(predictions: Iterable[Prediction]) -> dict[str, list[dict[str, Any]]]:
-    """Kaggle's format, of one prediction for every query in order. One answer alone is given twice;
-    where there is none, Kaggle's placeholder stands for it, so that the file is always valid."""
+    """Kaggle's format, of one prediction for every query in order. One answer alone is given twice,
+    none as Kaggle's placeholder."""
     attempts: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for p in predictions:
         grids = [a.grid.tolist() for a in rank(p.votes)[:2]] or [PLACEHOLDER.tolist()]
@@ -396,10 +379,9 @@ def load_by_source(
     part, _, parts = shard.partition("/")
     if not (part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
         raise UserError(f"--shard {shard}: must look like 1/4")
-    tasks: dict[str, list[Task]] = {}
+    tasks: dict[str, list[Task]] = {source: [] for source in names}
     seen: dict[str, Task] = {}
-    for source in dict.fromkeys(names):
-        tasks[source] = []
+    for source in tasks:
         for task in sources.load([source], hide=hide):
             name = sources.free_name(task, seen)
             if name not in seen and len(seen) < (limit or math.inf):
@@ -418,8 +400,7 @@ def jsonl(option: str, path: str | Path) -> Path:
 def merge(
     files: Sequence[Path], chosen: Sequence[str], out: str = "", submit: str = ""
 ) -> dict[str, Any]:
-    """Join predictions and submissions into one file; for tasks of the sources given, into a
-    submission and scores."""
+    """Join predictions and submissions into one file; for tasks of the sources, also score them."""
     if submit and not chosen:
         raise UserError("--submission: name the tasks with --data")
     known, lines = load_by_source(chosen), [p for file in files for p in read(file)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 
 from . import data, encoders, etrm, optim, solve, sources, train
-from .config import Config, UserError
+from .config import Config, UserError, nearest
 from .data import EOS, FIRST_COLOUR, PAD, PALETTE, Task, tokenise
 
 # ---------------------------------------------------------------- timelines
@@ -46,8 +45,8 @@ def step_of(cfg: Config, logits: torch.Tensor, shape: Sequence[int], q: float, a
 
 
 def timelines(solver: solve.Solver, tasks: Sequence[Task]) -> list[Timeline]:
-    """Of every query of the tasks, unaugmented: the answer after every ACT step; of the
-    argmax-feedback TRM after every cycle, until it is sure."""
+    """Of every query of the tasks: the answer after every ACT step; of the argmax-feedback TRM
+    after every cycle, until it is sure."""
     cfg, (device, dtype) = solver.cfg, optim.hardware(solver.cfg)
     params = etrm.tree_map(lambda x: x.to(device, dtype), solver.params)
     cycles, leave = (cfg.model.H_cycles, "q") if cfg.model.feedback else (1, "never")
@@ -89,16 +88,14 @@ def find_task(places: Sequence[str], name: str) -> Task:
         tasks |= {t.name: t for t in sources.load([source])}
         if name in tasks or not name:
             return tasks[name or min(tasks)]
-    [close] = difflib.get_close_matches(name, tasks, n=1, cutoff=0)
-    where = f"one of {len(tasks)} tasks of {', '.join(places)}, for instance {close}"
-    raise UserError(f"--task {name}: must name {where}")
+    where = f"one of {len(tasks)} tasks of {', '.join(places)}"
+    raise UserError(f"--task {name}: must name {where}{nearest(name, tasks)}")
 
 
 def marks(t: Timeline, i: int) -> tuple[np.ndarray, np.ndarray]:
     """(1 right, -1 wrong, 0 not judged; whether it changed since the step before) (height, width).
 
-    Judged are the target's cells, a colour in the place of its border, and what an answer has
-    beyond: an answer is right where no cell is wrong."""
+    Judged are the target's cells, a colour on its border, and what an answer has beyond."""
     step, target = t.steps[i], t.task.queries[0][1]
     changed = step.tokens != t.steps[max(i - 1, 0)].tokens
     height, width = step.tokens.shape
@@ -123,8 +120,7 @@ def rgb(colour: str) -> tuple[int, ...]:
 
 
 def painted(tokens: np.ndarray, *frames: Frame) -> np.ndarray:
-    """Cells as an image (height * CELL, width * CELL, 3). Frames have dark edges, so that green is
-    seen on green."""
+    """Cells as an image (height * CELL, width * CELL, 3); dark edges show green frames on green."""
     image = np.array([rgb(c) for c in TOKENS], np.uint8)[tokens].repeat(CELL, 0).repeat(CELL, 1)
     y, x = np.indices(image.shape[:2]) % CELL
     depth = np.minimum(np.minimum(x, CELL - 1 - x), np.minimum(y, CELL - 1 - y))
@@ -185,8 +181,7 @@ def beside(left: np.ndarray, right: np.ndarray | None) -> Any:
     """Two grids in ARC's colours with an arrow between them, as text for a terminal."""
     from rich.text import Text
 
-    text, blank = Text(), np.zeros((0, left.shape[1]), np.uint8)
-    right = blank if right is None else right
+    text, right = Text(), left[:0] if right is None else right
     for r in range(max(len(left), len(right))):
         for grid, gap in ((left, "      " if r else "  ->  "), (right, "\n")):
             for cell in grid[r].tolist() if r < len(grid) else ():

@@ -55,10 +55,6 @@ def ask_demos(
     return data.batch(packed, episodes, cfg.model.raster), row.to(packed.cells.device)
 
 
-ADAPT_BATCH = 16  # slots of a step of full adaptation
-FP16_SCALE = 2.0**12  # of a loss in fp16, whose gradients would vanish
-
-
 def constant(context: Context) -> Encode:
     """An encoder that gives this context whatever it reads."""
     return Encode(lambda *_: context)
@@ -68,35 +64,30 @@ def likelihood(
     params: Params, cfg: Config, demos: Asked, context: Context, rows: int
 ) -> tuple[Tensor, Tensor]:
     """(gradient (R, T, D) of the summed loss of all ACT steps by the context tokens, zeros where
-    they need none; (rows,) mean log-probability of a demo's cell after the last step, 0 without
-    demos). One step's graph is alive at a time."""
+    they need none; (rows,) mean log-probability of a demo's cell at last, 0 without demos)."""
     tokens, (batch, row) = context.tokens, demos
     model = msgspec.structs.replace(cfg.model, q_weight=0.0)
     grad = torch.zeros(tokens.shape, device=tokens.device)
     carry = etrm.fresh_carry(model, batch.cells, tokens.dtype, tokens.device)
-    scale = FP16_SCALE if tokens.dtype == torch.float16 else 1.0
+    scale = 2.0**12 if tokens.dtype == torch.float16 else 1.0  # gradients in fp16 would vanish
     for _ in range(cfg.model.halt_max_steps):
         carry, out = etrm.act_step(params, model, constant(context), carry, batch, None)
         loss = etrm.act_loss(model, out, batch.labels, batch.cells)
         if tokens.requires_grad:
             grad += torch.autograd.grad(loss.total.sum() * scale, [tokens])[0].float() / scale
-    sums = torch.zeros(2, rows, device=tokens.device)
-    sums.index_add_(1, row, torch.stack((loss.lm, torch.ones_like(loss.lm))))
-    return grad, -sums[0] / sums[1].clamp(min=1)
+    value = torch.zeros(rows, device=tokens.device).index_add_(0, row, -loss.lm)
+    return grad, value / row.bincount(minlength=rows).clamp(min=1)
 
 
 def search_context(
-    params: Params, cfg: Config, encode: Encode, demos: Asked, context: Context,
-    deadline: float,
-) -> Context:  # fmt: skip
+    params: Params, cfg: Config, encode: Encode, demos: Asked, context: Context, deadline: float
+) -> Context:
     """The context plus the (B, T, D) that, added to the contexts of the *other* demos, makes each
-    demo likeliest: gradient steps from zero, the best kept row by row, so that no row's demos get
-    less likely. Rows do not depend on each other."""
+    demo likeliest: gradient steps from zero, the best kept for each row by itself."""
     tokens, (batch, row) = context.tokens, demos
     with torch.no_grad():
         base = encode.read(params.encoder, batch)
-    added = torch.zeros(tokens.shape, device=tokens.device)
-    best_added = torch.zeros_like(added)
+    added, best_added = torch.zeros(2, *tokens.shape, device=tokens.device)
     best = torch.full((len(tokens),), -torch.inf, device=tokens.device)
     opt = torch.optim.Adam([added], lr=cfg.solve.adapt_lr or 0.1)
     for step in range(cfg.solve.adapt_steps + 1):
@@ -122,17 +113,13 @@ def adaptation_config(cfg: Config) -> Config:
         raise UserError("solve.adapt: a table's rows are its tasks': there is nothing to adapt")
     replace, solve = msgspec.structs.replace, cfg.solve
     shards = 1 if train.undivided(cfg.model) else 4
-    steps = {"batch": ADAPT_BATCH, "shards": shards, "steps": solve.adapt_steps}
-    rate = {"lr": solve.adapt_lr or 1e-3, "warmup": 0, "final_lr": 0.1}
+    steps = replace(cfg.train, batch=16, shards=shards, steps=solve.adapt_steps)
     frozen = {k: n for k, n in cfg.optimizer.freeze.items() if n == 0}  # for ever
-    return replace(
-        cfg,
-        init_from=InitConfig(),
-        data=replace(cfg.data, query="leave_one_out", share={}),
-        optimizer=replace(cfg.optimizer, freeze=frozen, **rate),
-        train=replace(cfg.train, **steps),
-        eval=replace(cfg.eval, on="train"),
-    )
+    rate = {"lr": solve.adapt_lr or 1e-3, "warmup": 0, "final_lr": 0.1}
+    optimizer = replace(cfg.optimizer, freeze=frozen, **rate)
+    cfg = replace(cfg, init_from=InitConfig(), eval=replace(cfg.eval, on="train"))
+    drawn = replace(cfg.data, query="leave_one_out", share={})
+    return replace(cfg, data=drawn, optimizer=optimizer, train=steps)
 
 
 def adapt_weights(params: Params, cfg: Config, task: Task, deadline: float) -> Params:
@@ -194,12 +181,11 @@ def questions_of(
     hidden = [sources.hidden(t) for t in tasks]
     packed = data.pack(hidden, optim.hardware(cfg)[0])
     queries = data.queries(packed, "test", cfg.data)
-    blank = [
-        Prediction(t.name, i, score.task_hash(t), [], source=source)
-        for t in hidden
-        for i in range(len(t.queries))
-    ]
+    blank = [p._replace(source=source) for p in score.joined(hidden, [])]
     return Questions(hidden, packed, queries, blank, baselines.numbers(params, cfg, hidden, views))
+
+
+Units = Sequence[tuple[int, int]]  # rows of the questions, and the view of each
 
 
 class Posed(NamedTuple):
@@ -211,11 +197,10 @@ class Posed(NamedTuple):
     canvas: list[tuple[int, int]]
 
 
-def pose(questions: Questions, cfg: Config, units: Sequence[tuple[int, int]]) -> Posed:
-    """The batch of some (row of the questions, view)."""
+def pose(questions: Questions, cfg: Config, units: Units) -> Posed:
+    """The batch that asks these views of queries."""
     rows, view = torch.tensor(units).T
-    queries, table_row = data.chosen(questions.queries, rows), None
-    drawn = []
+    queries, table_row, drawn = data.chosen(questions.queries, rows), None, []
     for (row, number), t in zip(units, queries.task.tolist(), strict=True):
         query = questions.blank[row].query
         drawn.append(score.view(questions.tasks[t], query, number, cfg.data))
@@ -232,9 +217,8 @@ def pose(questions: Questions, cfg: Config, units: Sequence[tuple[int, int]]) ->
 
 
 def answer_batch(
-    params: Params, cfg: Config, questions: Questions, deadline: float,
-    units: Sequence[tuple[int, int]],
-) -> list[Prediction]:  # fmt: skip
+    params: Params, cfg: Config, questions: Questions, deadline: float, units: Units
+) -> list[Prediction]:
     """The vote of each (row, view), a prediction each; params are in the compute dtype."""
     posed, encode = pose(questions, cfg, units), encoder_of(cfg.model)
     if cfg.solve.adapt == "context":
@@ -243,8 +227,7 @@ def answer_batch(
         with torch.no_grad():
             context = encode.read(params.encoder, posed.batch)
         task = questions.queries.task[[r for r, _ in units]]
-        demos = ask_demos(questions.packed, cfg, task, posed.symmetry, posed.lots)
-        if demos:
+        if demos := ask_demos(questions.packed, cfg, task, posed.symmetry, posed.lots):
             context = search_context(params, cfg, encode, demos, context, deadline)
         encode = constant(context)
     steps, dtype = cfg.solve.act_steps or cfg.model.halt_max_steps, optim.hardware(cfg)[1]
@@ -252,29 +235,26 @@ def answer_batch(
     back, answers = data.inverse(posed.symmetry), []
     q = out.q_halt.float().nan_to_num(-1e9).tolist()
     for b, logits in enumerate(out.logits.float().split(posed.batch.cells)):
-        row, view = units[b]
+        p, view = questions.blank[units[b][0]], units[b][1]
         canvas = logits.argmax(-1).view(posed.canvas[b]).cpu().numpy()
         finite = logits.amax(-1).isfinite().all()  # the maximum of a row with a NaN is NaN
         grid = data.untokenise(canvas) if finite else None
         if grid is not None:
             grid = data.apply(Symmetry(back.dihedral[b], back.colours[b]), grid)
-        p = questions.blank[row]
         vote = Vote(grid, q[b], view, int(spent[b]), p.source)
         answers.append(p._replace(votes=[vote], canvas=None if view else canvas))
     return answers
 
 
 def predictions(
-    solver: Solver, questions: Questions, units: Sequence[tuple[int, int]], deadline: float
+    solver: Solver, questions: Questions, units: Units, deadline: float
 ) -> Iterator[list[Prediction]]:
     """Batch by batch, the votes of these (row, view), small canvases first; after `deadline`
     (time.monotonic) no batch begins."""
     cfg, (device, dtype) = solver.cfg, optim.hardware(solver.cfg)
-    rows = torch.tensor([row for row, _ in units]).long()
-    asked = data.chosen(questions.queries, rows)
+    asked = data.chosen(questions.queries, torch.tensor([row for row, _ in units]).long())
     demos = questions.packed.n_demos[asked.task]  # each is asked in a search over the context, too
-    copies = 1 + demos * (cfg.solve.adapt == "context")
-    parts = train.portions(asked, cfg.model, copies)
+    parts = train.portions(asked, cfg.model, 1 + demos * (cfg.solve.adapt == "context"))
     batches = [[units[i] for i in part.tolist()] for part in parts]
     cast = tree_map(lambda x: x.to(device, dtype), solver.params)
     vote_on = functools.partial(answer_batch, cast, cfg, questions, deadline)
@@ -328,15 +308,13 @@ def solver_of(name: str | Path, sets: Sequence[str] = ()) -> Solver:
 
 
 def answer(
-    solver: Solver, tasks: Sequence[Task], views: Sequence[int],
-    lines: Sequence[Prediction] = (), deadline: float = math.inf,
-) -> Iterator[list[Prediction]]:  # fmt: skip
+    solver: Solver, tasks: Sequence[Task], views: range, lines: list[Prediction], deadline: float
+) -> Iterator[list[Prediction]]:
     """Batch by batch, the solver's predictions that are not among the lines yet.
 
     With full adaptation task by task: each has its share of the time, by the cells of its largest
     demo grid, and learns in at most four fifths of that."""
-    most = max(views, default=-1) + 1
-    questions = questions_of(solver.params, solver.cfg, tasks, most, solver.source)
+    questions = questions_of(solver.params, solver.cfg, tasks, views.stop, solver.source)
     done = {(p.hash, p.query, v.view) for p in lines if p.source == solver.source for v in p.votes}
     by_task: dict[int, list[tuple[int, int]]] = {}
     for row, p in enumerate(questions.blank):
@@ -347,8 +325,8 @@ def answer(
         every_unit = [unit for units in by_task.values() for unit in units]
         yield from predictions(solver, questions, every_unit, deadline)
         return
-    demos = {t: [x for pair in questions.tasks[t].demos for x in pair] for t in by_task}
-    largest = {t: max(x.size for x in grids) for t, grids in demos.items()}
+    pairs = {t: questions.tasks[t].demos for t in by_task}
+    largest = {t: max(max(x.size, y.size) for x, y in demos) for t, demos in pairs.items()}
     left = sum(largest.values())
     for t, units in by_task.items():
         if (begun := time.monotonic()) > deadline:
@@ -367,7 +345,7 @@ def answer(
 
 def ask(solver: Solver, tasks: Sequence[Task], views: int = 0) -> list[Prediction]:
     """Votes for every query of the tasks, in order; views of each, 0: as configured."""
-    parts = answer(solver, tasks, range(views or solver.cfg.solve.views))
+    parts = answer(solver, tasks, range(views or solver.cfg.solve.views), [], math.inf)
     return score.joined(tasks, [p for part in parts for p in part])
 
 
@@ -395,11 +373,9 @@ def joint(
 ) -> list[Prediction]:
     """One prediction for each query of the tasks: the first views of some solvers' lines."""
     chosen, names = [], {s.source for s in voters}
-    for p in lines:
-        if p.source in names:
-            votes = [v for v in p.votes if v.view < views]
-            seconds = p.seconds * len(votes) / max(1, len(p.votes))
-            chosen.append(p._replace(votes=votes, seconds=seconds))
+    for p in (p for p in lines if p.source in names and p.votes):
+        votes = [v for v in p.votes if v.view < views]
+        chosen.append(p._replace(votes=votes, seconds=p.seconds * len(votes) / len(p.votes)))
     return score.joined(tasks, chosen)
 
 
@@ -408,19 +384,14 @@ def facts_of(solvers: Sequence[Solver], predictions: Sequence[Prediction]) -> di
     steps = [v.step for p in predictions for v in p.votes if v.step]
     ways = {f"adaptation {s.cfg.solve.adapt}" if s.meta else "hand-made" for s in solvers}
     guards = set()
-    for s in solvers:
-        if s.meta:
-            finding = str(msgspec.convert(s.meta["finding"], sources.Finding))
-            guards.add(finding if s.cfg.data.dev else f"{finding}; NO DEV SPLIT was held out")
-    return {
-        "checkpoints": [str(s.path) for s in solvers],
-        "adaptation": " and ".join(sorted(ways)),
-        "guard": "; ".join(sorted(guards)),
-        "votes": sum(len(p.votes) for p in predictions),
-        "act_steps": sum(steps) / len(steps) if steps else None,
-        "seconds_per_task": sum(p.seconds for p in predictions)
-        / len({p.task for p in predictions}),
-    }
+    for s in (s for s in solvers if s.meta):
+        finding = str(msgspec.convert(s.meta["finding"], sources.Finding))
+        guards.add(finding if s.cfg.data.dev else f"{finding}; NO DEV SPLIT was held out")
+    n_tasks, n_votes = len({p.task for p in predictions}), sum(len(p.votes) for p in predictions)
+    facts: dict[str, Any] = {"checkpoints": [str(s.path) for s in solvers], "votes": n_votes}
+    facts |= {"adaptation": " and ".join(sorted(ways)), "guard": "; ".join(sorted(guards))}
+    facts["act_steps"] = sum(steps) / len(steps) if steps else None
+    return facts | {"seconds_per_task": sum(p.seconds for p in predictions) / n_tasks}
 
 
 def evaluate(
@@ -431,8 +402,7 @@ def evaluate(
     """Ask solvers, which vote together, then score what is on disk: no output is seen before that.
 
     The default data is the dev split of the first, whose number of views is that of all. budget:
-    seconds, after which no batch begins. Predictions that the file holds are not made again.
-    Without any known output nothing is scored. `submit` is written after every round of views."""
+    seconds, after which no batch begins. `submit` is written after every round of views."""
     deadline = time.monotonic() + budget
     solvers = [solver_of(name, sets) for name in names]
     first, views = solvers[0], solvers[0].cfg.solve.views
@@ -479,15 +449,15 @@ def evaluate(
 
 def overfit(cfg: Config, fit: Callable[[Config], dict[str, Any]]) -> dict[str, Any]:
     """Train as the config says; the last evaluation of the training set itself, as text too."""
-    folder, again = Path(cfg.run.dir), 1
-    while (folder / "run.json").exists():  # a measurement starts anew and overwrites nothing
+    folder, again = cfg.run.dir, 1
+    while Path(folder, "run.json").exists():  # a measurement starts anew and overwrites nothing
         again += 1
-        folder = Path(f"{cfg.run.dir}-{again}")
-    run = msgspec.structs.replace(cfg.run, dir=str(folder))
+        folder = f"{cfg.run.dir}-{again}"
+    run = msgspec.structs.replace(cfg.run, dir=folder)
     row, weights = fit(msgspec.structs.replace(cfg, run=run)), cfg.eval.weights[0]
     exact, cells, n = (row[f"train/{weights}/own/{k}"] for k in ("exact", "cell_accuracy", "n"))
     text = f"{row['step']} steps, {row['samples']:,} sample-steps, {row['seconds']:.0f} s\n"
     text += f"{weights} weights: exact match {score.with_interval(exact, int(n))}"
-    result = {"steps": row["step"], "samples": row["samples"], "seconds": row["seconds"]}
-    result |= {"exact_match": exact, "cell_accuracy": cells, "pairs": int(n)}
-    return result | {"text": f"{text}, cells {100 * cells:.2f} %"}
+    text += f", cells {100 * cells:.2f} %"
+    result = {"exact_match": exact, "cell_accuracy": cells, "pairs": int(n), "text": text}
+    return result | {"steps": row["step"], "samples": row["samples"], "seconds": row["seconds"]}

@@ -33,8 +33,8 @@ EMBEDDED = ("arc1:training", "arc1:evaluation", "arc1:dev", "arc2:training", "ar
 BESIDE = re.compile(r"^predictions|(^|[_-])(solutions|submission|predictions|looks|metadata)$")
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 SEQUENCE, NUMBER = (list, tuple, np.ndarray), (int, float, np.integer, np.floating)
-
 Pair = tuple[np.ndarray, np.ndarray]
+warn_once = cache(logging.getLogger(__package__).warning)
 
 
 class TooLarge(UserError):
@@ -58,24 +58,26 @@ def check_grid(grid: Any, where: str, largest: int = MAX_SIDE) -> np.ndarray:
     return np.array(cells, np.uint8).reshape(h, w)
 
 
-def check_pair(pair: Any, where: str, is_demo: bool) -> tuple[np.ndarray, Any]:
-    """(input, output) of {"input", "output"} or [input, output]; a query's output may be None."""
+def check_pair(pair: Any, where: str, is_demo: bool, answer: Any = None) -> tuple[np.ndarray, Any]:
+    """(input, output) of {"input", "output"} or [input, output]; a query's output may be None, and
+    is the answer where there is one."""
     if isinstance(pair, (list, tuple)) and len(pair) == 2:
         pair = {"input": pair[0], "output": pair[1]}
     raw = pair if isinstance(pair, dict) else {}
-    x, output = raw.get("input"), raw.get("output")
-    if x is None or (is_demo and output is None):
+    x, y = raw.get("input"), raw.get("output") if answer is None else answer
+    if x is None or (is_demo and y is None):
         raise UserError(f'{where}: a pair needs "input"' + ' and "output"' * is_demo)
     side = MAX_SIDE if is_demo else QUERY_SIDE
     x = check_grid(x, f"{where}.input", side)
-    return x, None if output is None else check_grid(output, f"{where}.output", side)
+    return x, None if y is None else check_grid(y, f"{where}.output", side)
 
 
 def check_task(
     name: str, raw: Any, where: str, large: list[str] | None = None, solutions: Any = None
 ) -> Task:
-    """A validated task of {"train", "test"}, of {"examples"} or of a list of pairs (all demos);
-    for each pair that is too large and left out, `large` gets its name."""
+    """A validated task of {"train", "test"}, of {"examples"} or of a list of pairs (all demos).
+
+    A pair that is too large is left out and its task named in `large`, where that is a list."""
     where = f"{where}: task {name}"
     if CONTROL.search(name):
         raise UserError(f"{where!r}: a control character in its name")
@@ -88,18 +90,15 @@ def check_task(
     if solutions is not None and (not isinstance(solutions, list) or len(solutions) != len(asked)):
         raise UserError(f"{where}: the solutions file must list one grid per query")
     task, answers = Task(name, [], []), solutions or [None] * len(asked)
-    for key, pairs, checked in (("train", demos, task.demos), ("test", asked, task.queries)):
-        for n, pair in enumerate(pairs):
-            at = f"{where}, {key}[{n}]"
-            try:
-                x, y = check_pair(pair, at, is_demo=key == "train")
-                if key == "test" and answers[n] is not None:
-                    y = check_grid(answers[n], f"{at}.output", QUERY_SIDE)
-                checked.append((x, y))
-            except TooLarge:
-                if large is None:
-                    raise
-                large.append(name)
+    for n, pair in enumerate(demos):
+        try:
+            task.demos.append(check_pair(pair, f"{where}, train[{n}]", is_demo=True))
+        except TooLarge:
+            if large is None:
+                raise
+            large.append(name)
+    for n, (pair, answer) in enumerate(zip(asked, answers, strict=True)):
+        task.queries.append(check_pair(pair, f"{where}, test[{n}]", False, answer))
     return task
 
 
@@ -144,8 +143,7 @@ def read_json(path: Path) -> Any:
 
 def files_below(folder: Path) -> list[Path]:
     """The files of tasks in a folder, each once: links are followed, hidden ones skipped."""
-    by_real_path: dict[str, Path] = {}
-    visited = set[str]()
+    by_real_path, visited = dict[str, Path](), set[str]()
 
     def refuse(e: OSError) -> None:
         raise UserError(f"{e.filename}: {e.strerror}")
@@ -244,18 +242,13 @@ def read_source(source: str, large: list[str]) -> Iterable[Task]:
     return (task for file in files for task in read_tasks(file, large))
 
 
-@cache
-def warn_once(text: str) -> None:
-    logging.getLogger(__package__).warning(text)
-
-
 def load(sources: str | Path | Sequence[str | Path], hide: bool = False) -> list[Task]:
     """All tasks of the sources, sorted by name; equal copies under one name once.
 
     hide: outputs of queries are checked and dropped. Demos beyond 30 x 30 are left out, which is
     logged. Raises UserError on anything malformed or empty."""
-    tasks: dict[str, Task] = {}
     wanted = [str(s) for s in ([sources] if isinstance(sources, (str, Path)) else sources)]
+    tasks: dict[str, Task] = {}
     for source in wanted:
         large: list[str] = []
         for task in read_source(source, large):
@@ -272,10 +265,9 @@ def load(sources: str | Path | Sequence[str | Path], hide: bool = False) -> list
 
 def free_name(task: Task, named: Mapping[str, Task]) -> str:
     """The task's name, or with its content behind it if another task has that name already."""
-    digest = asked_digest(task)
-    if task.name not in named or asked_digest(named[task.name]) == digest:
+    if task.name not in named or task_hash(named[task.name]) == task_hash(task):
         return task.name
-    return f"{task.name}#{digest.hex()[:8]}"
+    return f"{task.name}#{task_hash(task)[:8]}"
 
 
 def hidden(task: Task) -> Task:
@@ -283,9 +275,9 @@ def hidden(task: Task) -> Task:
     return task._replace(queries=[(x, None) for x, _ in task.queries])
 
 
-def asked_digest(task: Task) -> bytes:
+def task_hash(task: Task) -> str:
     """Content of a task but for the outputs of its queries: the same whether they are known."""
-    return task_digest(hidden(task))
+    return task_digest(hidden(task)).hex()
 
 
 def set_hash(tasks: Iterable[Task]) -> str:
@@ -307,12 +299,10 @@ class Finding(msgspec.Struct, frozen=True):
     started: str = ""  # what is known of the weights that training started from
 
     def __str__(self) -> str:
-        parts = [
-            f"{self.set_aside} dev tasks set aside, {len(self.dropped)} dropped for a shared pair",
-            *(f"{a} = {b}" for a, b in self.dropped[:4]),
-            f"{self.tiny} equal tiny pairs ignored" if self.tiny else "",
-            self.warning,
-        ]
+        dropped = f"{len(self.dropped)} dropped for a shared pair"
+        equal = (f"{a} = {b}" for a, b in self.dropped[:4])
+        tiny = f"{self.tiny} equal tiny pairs ignored" if self.tiny else ""
+        parts = f"{self.set_aside} dev tasks set aside, {dropped}", *equal, tiny, self.warning
         return "; ".join(filter(None, parts))
 
     @property
@@ -350,17 +340,15 @@ def guard(
 ) -> tuple[list[Task], Finding]:
     """Training tasks that share no pair with a dev or held-out task, by content and up to symmetry.
 
-    Chance is no collision: pairs equal to those of one other task that have fewer than
-    MIN_SHARED_CELLS cells together, unless they are all the pairs there are. Dev tasks are left out
-    under every policy. Of tasks that collide with a held-out one, refuse: raise UserError; drop:
-    leave them out; demos (the published protocol): train on the held-out demos, too, and drop what
-    collides with the query of another held-out task."""
+    Pairs of fewer than MIN_SHARED_CELLS cells together are ignored, unless they are all that the
+    task has. A shared pair with a dev task drops a task under every policy; with a held-out one,
+    refuse raises UserError and drop leaves it out; demos (the published protocol) trains on the
+    held-out demos, too, and drops what collides with the query of another held-out task."""
     dev_names, compared, candidates = {t.name for t in dev}, held_out, [(t, "") for t in train]
     if policy == "demos":
         compared = [t._replace(demos=[]) for t in held_out]
         candidates += [(Task(f"{t.name}#demos", t.demos, []), t.name) for t in held_out]
-    names: dict[bytes, set[str]] = defaultdict(set)  # of the tasks that have a pair
-    rough: set[tuple] = set()
+    names, rough = defaultdict[bytes, set[str]](set), set[tuple]()  # of the tasks that have a pair
     for task in (*compared, *dev):
         for pair in known_pairs(task):
             rough.add(rough_key(pair))
@@ -423,10 +411,9 @@ def prepare(cfg: DataConfig) -> tuple[list[Task], list[Task], Finding]:
 
 def within_reach(task: Task) -> Task:
     """Without the queries beyond 30 x 30, which evaluation counts as unanswered."""
-    grids = [(x, x if y is None else y) for x, y in task.queries]
-    sides = [max(*x.shape, *y.shape) for x, y in grids]
-    queries = [q for q, side in zip(task.queries, sides, strict=True) if side <= MAX_SIDE]
-    return task._replace(queries=queries)
+    shapes = [x.shape + (() if y is None else y.shape) for x, y in task.queries]
+    fitting = [q for q, sides in zip(task.queries, shapes, strict=True) if max(sides) <= MAX_SIDE]
+    return task._replace(queries=fitting)
 
 
 def describe(tasks: Sequence[Task]) -> dict[str, Any]:
@@ -434,14 +421,10 @@ def describe(tasks: Sequence[Task]) -> dict[str, Any]:
     packed, canvases = pack(tasks), {}
     for rule in ("leave_one_out", "test"):
         asked = queries(packed, rule, DataConfig())
-        canvases[rule] = histogram(asked.canvas[asked.fits].amax(1))
-        canvases[rule]["too_large"] = int((~asked.fits).sum())
-    return {
-        "tasks": len(tasks),
-        "pairs": len(packed.task_of),
-        "queries": sum(len(t.queries) for t in tasks),
-        "hidden_outputs": int((packed.grids[:, 1, 1] == 0).sum()),
-        "demos_per_task": dict(sorted(Counter(packed.n_demos.tolist()).items())),
-        "canvases": canvases,
-        "hash": set_hash(tasks),
-    }
+        too_large = {"too_large": int((~asked.fits).sum())}
+        canvases[rule] = histogram(asked.canvas[asked.fits].amax(1)) | too_large
+    counts = {"tasks": len(tasks), "pairs": len(packed.task_of)}
+    counts["queries"] = sum(len(t.queries) for t in tasks)
+    counts["hidden_outputs"] = int((packed.grids[:, 1, 1] == 0).sum())
+    demos = dict(sorted(Counter(packed.n_demos.tolist()).items()))
+    return {**counts, "demos_per_task": demos, "canvases": canvases, "hash": set_hash(tasks)}

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import data, score
+from .. import data, score, sources
 from ..config import DataConfig
 from ..data import EOS, Task
 from .grids import Grid, crop, enclosed, enlarged, mirror_tiled, parts
@@ -279,7 +279,7 @@ def predict(tasks: Sequence[Task], views: Sequence[int]) -> Iterator[list[score.
     """Task by task, the votes of these views for every query; q: log-odds of a demo's cell."""
     cfg = DataConfig()
     for task, query in ((t, q) for t in tasks for q in range(len(t.queries))):
-        begun, votes, first, key = time.monotonic(), [], None, score.task_hash(task)
+        begun, votes, first, key = time.monotonic(), [], None, sources.task_hash(task)
         if max(task.queries[query][0].shape) > data.MAX_SIDE:
             continue
         for number in views:

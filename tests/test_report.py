@@ -28,7 +28,7 @@ def vote(folder, task, *answers, source=""):
     """Answers to the first query of a task, one vote each, in the run's predictions."""
     source = source or solve.opened(folder).source
     votes = [score.Vote(a, view=i, step=1, source=source) for i, a in enumerate(answers)]
-    prediction = score.Prediction(task.name, 0, score.task_hash(task), votes, source=source)
+    prediction = score.Prediction(task.name, 0, sources.task_hash(task), votes, source=source)
     score.append(folder / "predictions.jsonl", [score.to_line(prediction)])
 
 

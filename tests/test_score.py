@@ -165,7 +165,7 @@ def test_two_writers_wait_for_each_other(tmp_path):
 
 @given(VOTES, VOTES, SHUFFLE)
 def test_joining_counts_a_vote_once_whatever_the_order(a, b, random):
-    key, canvas = score.task_hash(SINGLE), tokenise(ONE, (3, 4))
+    key, canvas = sources.task_hash(SINGLE), tokenise(ONE, (3, 4))
     parts = [Prediction("t", 0, key, [v], source="s") for v in a]
     parts += [Prediction("other", 0, key, [v._replace(source="r")]) for v in b]
     parts += [prediction("t", TWO, hash="")]  # a submission, by name
@@ -181,7 +181,7 @@ def test_joining_counts_a_vote_once_whatever_the_order(a, b, random):
 
 
 def test_what_machines_disagree_about_does_not_go_by_their_order():
-    key, canvases = score.task_hash(SINGLE), [tokenise(x, (3, 3)) for x in (ONE, TWO)]
+    key, canvases = sources.task_hash(SINGLE), [tokenise(x, (3, 3)) for x in (ONE, TWO)]
     one = Prediction("t", 0, key, [Vote(ONE, 0.1, source="a")], canvases[0], source="a")
     votes = [Vote(TWO, 0.2, source="a"), Vote(TWO, 0.3, source="b")]
     other = Prediction("t", 0, key, votes, canvases[1], source="b")

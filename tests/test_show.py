@@ -140,5 +140,5 @@ def test_a_file_that_cannot_be_written_and_an_unknown_task_are_named(tmp_path):
     with pytest.raises(UserError, match="cannot be written"):
         show.save(show.picture(line(target, target=target)), tmp_path / "nowhere" / "a.png")
     assert show.find_task([str(puzzles.SET)], "flip").name == "flip"
-    with pytest.raises(UserError, match="one of 6 tasks of .*, for instance flip"):
+    with pytest.raises(UserError, match="one of 6 tasks of .*did you mean flip"):
         show.find_task([str(puzzles.SET)], "flop")

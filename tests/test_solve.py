@@ -218,7 +218,7 @@ def test_hand_made_solvers_vote_and_are_never_one_number_with_learned_ones(run, 
         for t in tasks:
             for i in range(len(t.queries)):
                 votes = [Vote(t.demos[0][1], view=v, source="made-1") for v in views]
-                yield [Prediction(t.name, i, score.task_hash(t), votes, source="made-1")]
+                yield [Prediction(t.name, i, sources.task_hash(t), votes, source="made-1")]
 
     monkeypatch.setitem(sys.modules, "made", SimpleNamespace(SOURCE="made-1", predict=predict))
     monkeypatch.setitem(solve.SOLVERS, "made", "made")
