@@ -258,8 +258,7 @@ def evaluate(
     sets: Set = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:
-    """Answer tasks and score the answers: the dev split, or --data. Votes on disk are kept:
-    after an interrupt the same command goes on."""
+    """Answer and score the dev split, or --data; after an interrupt the same command goes on."""
     from . import solve
 
     for path in checkpoints:
@@ -371,8 +370,7 @@ def report(
     sources: Data = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:
-    """Write one HTML file, RUN/report.html: curves, known failures, config, gallery, contexts.
-    The gallery shows tasks of the dev split, or of --data."""
+    """Write RUN/report.html: curves, failures, config, a gallery of dev or --data, contexts."""
     path, page = importlib.import_module(REPORT).report(run, sources)
     echo(*(mark["text"] for mark in page["marks"]), page["note"], path)
     last_line(as_json, {"output": str(path), "marks": page["marks"], "note": page["note"]})

@@ -73,13 +73,12 @@ def rows_of(text: str, first: int) -> list[list[int]]:
 
 def to_line(p: Prediction) -> str:
     """One prediction as a line of JSON; its votes have one source."""
-    line: dict[str, Any] = {k: getattr(p, k) for k in ("task", "query", "hash", "source")}
-    line["seconds"] = round(p.seconds, 3)
-    line["canvas"] = None if p.canvas is None else canvas_text(p.canvas)
-    line["votes"] = [
-        {"view": v.view, "step": v.step, "q": v.q, "grid": grid_text(v.grid)} for v in p.votes
-    ]
-    return json.dumps(line)
+    keys, votes = ("view", "step", "q"), []
+    for v in p.votes:
+        votes.append({k: getattr(v, k) for k in keys} | {"grid": grid_text(v.grid)})
+    line = {k: getattr(p, k) for k in ("task", "query", "hash", "source")}
+    canvas = None if p.canvas is None else canvas_text(p.canvas)
+    return json.dumps({**line, "seconds": round(p.seconds, 3), "canvas": canvas, "votes": votes})
 
 
 def from_line(text: str, where: str) -> Prediction:
@@ -130,9 +129,8 @@ def append(path: Path, lines: Iterable[str]) -> None:
 
 
 def view(task: Task, query: int, number: int, cfg: DataConfig) -> tuple[Symmetry, Tensor]:
-    """Symmetry () and uniform numbers that order the demos; view 0 is the task as it is.
-
-    Drawn from the task's content: other tasks, their order and hidden outputs are no matter."""
+    """Symmetry () and uniform numbers that order the demos, drawn from the task's content without
+    hidden outputs; view 0 is the task as it is."""
     lots = 1 + len(task.demos)
     u = data.uniform(11 + lots, int(sources.task_hash(task)[:13], 16), data.VIEW, query, number)
     if number == 0:
@@ -184,9 +182,8 @@ class Answer(NamedTuple):
 
 
 def rank(votes: Sequence[Vote]) -> list[Answer]:
-    """Different answers by their number of votes, as published; the order of votes is no matter.
-
-    Ties go by mean sigmoid(q), then by the earliest view, then by content."""
+    """Different answers by their number of votes, as published; ties by mean sigmoid(q), then by
+    the earliest view, then by content."""
     groups: dict[Any, list[Vote]] = defaultdict(list)  # by content
     for v in votes:
         if v.grid is not None:
@@ -240,9 +237,8 @@ def judge(p: Prediction, output: np.ndarray) -> Judged:
 def score(tasks: Sequence[Task], predictions: Sequence[Prediction]) -> dict[str, Any]:
     """Scores over the queries with a known output; an unanswered one is wrong. {} without any.
 
-    pass@k (the headline, as published): mean over tasks of the share of their queries solved;
-    all_queries/pass@k: share of the tasks all of whose queries are solved; per_output/pass@k: share
-    of queries."""
+    pass@k (as published): mean over tasks of the share of their queries solved; all_queries/: share
+    of tasks with all queries solved; per_output/: share of queries."""
     by_name, rows = {(p.task, p.query): p for p in predictions}, []  # a row for each task
     for task in tasks:
         known = [(i, y) for i, (_, y) in enumerate(task.queries) if y is not None]
@@ -286,8 +282,8 @@ def count_evaluation(
 ) -> dict[str, int | None]:
     """Count an evaluation of held-out tasks, by content: ARC's evaluation sets and a config's own.
 
-    The number is that of the task evaluated most often, kept in the user's state folder; None where
-    that cannot be written. {} where no task is held out."""
+    The number, kept in the user's state folder, is that of the task evaluated most often; None
+    where it cannot be written, {} where no task is held out."""
     named = [s for s in held_out if s in known or Path(s).exists()]
     held = frozenset().union(*map(contents, ("arc1:evaluation", "arc2:evaluation", *named)))
     tasks = sorted({sources.task_hash(t)[:16] for t in sum(known.values(), [])} & held)
@@ -321,7 +317,7 @@ def judged(
     known: dict[str, list[Task]], predictions: Sequence[Prediction], held_out: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Scores of predictions, of each source where there are several, and the number of this
-    evaluation of held-out tasks, as in `count_evaluation`; nothing of it without known outputs."""
+    evaluation of held-out tasks; nothing of it without known outputs."""
     scores = score(sum(known.values(), []), predictions)
     if scores:
         if len(known) > 1:
@@ -348,9 +344,7 @@ def submission(predictions: Iterable[Prediction]) -> dict[str, list[dict[str, An
 
 
 def read_submission(path: Path) -> list[Prediction]:
-    """A submission's attempts as votes: equal ones are one, a placeholder is none.
-
-    Raises UserError naming task, query and attempt."""
+    """A submission's attempts as votes: equal ones are one, a placeholder is none."""
     raw, predictions = sources.read_json(path), []
     if not isinstance(raw, dict) or not raw:
         raise UserError(f"{path}: a submission maps task ids to lists of attempts")
@@ -374,7 +368,6 @@ def load_by_source(
     names: Sequence[str], limit: int = 0, shard: str = "1/1", hide: bool = False
 ) -> dict[str, list[Task]]:
     """The first `limit` tasks (0: all), source by source; every n-th of each for the shard "i/n".
-
     A task that an earlier source has is left out; another of its id gets a name of its own."""
     part, _, parts = shard.partition("/")
     if not (part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):

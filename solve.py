@@ -1,8 +1,7 @@
 """Tasks to predictions: votes of views, adaptation to the demos at test time, evaluation.
 
 Axes: B rows = views of queries, R demos asked from the others, T context tokens, D hidden.
-Adaptation is after arXiv 2411.08706 (Bonnet & Macfarlane: a search over the context) and
-2411.07279 (Akyürek et al.: a copy of the weights is trained).
+Adaptation: arXiv 2411.08706 (search over the context), 2411.07279 (a copy of the weights learns).
 """
 
 from __future__ import annotations
@@ -38,9 +37,8 @@ Asked = tuple[data.Batch, Tensor]  # demos as queries; (R,) the row that each be
 def ask_demos(
     packed: data.Tasks, cfg: Config, task: Tensor, symmetry: Symmetry, lots: Tensor
 ) -> Asked | None:
-    """Every demo of each row's task (B,), asked from the others under the row's view.
-
-    It lies on a canvas that holds all demos. None where each task has a single one."""
+    """Every demo of each row's task (B,), asked from the others under the row's view, on a canvas
+    that holds all demos. None where each task has a single one."""
     count = torch.where(packed.n_demos > 1, packed.n_demos, 0)[task]
     if not count.any():
         return None
@@ -123,8 +121,8 @@ def adaptation_config(cfg: Config) -> Config:
 
 
 def adapt_weights(params: Params, cfg: Config, task: Task, deadline: float) -> Params:
-    """Weights trained on the task's demos until all slots were right in three steps running, or the
-    steps or the time are over. The same weights where no demo fits the canvas of the others."""
+    """Weights trained on the task's demos until all slots are right in three steps running, or the
+    steps or the time are over; unchanged where no demo fits the canvas of the others."""
     cfg, task = adaptation_config(cfg), task._replace(queries=[])
     queries = data.queries(data.pack([task]), cfg.data.query, cfg.data)
     if not queries.fits.any() or time.monotonic() > deadline:
@@ -310,10 +308,8 @@ def solver_of(name: str | Path, sets: Sequence[str] = ()) -> Solver:
 def answer(
     solver: Solver, tasks: Sequence[Task], views: range, lines: list[Prediction], deadline: float
 ) -> Iterator[list[Prediction]]:
-    """Batch by batch, the solver's predictions that are not among the lines yet.
-
-    With full adaptation task by task: each has its share of the time, by the cells of its largest
-    demo grid, and learns in at most four fifths of that."""
+    """Batch by batch, the solver's predictions that are not among the lines yet. With full
+    adaptation each task has a share of the time, by the cells of its largest demo grid."""
     questions = questions_of(solver.params, solver.cfg, tasks, views.stop, solver.source)
     done = {(p.hash, p.query, v.view) for p in lines if p.source == solver.source for v in p.votes}
     by_task: dict[int, list[tuple[int, int]]] = {}
@@ -334,7 +330,7 @@ def answer(
         if solver.predict:
             yield from solver.predict([questions.tasks[t]], views)
             continue
-        learn_until = begun + 0.8 * (deadline - begun) * largest[t] / left
+        learn_until = begun + 0.8 * (deadline - begun) * largest[t] / left  # 0.2: to answer
         params = adapt_weights(solver.params, solver.cfg, questions.tasks[t], learn_until)
         learning = time.monotonic() - begun  # counted with the task's first votes
         for part in predictions(solver._replace(params=params), questions, units, deadline):

