@@ -37,12 +37,13 @@ from .data import Task, parsed, task_digest
 from .encoders import init_params
 from .etrm import Carry, Params, leaves, rebuild
 from .optim import matched
-from .sources import Finding, pair_digest
+from .sources import Finding, known_pairs, pair_digest
 
 fcntl = importlib.import_module("fcntl") if os.name == "posix" else None  # Windows: no locks
 FORMAT = 2
 SHIPPED = Path(__file__).parent / "checkpoints"
 LONGEST = 1000  # cycles and ACT steps that a checkpoint may ask for
+Tensors = dict[str, Tensor]
 
 # ---------------------------------------------------------------- writing
 
@@ -228,8 +229,8 @@ def order_hash(tasks: Iterable[Task]) -> str:
 
 def pair_digests(tasks: Iterable[Task], others: Tensor) -> Tensor:
     """(N, 16) sorted digests of the pairs of tasks whose output is known, joined with (M, 16)."""
-    pairs = ((x, y) for t in tasks for x, y in (*t.demos, *t.queries) if y is not None)
-    digests = {pair_digest(pair) for pair in pairs} | {*map(bytes, others.tolist())}
+    digests = {pair_digest(pair) for task in tasks for pair in known_pairs(task)}
+    digests |= {*map(bytes, others.tolist())}
     flat = np.frombuffer(b"".join(sorted(digests)), np.uint8)
     return torch.from_numpy(flat.copy()).view(-1, 16)
 
@@ -415,9 +416,8 @@ class Run(contextlib.ExitStack):
         self.track(row)
 
     def save(
-        self, names: Sequence[str], weights: dict[str, Tensor], state: dict[str, Tensor],
-        facts: dict[str, Any],
-    ) -> None:  # fmt: skip
+        self, names: list[str], weights: Tensors, state: Tensors, facts: dict[str, Any]
+    ) -> None:
         """Write the weights under these names, then the state, if any, while training continues.
         The state comes last, so that everything it refers to is there already."""
 
