@@ -416,7 +416,7 @@ class Run(contextlib.ExitStack):
         self.track(row)
 
     def save(
-        self, names: list[str], weights: Tensors, state: Tensors, facts: dict[str, Any]
+        self, names: Sequence[str], weights: Tensors, state: Tensors, facts: dict[str, Any]
     ) -> None:
         """Write the weights under these names, then the state, if any, while training continues.
         The state comes last, so that everything it refers to is there already."""
@@ -496,8 +496,8 @@ def source_of(path: str, cfg: ModelConfig, like: dict[str, Tensor]) -> Source:
     file = find(path)
     if file.suffix != ".safetensors":
         published = importlib.import_module(f"{__package__}.extras.published")
-        facts = published.read(file, cfg.encoder.kind, like)
-        return Source(file, *facts, torch.zeros(0, 16, dtype=torch.uint8))
+        tensors, stated, started = published.read(file, cfg.encoder.kind, like)
+        return Source(file, tensors, stated, started, torch.zeros(0, 16, dtype=torch.uint8))
     c = load(file)
     finding = msgspec.convert(c.meta["finding"], Finding)
     demos = f"{file.name}: trained on DEMOS of held-out tasks" if finding.admitted else ""
