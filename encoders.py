@@ -308,9 +308,9 @@ AXES: dict[str, Callable[[Axis], tuple[Tensor, Tensor]]] = {
     "third 3": lambda a: (a.place + 2 * ((a.size + 1) // 3), third(a.size)),
 }
 D8 = [(r, c, swap) for r in ("same", "flip") for c in ("same", "flip") for swap in (False, True)]
-BOTH = "box, box flip, tile 2, tile 3, tile n, fold, scale 2, scale 3, scale n"
+BOTH = "box, box flip, tile 2, tile 3, tile n, fold, scale 2, scale 3, scale n, every 2nd, "
+BOTH += "every 3rd"
 ONE = "next, previous, roll, roll back, start, end, box flip, tile 2, fold, fold back, scale 2"
-BOTH += 2 * ", every 2nd, every 3rd"  # the second time in vain, but trained weights have them
 ONE += ", every 2nd, half 1, half 2, third 1, third 2, third 3"
 # Frames: (how rows are seen, how columns are seen, whether rows and columns change places).
 FRAMES: tuple[tuple[str, str, bool], ...] = (
