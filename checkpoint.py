@@ -12,13 +12,11 @@ import contextlib
 import hashlib
 import importlib
 import json
-import math
 import os
 import platform
 import signal
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -210,16 +208,6 @@ def load(path: str | Path) -> Checkpoint:
 def warned(meta: dict[str, Any]) -> str:
     """The warning of the guard's finding in the metadata of a run or checkpoint; "" for none."""
     return msgspec.convert(meta["finding"], Finding).warning
-
-
-def inspect(path: str | Path) -> dict[str, Any]:
-    """What a checkpoint holds: the shapes of its parameters, their number, and its metadata."""
-    c = load(path)
-    shapes = {name: tuple(x.shape) for name, x in leaves(c.params).items()}
-    facts = {k: c.meta[k] for k in ("step", "data", "tasks", "dtype", "config", "score")}
-    facts |= {"checkpoint": str(c.path), "shapes": shapes, "pairs": len(c.pairs)}
-    facts["finding"] = str(msgspec.convert(c.meta["finding"], Finding))
-    return facts | {"parameters": sum(map(math.prod, shapes.values()))}
 
 
 def order_hash(tasks: Iterable[Task]) -> str:
@@ -446,27 +434,6 @@ def is_held(folder: Path) -> bool:
         except OSError:
             return True
     return False
-
-
-def described(folder: Path) -> dict[str, Any]:
-    """A run: its state, step, best value of what it watches, and seconds since its last row."""
-    try:
-        about, facts = parsed((folder / "run.json").read_text()), newest_facts(folder)
-        cfg, age = about["config"], time.time() - (folder / "metrics.jsonl").stat().st_mtime
-        state = "running" if is_held(folder) else facts.get("ended") or "stopped"
-        row = {"run": str(folder), "state": state, "step": facts.get("step", 0)}
-        row |= {"steps": cfg["train"]["steps"], "best": facts.get("best"), "age_s": round(age)}
-        watched = f"{cfg['eval']['on']}/{cfg['eval']['weights'][0]}/own/loss"
-        return {**row, "watched": watched, "guard": warned(about)}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
-        return {"run": str(folder), "state": f"unreadable: {e!r}", "age_s": 0}
-
-
-def listing(root: Path) -> list[dict[str, Any]]:
-    """Every run below a folder."""
-    if not root.is_dir():
-        raise UserError(f"{root}: no such folder")
-    return [described(about.parent) for about in sorted(root.rglob("run.json"))]
 
 
 # ---------------------------------------------------------------- what training starts from

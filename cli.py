@@ -109,7 +109,7 @@ def data(sources: list[str], as_json: Json = False) -> None:
     """Describe sources: arc1:training, arc1:dev, arc2:..., composed:N, rearc:N, folders, files."""
     from . import sources as source
 
-    facts = source.describe(source.load(sources))
+    facts = importlib.import_module(REPORT).describe(source.load(sources))
     echo(*(f"{name.replace('_', ' ')}: {json.dumps(fact)}" for name, fact in facts.items()))
     last_line(as_json, facts)
 
@@ -392,7 +392,6 @@ def runs(
     as_json: Json = False,
 ) -> None:
     """List the runs below a folder (default: runs), describe one checkpoint, or compare runs."""
-    from . import checkpoint
 
     folder, pages = Path(paths[0]), importlib.import_module(REPORT)
     if len(paths) > 1 or plot or table:
@@ -406,10 +405,10 @@ def runs(
             pages.show.save(pages.plotted(compared), Path(plot))
         return last_line(as_json, {"runs": rows})
     if folder == Path("runs") or (folder.is_dir() and not (folder / "run.json").exists()):
-        rows = checkpoint.listing(folder)
+        rows = pages.listing(folder)
         echo(*map(run_line, rows))
         return last_line(as_json, {"runs": rows})
-    facts = checkpoint.inspect(paths[0])
+    facts = pages.inspect(paths[0])
     echo(*(f"{name:42} {' x '.join(map(str, shape))}" for name, shape in facts["shapes"].items()))
     echo(*(f"[{name}] {json.dumps(fields)[1:-1]}" for name, fields in facts["config"].items()))
     size = f"{facts['parameters']:,} parameters, step {facts['step']}, {facts['dtype']}"

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .config import DataConfig, UserError, nearest
-from .data import MAX_SIDE, Task, histogram, pack, queries, task_digest, turn
+from .data import MAX_SIDE, Task, task_digest, turn
 
 DEV_TASKS = 80
 QUERY_SIDE = 255  # a query of more than MAX_SIDE is counted as unanswered; a side is one byte
@@ -408,17 +408,3 @@ def within_reach(task: Task) -> Task:
     shapes = [x.shape + (() if y is None else y.shape) for x, y in task.queries]
     fitting = [q for q, sides in zip(task.queries, shapes, strict=True) if max(sides) <= MAX_SIDE]
     return task._replace(queries=fitting)
-
-
-def describe(tasks: Sequence[Task]) -> dict[str, Any]:
-    """Counts, sizes and content hash of a set of tasks, as `etrm data` prints them."""
-    packed, canvases = pack(tasks), {}
-    for rule in ("leave_one_out", "test"):
-        asked = queries(packed, rule, DataConfig())
-        too_large = {"too_large": int((~asked.fits).sum())}
-        canvases[rule] = histogram(asked.canvas[asked.fits].amax(1)) | too_large
-    counts = {"tasks": len(tasks), "pairs": len(packed.task_of)}
-    counts["queries"] = sum(len(t.queries) for t in tasks)
-    counts["hidden_outputs"] = int((packed.grids[:, 1, 1] == 0).sum())
-    demos = dict(sorted(Counter(packed.n_demos.tolist()).items()))
-    return {**counts, "demos_per_task": demos, "canvases": canvases, "hash": set_hash(tasks)}

@@ -6,6 +6,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -14,8 +16,8 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from .. import checkpoint, score, show, solve, sources
-from ..config import Config, UserError
+from .. import checkpoint, data, etrm, score, show, solve, sources
+from ..config import Config, DataConfig, UserError
 from ..data import PALETTE
 
 # ---------------------------------------------------------------- a run, its curves and failures
@@ -255,3 +257,59 @@ def plotted(runs: Sequence[Run]) -> Any:
         for text in axis.legend(fontsize=5).get_texts():
             text.set_parse_math(False)
     return figure
+
+
+# ---------------------------------------------------------------- lists and facts
+
+
+def inspect(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint holds: the shapes of its parameters, their number, and its metadata."""
+    c = checkpoint.load(path)
+    shapes = {name: tuple(x.shape) for name, x in etrm.leaves(c.params).items()}
+    facts = {k: c.meta[k] for k in ("step", "data", "tasks", "dtype", "config", "score")}
+    facts |= {"checkpoint": str(c.path), "shapes": shapes, "pairs": len(c.pairs)}
+    facts["finding"] = str(msgspec.convert(c.meta["finding"], sources.Finding))
+    return facts | {"parameters": sum(map(math.prod, shapes.values()))}
+
+
+def described(folder: Path) -> dict[str, Any]:
+    """A run: its state, step, best value of what it watches, and seconds since its last row."""
+    try:
+        about, facts = (
+            data.parsed((folder / "run.json").read_text()),
+            checkpoint.newest_facts(folder),
+        )
+        cfg, age = about["config"], time.time() - (folder / "metrics.jsonl").stat().st_mtime
+        state = "running" if checkpoint.is_held(folder) else facts.get("ended") or "stopped"
+        row = {"run": str(folder), "state": state, "step": facts.get("step", 0)}
+        row |= {"steps": cfg["train"]["steps"], "best": facts.get("best"), "age_s": round(age)}
+        watched = f"{cfg['eval']['on']}/{cfg['eval']['weights'][0]}/own/loss"
+        return {**row, "watched": watched, "guard": checkpoint.warned(about)}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        return {"run": str(folder), "state": f"unreadable: {e!r}", "age_s": 0}
+
+
+def listing(root: Path) -> list[dict[str, Any]]:
+    """Every run below a folder."""
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder")
+    return [described(about.parent) for about in sorted(root.rglob("run.json"))]
+
+
+def describe(tasks: Sequence[data.Task]) -> dict[str, Any]:
+    """Counts, sizes and content hash of a set of tasks, as `etrm data` prints them."""
+    packed, canvases = data.pack(tasks), {}
+    for rule in ("leave_one_out", "test"):
+        asked = data.queries(packed, rule, DataConfig())
+        too_large = {"too_large": int((~asked.fits).sum())}
+        canvases[rule] = data.histogram(asked.canvas[asked.fits].amax(1)) | too_large
+    counts = {"tasks": len(tasks), "pairs": len(packed.task_of)}
+    counts["queries"] = sum(len(t.queries) for t in tasks)
+    counts["hidden_outputs"] = int((packed.grids[:, 1, 1] == 0).sum())
+    demos = dict(sorted(Counter(packed.n_demos.tolist()).items()))
+    return {
+        **counts,
+        "demos_per_task": demos,
+        "canvases": canvases,
+        "hash": sources.set_hash(tasks),
+    }

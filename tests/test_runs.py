@@ -18,7 +18,7 @@ from torch import multiprocessing
 
 from etrm_arc import checkpoint, train
 from etrm_arc.config import UserError
-from etrm_arc.extras import trackers
+from etrm_arc.extras import report, trackers
 from etrm_arc.tests.kill import outcome
 from etrm_arc.tests.test_train import SET, tiny
 
@@ -203,16 +203,16 @@ def test_what_a_run_folder_says_and_that_a_run_can_be_made_longer(tmp_path, monk
     assert about["config"]["train"]["steps"] == 2 and about["torch"] == torch.__version__
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "run.json").write_text("{")
-    a, b = checkpoint.listing(tmp_path)
+    a, b = report.listing(tmp_path)
     assert a["state"] == "done" and b["state"].startswith("unreadable")
     cfg = tiny(tmp_path / "a", **options, train__steps=4)
     with checkpoint.Run(tmp_path / "a", 0, True):
-        assert checkpoint.listing(tmp_path / "a")[0]["state"] == "running"
+        assert report.listing(tmp_path / "a")[0]["state"] == "running"
         with pytest.raises(UserError, match="held by a live"):
             train.fit(cfg, resume=True)
     longer = train.fit(cfg, limit=-1, resume=True)
     assert longer["step"] == 3 and longer["seconds"] >= seconds
-    assert checkpoint.listing(tmp_path / "a")[0]["state"] == "stopped"
+    assert report.listing(tmp_path / "a")[0]["state"] == "stopped"
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="wandb is not installed"):
         train.fit(tiny(tmp_path / "c", run__track="wandb"))

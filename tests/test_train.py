@@ -16,7 +16,7 @@ from etrm_arc import baselines, checkpoint, config, data, optim, sources, train
 from etrm_arc.config import DataConfig, EncoderConfig, ModelConfig, UserError
 from etrm_arc.encoders import encoder_of, init_params
 from etrm_arc.etrm import Params, act_loss, act_step, fresh_carry, leaves, rebuild
-from etrm_arc.extras import launch
+from etrm_arc.extras import launch, report
 from etrm_arc.tests import published, puzzles
 from etrm_arc.tests.kill import outcome
 from etrm_arc.tests.puzzles import generators
@@ -411,7 +411,7 @@ def test_the_lowest_loss_is_best_and_a_run_ends_as_told(tmp_path, monkeypatch, e
     train.fit(tiny(tmp_path, eval__every=1, **options))
     steps = [checkpoint.load(tmp_path / f"{k}.safetensors").meta["step"] for k in ("best", "last")]
     assert steps == [best, len(losses)]
-    [row] = checkpoint.listing(tmp_path)
+    [row] = report.listing(tmp_path)
     assert (row["state"], row["step"], row["best"]) == (end, len(losses), losses[best - 1])
     text = (tmp_path / "metrics.jsonl").read_text()
     assert "NaN" not in text and ("null" in text) == (end == "done")
