@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import importlib
 import importlib.metadata
 import json
@@ -62,8 +61,7 @@ Recipe = Annotated[str, argument(metavar="CONFIG", help="A TOML file, or a shipp
 
 def printable(text: object) -> str:
     """One line; control characters are escaped, so that no name from a file acts on a terminal."""
-    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
-    return "".join(escaped)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
 def echo(*lines: object, err: bool = False) -> None:
@@ -298,9 +296,10 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Join predictions, and score them on --data; a vote that is in several files counts once."""
-    from . import score
+    from .solve import SUBMISSIONS
 
-    result = score.merge([Path(f) for f in files], sources, output, submission)
+    join = importlib.import_module(SUBMISSIONS).merge
+    result = join([Path(f) for f in files], sources, output, submission)
     counts = f"{result['votes']} votes for {result['queries']} queries"
     echo(f"{counts}, {result['unanswered']} without any", *score_lines(result))
     last_line(as_json, result)
@@ -376,14 +375,6 @@ def report(
     last_line(as_json, {"output": str(path), "marks": page["marks"], "note": page["note"]})
 
 
-def run_line(row: dict[str, Any]) -> str:
-    """A run's state, steps, best value of what it watches, minutes since its last row."""
-    best = f"{row['watched']} {row['best']:.4f}" if row.get("best") is not None else ""
-    steps = f"{row.get('step', 0):>7}/{row.get('steps', 0):<7}"
-    age = f"{row['age_s'] / 60:.0f} min  {row.get('guard', '')}"
-    return f"{row['run']:40} {row['state']:14} {steps} {best:36} {age}".rstrip()
-
-
 @app.command()
 def runs(
     paths: Annotated[list[str], argument(metavar="[FOLDER | CHECKPOINT | RUN RUN...]")] = ["runs"],  # noqa: B006
@@ -392,28 +383,19 @@ def runs(
     as_json: Json = False,
 ) -> None:
     """List the runs below a folder (default: runs), describe one checkpoint, or compare runs."""
-
     folder, pages = Path(paths[0]), importlib.import_module(REPORT)
     if len(paths) > 1 or plot or table:
         compared = [pages.opened(path) for path in paths]
         rows = pages.compared(compared)
         echo(*pages.columns(rows))
-        if table:
-            with open(table, "w", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows([rows[0], *(row.values() for row in rows)])
-        if plot:
-            pages.show.save(pages.plotted(compared), Path(plot))
+        pages.save_comparison(compared, rows, table, plot)
         return last_line(as_json, {"runs": rows})
     if folder == Path("runs") or (folder.is_dir() and not (folder / "run.json").exists()):
         rows = pages.listing(folder)
-        echo(*map(run_line, rows))
+        echo(*map(pages.run_line, rows))
         return last_line(as_json, {"runs": rows})
     facts = pages.inspect(paths[0])
-    echo(*(f"{name:42} {' x '.join(map(str, shape))}" for name, shape in facts["shapes"].items()))
-    echo(*(f"[{name}] {json.dumps(fields)[1:-1]}" for name, fields in facts["config"].items()))
-    size = f"{facts['parameters']:,} parameters, step {facts['step']}, {facts['dtype']}"
-    trained = f"trained on {facts['tasks']} tasks, hash {facts['data']}; guard: {facts['finding']}"
-    echo(f"{facts['checkpoint']}: {size}", trained)
+    echo(*pages.inspection_lines(facts))
     last_line(as_json, facts)
 
 

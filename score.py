@@ -1,4 +1,4 @@
-"""Votes on disk, their ranking, and what a ranking is worth: scores, intervals, submissions.
+"""Votes on disk, their ranking, and what a ranking is worth: scores and intervals.
 
 A line of predictions.jsonl holds the votes of one solver, "source", for one query of a task with
 the content "hash", outputs of queries left out. Rows of a vote's grid are joined by "/", null is no
@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import checkpoint, data, sources
+from . import data, sources
 from .checkpoint import fcntl
 from .config import DataConfig, UserError
-from .data import FIRST_COLOUR, MAX_SIDE, PAD, Symmetry, Task, parsed, tokenise
+from .data import FIRST_COLOUR, PAD, Symmetry, Task, parsed, tokenise
 
 SIGNS = " |0123456789"  # a token each
 
@@ -101,9 +101,7 @@ def from_line(text: str, where: str) -> Prediction:
 
 
 def read(path: Path) -> list[Prediction]:
-    """All lines of a predictions.jsonl but a last one cut off by a kill, or all of a submission."""
-    if path.suffix != ".jsonl":
-        return read_submission(path)
+    """All lines of a predictions.jsonl but a last one cut off by a kill."""
     lines = sources.read_text(path).split("\n")[:-1]
     return [from_line(line, f"{path}: line {n}") for n, line in enumerate(lines, 1)]
 
@@ -236,7 +234,6 @@ def judge(p: Prediction, output: np.ndarray) -> Judged:
 
 def score(tasks: Sequence[Task], predictions: Sequence[Prediction]) -> dict[str, Any]:
     """Scores over the queries with a known output; an unanswered one is wrong. {} without any.
-
     pass@k (as published): mean over tasks of the share of their queries solved; all_queries/: share
     of tasks with all queries solved; per_output/: share of queries."""
     by_name, rows = {(p.task, p.query): p for p in predictions}, []  # a row for each task
@@ -281,7 +278,6 @@ def count_evaluation(
     known: dict[str, list[Task]], held_out: Sequence[str], value: float
 ) -> dict[str, int | None]:
     """Count an evaluation of held-out tasks, by content: ARC's evaluation sets and a config's own.
-
     The number, kept in the user's state folder, is that of the task evaluated most often; None
     where it cannot be written, {} where no task is held out."""
     named = [s for s in held_out if s in known or Path(s).exists()]
@@ -327,41 +323,7 @@ def judged(
     return {"unanswered": sum(not p.votes for p in predictions), **scores}
 
 
-# ---------------------------------------------------------------- submissions, files to evaluate
-
-ATTEMPTS = ("attempt_1", "attempt_2")
-PLACEHOLDER = np.zeros((2, 2), np.uint8)  # twice in Kaggle's sample: no answer
-
-
-def submission(predictions: Iterable[Prediction]) -> dict[str, list[dict[str, Any]]]:
-    """Kaggle's format, of one prediction for every query in order. One answer alone is given twice,
-    none as Kaggle's placeholder."""
-    attempts: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for p in predictions:
-        grids = [a.grid.tolist() for a in rank(p.votes)[:2]] or [PLACEHOLDER.tolist()]
-        attempts[p.task].append(dict(zip(ATTEMPTS, (grids[0], grids[-1]), strict=True)))
-    return attempts
-
-
-def read_submission(path: Path) -> list[Prediction]:
-    """A submission's attempts as votes: equal ones are one, a placeholder is none."""
-    raw, predictions = sources.read_json(path), []
-    if not isinstance(raw, dict) or not raw:
-        raise UserError(f"{path}: a submission maps task ids to lists of attempts")
-    for name, queries in raw.items():
-        if not isinstance(queries, list) or not queries:
-            raise UserError(f"{path}: task {name}: needs a list with one entry per query")
-        for i, both in enumerate(queries):
-            where = f"{path}: task {name}, query {i}"
-            if not isinstance(both, dict) or set(both) != set(ATTEMPTS):
-                raise UserError(f"{where}: needs exactly attempt_1 and attempt_2")
-            grids = [sources.check_grid(both[k], f"{where}, {k}") for k in ATTEMPTS]
-            if np.array_equal(grids[0], grids[1]):
-                grids = [] if np.array_equal(grids[0], PLACEHOLDER) else grids[:1]
-            votes = [Vote(x, view=n, source=str(path)) for n, x in enumerate(grids)]
-            canvas = tokenise(grids[0], (MAX_SIDE, MAX_SIDE)) if grids else None
-            predictions.append(Prediction(name, i, "", votes, canvas, source=str(path)))
-    return predictions
+# ---------------------------------------------------------------- files to evaluate
 
 
 def load_by_source(
@@ -384,27 +346,7 @@ def load_by_source(
 
 
 def jsonl(option: str, path: str | Path) -> Path:
-    """Where predictions can be kept: what has another ending is read as a submission."""
+    """Where predictions can be kept: `etrm merge` takes another ending for a submission."""
     if Path(path).suffix != ".jsonl":
         raise UserError(f"{option} {path}: must end in .jsonl")
     return Path(path)
-
-
-def merge(
-    files: Sequence[Path], chosen: Sequence[str], out: str = "", submit: str = ""
-) -> dict[str, Any]:
-    """Join predictions and submissions into one file; for tasks of the sources, also score them."""
-    if submit and not chosen:
-        raise UserError("--submission: name the tasks with --data")
-    known, lines = load_by_source(chosen), [p for file in files for p in read(file)]
-    tasks = sum(known.values(), [])
-    joint = joined(tasks, lines) if chosen else unions(lines)
-    if not any(p.votes for p in joint):
-        raise UserError(f"{', '.join(map(str, files))}: no vote for any of the tasks")
-    if out:
-        texts = dict.fromkeys(to_line(p) + "\n" for p in lines)
-        checkpoint.write_text(jsonl("--output", out), "".join(texts))
-    if submit:
-        checkpoint.write_text(Path(submit), json.dumps(submission(joint)))
-    votes = sum(len(p.votes) for p in joint)
-    return {"votes": votes, "queries": len(joint), **judged(known, joint)}

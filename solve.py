@@ -268,6 +268,7 @@ def predictions(
 
 NO_WEIGHTS = Params((), ())  # type: ignore[arg-type]
 NO_PAIRS = torch.zeros(0, 16, dtype=torch.uint8)
+SUBMISSIONS = "etrm_arc.extras.submissions"  # the module that writes them
 SOLVERS = {"experts": "etrm_arc.extras.experts"}  # name: a module with `predict`
 FREE = ("train.device", "train.dtype", "solve.")  # of a checkpoint's config
 
@@ -396,7 +397,6 @@ def evaluate(
     say: Callable[[float], None] = lambda share: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Ask solvers, which vote together, then score what is on disk: no output is seen before that.
-
     The default data is the dev split of the first, whose number of views is that of all. budget:
     seconds, after which no batch begins. `submit` is written after every round of views."""
     deadline = time.monotonic() + budget
@@ -426,7 +426,8 @@ def evaluate(
         predictions = joint(tasks, lines, solvers, views)
         votes = sum(len(p.votes) for p in predictions)
         if submit:
-            checkpoint.write_text(Path(submit), json.dumps(score.submission(predictions)))
+            submissions = importlib.import_module(SUBMISSIONS)
+            checkpoint.write_text(Path(submit), json.dumps(submissions.submission(predictions)))
     if budget < math.inf and not votes:
         raise UserError(f"--budget: {budget / 60:g} minutes are not enough for a single view")
     known, learned = score.load_by_source(chosen, limit, shard), [s for s in solvers if s.meta]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 import math
@@ -259,6 +260,17 @@ def plotted(runs: Sequence[Run]) -> Any:
     return figure
 
 
+def save_comparison(
+    runs: Sequence[Run], table: Sequence[dict[str, Any]], csv_path: str, plot_path: str
+) -> None:
+    """Write the table as CSV, with a line for each run, and the curves; "" for neither."""
+    if csv_path:
+        with open(csv_path, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([table[0], *(row.values() for row in table)])
+    if plot_path:
+        show.save(plotted(runs), Path(plot_path))
+
+
 # ---------------------------------------------------------------- lists and facts
 
 
@@ -270,6 +282,15 @@ def inspect(path: str | Path) -> dict[str, Any]:
     facts |= {"checkpoint": str(c.path), "shapes": shapes, "pairs": len(c.pairs)}
     facts["finding"] = str(msgspec.convert(c.meta["finding"], sources.Finding))
     return facts | {"parameters": sum(map(math.prod, shapes.values()))}
+
+
+def inspection_lines(facts: dict[str, Any]) -> list[str]:
+    """What `inspect` returns, as text."""
+    lines = [f"{k:42} {' x '.join(map(str, shape))}" for k, shape in facts["shapes"].items()]
+    lines += [f"[{k}] {json.dumps(fields)[1:-1]}" for k, fields in facts["config"].items()]
+    size = f"{facts['parameters']:,} parameters, step {facts['step']}, {facts['dtype']}"
+    trained = f"trained on {facts['tasks']} tasks, hash {facts['data']}; guard: {facts['finding']}"
+    return [*lines, f"{facts['checkpoint']}: {size}", trained]
 
 
 def described(folder: Path) -> dict[str, Any]:
@@ -287,6 +308,14 @@ def described(folder: Path) -> dict[str, Any]:
         return {**row, "watched": watched, "guard": checkpoint.warned(about)}
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         return {"run": str(folder), "state": f"unreadable: {e!r}", "age_s": 0}
+
+
+def run_line(row: dict[str, Any]) -> str:
+    """A run's state, steps, best value of what it watches, minutes since its last row."""
+    best = f"{row['watched']} {row['best']:.4f}" if row.get("best") is not None else ""
+    steps = f"{row.get('step', 0):>7}/{row.get('steps', 0):<7}"
+    age = f"{row['age_s'] / 60:.0f} min  {row.get('guard', '')}"
+    return f"{row['run']:40} {row['state']:14} {steps} {best:36} {age}".rstrip()
 
 
 def listing(root: Path) -> list[dict[str, Any]]:

@@ -29,7 +29,8 @@ def imports_of(path):
 
 def test_these_are_all_modules_and_every_name_of_an_extra_is_that_of_a_module():
     assert sorted(HOUSE) == sorted(p.stem for p in ROOT.glob("*.py") if p.stem != "__init__")
-    for module in (*solve.SOLVERS.values(), encoders.PUBLISHED, encoders.FEEDBACK, cli.REPORT):
+    named = encoders.PUBLISHED, encoders.FEEDBACK, cli.REPORT, solve.SUBMISSIONS
+    for module in (*solve.SOLVERS.values(), *named):
         assert importlib.import_module(module)
     assert {*sources.GENERATORS.values()} <= {*EXTRAS}
 
@@ -44,4 +45,5 @@ def test_extras_know_puzzles_and_scores_alone_and_encoders_the_model(name):
     allowed = {"config", "data", "sources", "score", *(f"extras.{other}" for other in EXTRAS)}
     allowed |= {"etrm", "encoders"} if name in ("encoders", "feedback") else set()
     allowed |= {"checkpoint", "etrm", "show", "solve"} if name == "report" else set()
+    allowed |= {"checkpoint"} if name == "submissions" else set()
     assert imports_of(ROOT / "extras" / f"{name}.py") <= allowed

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from etrm_arc import score, sources
 from etrm_arc.config import UserError
 from etrm_arc.data import Task, tokenise
+from etrm_arc.extras import submissions
 from etrm_arc.score import Prediction, Vote
 from etrm_arc.tests.puzzles import SET
 
@@ -220,15 +221,15 @@ def test_held_out_evaluations_are_counted_by_the_content_of_tasks(tmp_path, monk
 def test_a_submission_is_complete_and_read_back_as_it_was(tmp_path_factory, votes):
     tasks = [SINGLE._replace(name="b", queries=[(TWO, None), (TWO, ONE)]), SINGLE]
     answered = [prediction("b"), Prediction("b", 1, "", votes), prediction("t")]
-    written = score.submission(answered)
+    written = submissions.submission(answered)
     assert {name: len(queries) for name, queries in written.items()} == {"b": 2, "t": 1}
     ranked = [a.grid.tolist() for a in score.rank(votes)] or [TWO.tolist()]
-    attempts = [written["b"][1][k] for k in score.ATTEMPTS]
+    attempts = [written["b"][1][k] for k in submissions.ATTEMPTS]
     assert attempts == [ranked[0], ranked[min(1, len(ranked) - 1)]]
     file = tmp_path_factory.getbasetemp() / "submission.json"
     file.write_text(json.dumps(written))
-    joint = score.joined(tasks, score.read(file))
-    assert score.submission(joint) == written  # its attempts in order
+    joint = score.joined(tasks, submissions.read_votes(file))
+    assert submissions.submission(joint) == written  # its attempts in order
     assert joint[0].votes == joint[2].votes == []  # no answer is no vote
 
 
@@ -241,4 +242,4 @@ def test_a_malformed_submission_is_named(tmp_path):
     }.items():
         (tmp_path / "submission.json").write_text(json.dumps(raw))
         with pytest.raises(UserError, match=phrase):
-            score.read(tmp_path / "submission.json")
+            submissions.read_votes(tmp_path / "submission.json")

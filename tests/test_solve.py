@@ -18,6 +18,7 @@ from etrm_arc import checkpoint, data, etrm, score, solve, sources, train
 from etrm_arc.config import UserError
 from etrm_arc.data import Task
 from etrm_arc.etrm import leaves
+from etrm_arc.extras import submissions
 from etrm_arc.score import Prediction, Vote
 from etrm_arc.tests.puzzles import SET, as_folder, lines, tasks_of_all, told, with_solve
 
@@ -170,16 +171,16 @@ def test_shards_checkpoints_and_submissions_join(run, tmp_path):
     for i in (1, 2):
         evaluate(run, f"{i}.jsonl", shard=f"{i}/2")
     files = [tmp_path / "1.jsonl", tmp_path / "2.jsonl"]
-    joint = score.merge(files, ALL, "all.jsonl", "sub.json")
+    joint = submissions.merge(files, ALL, "all.jsonl", "sub.json")
     assert joint["pass@2"] == whole["pass@2"] and joint["votes"] == 18
     assert joint["cell_accuracy"] == pytest.approx(whole["cell_accuracy"])
-    assert len({p.task for p in score.read(Path("sub.json"))}) == 6
-    more = score.merge([*files, tmp_path / "all.jsonl", tmp_path / "sub.json"], [])
+    assert len({p.task for p in submissions.read_votes(Path("sub.json"))}) == 6
+    more = submissions.merge([*files, tmp_path / "all.jsonl", tmp_path / "sub.json"], [])
     assert more["votes"] >= 18 + 6 and "pass@2" not in more
-    alone = score.merge([tmp_path / "sub.json"], ALL, submit="again.json")
+    alone = submissions.merge([tmp_path / "sub.json"], ALL, submit="again.json")
     assert Path("again.json").read_text() == Path("sub.json").read_text()
     assert alone["pass@2"] == whole["pass@2"]
-    part = score.merge([tmp_path / "all.jsonl"], [str(SET / "flip.json")], "part.jsonl")
+    part = submissions.merge([tmp_path / "all.jsonl"], [str(SET / "flip.json")], "part.jsonl")
     assert part["queries"] == 1 and grids_in("part.jsonl") == grids_in("all.jsonl")
     other = copy_of(run, "other.safetensors", lambda x: 1.1 * x)
     both = evaluate([run, other], "whole.jsonl")
@@ -191,7 +192,8 @@ def test_a_budget_ends_the_views_and_loses_nothing(run, monkeypatch, clock):
     sets = ["solve.views=64"]
     with pytest.raises(UserError, match="not enough for a single view"):
         evaluate(run, sets=sets, budget=-1.0, submit="sub.json")
-    assert len({p.task for p in score.read(Path("sub.json"))}) == 6  # valid all the same
+    empty = submissions.read_votes(Path("sub.json"))  # valid all the same
+    assert len({p.task for p in empty}) == 6
     clock.seconds["think"] = 1.0
     part = evaluate(run, sets=sets, budget=30.0)
     assert 0 < part["votes"] < 64 * 6 and part["n_tasks"] == 6
@@ -269,7 +271,7 @@ def test_predictions_lie_in_the_run_folder_or_where_they_can_be_read_again(run, 
     with pytest.raises(UserError, match="^--predictions votes.json"):
         evaluate(run, "votes.json")
     with pytest.raises(UserError, match="^--output votes.json"):
-        score.merge([tmp_path / "p.jsonl"], [], "votes.json")
+        submissions.merge([tmp_path / "p.jsonl"], [], "votes.json")
     assert Path("votes.json").read_text() == "a file of the user"
 
 
@@ -303,7 +305,7 @@ def test_tasks_without_solutions_are_predicted_and_take_no_score_from_others(run
     hidden = as_folder(tmp_path / "hidden", map(sources.hidden, tasks_of_all()[:2]))
     result = evaluate(run, sources=[hidden], submit="sub.json")
     assert "pass@2" not in result and result["unanswered"] == 0
-    assert len(score.read(Path("sub.json"))) == 2
+    assert len(submissions.read_votes(Path("sub.json"))) == 2
     small, large = (np.full((1, n), n, np.uint8) for n in (1, 2))
     unlike = as_folder(tmp_path / "unlike", [Task("x", [(small, small)] * 2, [(large, None)])])
     both, alone = evaluate(run, sources=[*ALL, unlike]), evaluate(run, "q.jsonl")
