@@ -31,7 +31,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .config import InitConfig, ModelConfig, UserError
-from .data import Task, parsed, task_digest
+from .data import Task, parsed
 from .encoders import init_params
 from .etrm import Carry, Params, leaves, rebuild
 from .optim import matched
@@ -176,7 +176,6 @@ def find(path: str | Path) -> Path:
 
 def load(path: str | Path) -> Checkpoint:
     """Read a checkpoint, or the best one of a run folder. A lean one has a single set of weights.
-
     Shapes are compared with the config before anything of that size is allocated."""
     file = find(path)
     with opened(file) as (content, meta):
@@ -208,11 +207,6 @@ def load(path: str | Path) -> Checkpoint:
 def warned(meta: dict[str, Any]) -> str:
     """The warning of the guard's finding in the metadata of a run or checkpoint; "" for none."""
     return msgspec.convert(meta["finding"], Finding).warning
-
-
-def order_hash(tasks: Iterable[Task]) -> str:
-    """Hash of the tasks by content, in the order by which rows and episodes are addressed."""
-    return hashlib.blake2b(b"".join(map(task_digest, tasks)), digest_size=8).hexdigest()
 
 
 def pair_digests(tasks: Iterable[Task], others: Tensor) -> Tensor:

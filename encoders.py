@@ -464,11 +464,6 @@ def lookup(kind: str) -> Encoder:
     return known[kind]
 
 
-def reads_demos(cfg: ModelConfig) -> bool:
-    """Whether the system has an encoder: neither the table of tasks nor the argmax-feedback TRM."""
-    return cfg.encoder.kind != "table" and not cfg.feedback
-
-
 class Widened(NamedTuple):
     """An encoder whose width is not the core's."""
 

@@ -274,9 +274,11 @@ def task_hash(task: Task) -> str:
     return task_digest(hidden(task)).hex()
 
 
-def set_hash(tasks: Iterable[Task]) -> str:
-    """Content hash of a set of tasks: neither names nor order matter."""
-    return hashlib.blake2b(b"".join(sorted(map(task_digest, tasks))), digest_size=8).hexdigest()
+def set_hash(tasks: Iterable[Task], ordered: bool = False) -> str:
+    """Hash of the tasks by content, not by names, and by their order only where `ordered`."""
+    digests = [task_digest(task) for task in tasks]
+    content = b"".join(digests if ordered else sorted(digests))
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 # ---------------------------------------------------------------- held-out guard
@@ -333,7 +335,6 @@ def guard(
     train: Sequence[Task], dev: Sequence[Task], held_out: Sequence[Task], policy: str
 ) -> tuple[list[Task], Finding]:
     """Training tasks that share no pair with a dev or held-out task, by content and up to symmetry.
-
     Pairs of fewer than MIN_SHARED_CELLS cells together are ignored, unless they are all that the
     task has. A shared pair with a dev task drops a task under every policy; with a held-out one,
     refuse raises UserError and drop leaves it out; demos (the published protocol) trains on the

@@ -121,7 +121,6 @@ def deal(deck: data.Deck, cfg: ModelConfig, shards: int) -> tuple[Tensor, ...]:
 
 def setup(cfg: Config, resume: bool = False, given: Sequence[data.Task] = ()) -> Setup:
     """Raises UserError when the config cannot be trained. given: train on these tasks instead.
-
     resume: init_from is not read again, for the state holds what came of it."""
     (rank, world), (device, dtype) = (0, 1) if given else place_of(), hardware(cfg)
     optim.keep_pages(dtype)
@@ -150,8 +149,8 @@ def setup(cfg: Config, resume: bool = False, given: Sequence[data.Task] = ()) ->
     drawn, pairs = leaves(like), torch.zeros(0, 16, dtype=torch.uint8)
     optim.check_patterns(cfg.optimizer, drawn)
     meta: dict[str, Any] = {"config": json.loads(msgspec.json.encode(cfg)), "tasks": len(train)}
-    meta |= {"data": sources.set_hash(train), "order": checkpoint.order_hash(train)}
-    meta |= {"watched": checkpoint.order_hash(dev), "dtype": str(dtype)}
+    meta |= {"data": sources.set_hash(train), "order": sources.set_hash(train, ordered=True)}
+    meta |= {"watched": sources.set_hash(dev, ordered=True), "dtype": str(dtype)}
     meta["finding"] = msgspec.to_builtins(finding)
     saved = checkpoint.newest_facts(Path(cfg.run.dir)) if resume else {}
     if not saved and cfg.init_from.path:
@@ -187,7 +186,6 @@ def noise(lanes: int, demos: int, seed: int, slots: Tensor, n: Tensor, step: Ten
 
 def next_batch(s: Setup, slots: Tensor, carry: Carry) -> tuple[Carry, data.Batch, Tensor]:
     """(carry whose halted slots have begun their next episode, batch, exploration (B,)).
-
     The wait for the device in a step: which slots have halted decides the shapes of what comes."""
     cfg, seed = s.cfg.model, s.cfg.run.seed
     halted, steps, n = (x.cpu() for x in (carry.halted, carry.steps, carry.n))
@@ -219,7 +217,6 @@ class Step(NamedTuple):
 
 def train_step(s: Setup, carry: Carry, batch: data.Batch, least: Tensor, scale: float) -> Step:
     """One ACT step of a shard and the gradients of scale * summed loss; nothing is changed.
-
     The float32 parameters are cast to the compute dtype once, here."""
     params, batch = baselines.gathered(s.params, batch)
     tree, cfg = rebuild(s.like, {k: p.to(s.dtype) for k, p in params.items()}), s.cfg.model
@@ -261,7 +258,6 @@ def reduce(per_shard: Sequence[Sequence[Tensor]]) -> list[Tensor]:
 
 def one_step(s: Setup, carries: Sequence[Carry], scale: float = 1.0, ask: bool = False) -> Step:
     """One ACT step of every slot, shard by shard; gradients of the mean loss.
-
     scale: of the loss on the way, so that small gradients do not vanish in fp16."""
     slots, rows = s.cfg.train.batch, 2 * (baselines.TABLE in s.params)
 
@@ -463,7 +459,6 @@ def take_up(s: Setup, state: State, saved: SavedState) -> list[str]:
 
 def advance(s: Setup, state: State, ask: bool = False) -> tuple[Step, float]:
     """Step, clip and average, in place: (the step, the norm of its gradients before clipping).
-
     In fp16 an overflow of the gradients halves the scale of the loss and leaves the step out.
     Raises UserError where they, or the loss, are not finite otherwise."""
     cfg, progress, trained = s.cfg, state.progress, trained_of(s)
@@ -518,7 +513,6 @@ def fit(
     s: Setup | None = None,
 ) -> Row:
     """Train as the config says; rows of metrics go to `say`. The last evaluation's row.
-
     resume: continue from the newest whole state, bit for bit as if never interrupted. SIGTERM,
     SIGINT and `limit` (seconds) finish the step and save; "stopped" then says why."""
     (rank, world), deadline, launcher = place_of(), time.monotonic() + limit, os.getppid()
