@@ -78,7 +78,6 @@ class EncoderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Shape and behaviour of the model.
-
     published_faults, for parity tests alone: empty cells attend, rows without labels train the
     halting head, contexts are not normed, states of recurrent encoders are smoothed and detached,
     the KL is divided by the batch twice."""
@@ -252,9 +251,7 @@ def is_set(raw: Any, key: str) -> bool:
 
 def read_recipe(path: Path, names: Sequence[str], above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The tables of a TOML file on top of those of the file that it extends (a relative path).
-
-    What a file sets wins over an inherited [fast] table: --fast keeps what the file is about.
-    """
+    What a file sets wins over an inherited [fast] table: --fast keeps what the file is about."""
     try:
         raw = tomli.loads(path.read_text(encoding="utf-8"))
     except OSError as e:

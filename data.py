@@ -154,7 +154,6 @@ def queries(tasks: Tasks, rule: str, cfg: DataConfig) -> Queries:
     """Every query that has a demo, and its canvas: the smallest that holds all its demos and its
     input, and the output that the demos foretell where all of them multiply the input's height or
     width by the same number.
-
     leave_one_out: any pair with a known output is a query, the task's other such pairs its demos.
     test: the official test pairs are the queries, the task's demos their demos."""
     size = tasks.grids[:, :, 1:]  # (P, 2, 2)
@@ -381,7 +380,6 @@ def paint(
     tasks: Tasks, pair: Tensor, sym: Symmetry, shift: Tensor, canvas: Tensor, raster: int = MAX_SIDE
 ) -> Painted:
     """Pairs (m,) under symmetries (m,), shifted (m, 2) on canvases (m, 2).
-
     As published: a row of EOS right below the grid and a column right of it, no corner, none
     beyond the canvas; input and output share an offset, floor(shift * (room + 1)) with the room
     that the larger of both leaves. The canvas lies on the raster by the same rule."""

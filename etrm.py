@@ -429,7 +429,6 @@ def act_step(
     read: Any = None,
 ) -> tuple[Carry, Output]:
     """One ACT step of every slot; halted slots start from the initial states. Carries are detached.
-
     min_steps (B,): exploration, no slot halts before it (0: free); None, at evaluation: slots halt
     at halt_max_steps only. read: what encode.read gave before; by default it is read anew."""
     if encode.step:

@@ -140,7 +140,6 @@ def orthogonal(m: Tensor, dtype: torch.dtype) -> Tensor:
 
 class Muon(torch.optim.Optimizer):
     """Nesterov Muon with steps of AdamW's size (0.2 sqrt(max(a, b)), arXiv 2502.16982).
-
     torch.optim.Muon always multiplies in bf16, which a CPU without such products does at a
     twentieth of its speed; here it is the dtype of the run, and equal shapes are taken together."""
 
@@ -216,7 +215,6 @@ def optimizers(
     cfg: OptimizerConfig, params: dict[str, Tensor], dtype: torch.dtype = torch.float32
 ) -> list[torch.optim.Optimizer]:
     """Optimizers over the trained leaves; each group carries `scale`, its share of the rate.
-
     Muon has the products inside blocks and multiplies in bf16 where that is the run's dtype."""
     matrices: dict[float, dict[str, Any]] = {}  # groups by their scale
     others: dict[float, dict[str, Any]] = {}

@@ -94,7 +94,6 @@ def find_task(places: Sequence[str], name: str) -> Task:
 
 def marks(t: Timeline, i: int) -> tuple[np.ndarray, np.ndarray]:
     """(1 right, -1 wrong, 0 not judged; whether it changed since the step before) (height, width).
-
     Judged are the target's cells, a colour on its border, and what an answer has beyond."""
     step, target = t.steps[i], t.task.queries[0][1]
     changed = step.tokens != t.steps[max(i - 1, 0)].tokens
