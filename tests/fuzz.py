@@ -5,8 +5,6 @@ mutated checkpoint or state must be refused (or hold what it held); the others a
 Anything but a UserError of one line is a finding.
 """
 
-from __future__ import annotations
-
 import argparse
 import collections
 import json

@@ -189,10 +189,17 @@ def raw_task(t):
     return {"train": [raw_pair(p) for p in t.demos], "test": [raw_pair(p) for p in t.queries]}
 
 
+def write(path, content):
+    """The file of that text, or of that value as JSON, and its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = content if isinstance(content, str) else json.dumps(content)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
 def as_folder(folder, some):
-    folder.mkdir(parents=True, exist_ok=True)
     for t in some:
-        (folder / f"{t.name}.json").write_text(json.dumps(raw_task(t)))
+        write(folder / f"{t.name}.json", raw_task(t))
     return folder
 
 

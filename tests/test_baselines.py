@@ -2,7 +2,6 @@
 
 import math
 import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,20 +14,11 @@ from etrm_arc.config import Config, ModelConfig, UserError
 from etrm_arc.encoders import encoder_of, init_params
 from etrm_arc.etrm import Params, act_loss, fresh_carry, leaves, rebuild
 from etrm_arc.tests import puzzles
-from etrm_arc.tests.kill import outcome
-from etrm_arc.tests.puzzles import generators
+from etrm_arc.tests.puzzles import SET, generators
 from etrm_arc.tests.test_parity import batch_of, close
-from etrm_arc.tests.test_train import tiny
+from etrm_arc.tests.test_train import FEEDBACK, tiny
 
-SET = Path(__file__).parent / "data" / "set"
 TABLE = {"model__encoder__kind": "table", "data__symmetries": 4, "model__published": True}
-
-
-def in_pieces(cfg):
-    """A run stopped and resumed after every step."""
-    result = train.fit(cfg, limit=-1)
-    while "stopped" in result:
-        result = train.fit(cfg, resume=True, limit=-1)
 
 
 # ---------------------------------------------------------------- the table of tasks
@@ -51,13 +41,10 @@ def test_a_row_is_a_task_under_one_symmetry_whoever_draws_it(g, symmetries):
     assert symmetries < 5 or len({s for r, s in symmetry_of.items() if r % symmetries}) > 3
 
 
-def test_a_table_trains_only_the_rows_it_touched_and_resumes_bit_identical(tmp_path):
-    options = TABLE | {"train__log_every": 1, "eval__every": 2, "train__steps": 4}
-    train.fit(tiny(tmp_path / "whole", **options))
-    cfg = tiny(tmp_path / "pieces", **options)
-    in_pieces(cfg)
-    assert outcome(tmp_path / "whole") == outcome(tmp_path / "pieces")
-    c, s, slots = checkpoint.load(tmp_path / "whole"), train.setup(cfg), torch.arange(6)
+def test_a_table_trains_only_the_rows_it_touched(tmp_path):
+    cfg = tiny(tmp_path, **TABLE, train__steps=4)
+    train.fit(cfg)
+    c, s, slots = checkpoint.load(tmp_path), train.setup(cfg), torch.arange(6)
     touched = set(c.params.encoder.table.any(1).nonzero().flatten().tolist())
     rows = [data.draw(s.tasks, s.deck, cfg.data, 0, slots, slots * 0 + n).row for n in range(4)]
     assert set(rows[0].tolist()) <= touched <= set(torch.cat(rows).tolist())
@@ -214,16 +201,11 @@ def test_unrolled_steps_are_averaged_detached_and_end_together(taken):
         torch.testing.assert_close(ours, want, rtol=1e-4, atol=1e-6)
 
 
-def test_a_feedback_run_stops_resumes_and_answers(tmp_path):
-    model = {"hidden": 32, "heads": 2, "context_tokens": 0, "feedback": "reset", "H_cycles": 1,
-             "L_cycles": 1, "loss": "softmax", "halt_max_steps": 3, "unrolled": 3}  # fmt: skip
-    options = {"model": model, "optimizer__freeze": {}, "train__shards": 1}
+def test_a_feedback_run_answers(tmp_path):
     rows = []
-    train.fit(tiny(tmp_path / "whole", **options), rows.append)
+    train.fit(tiny(tmp_path / "run", **FEEDBACK, train__shards=1), rows.append)
     assert not any(k.startswith("encoder/") for r in rows for k in r)
-    in_pieces(tiny(tmp_path / "pieces", **options))
-    assert outcome(tmp_path / "whole") == outcome(tmp_path / "pieces")
-    result = evaluated(tmp_path / "whole", "border.json", [], tmp_path)
+    result = evaluated(tmp_path / "run", "border.json", [], tmp_path)
     assert result["votes"] == 4 * result["n_queries"] > 0
     with pytest.raises(UserError, match="no single context"):
-        evaluated(tmp_path / "whole", "border.json", ['solve.adapt="context"'], tmp_path)
+        evaluated(tmp_path / "run", "border.json", ['solve.adapt="context"'], tmp_path)

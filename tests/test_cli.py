@@ -16,7 +16,7 @@ import typer
 from typer.testing import CliRunner
 
 from etrm_arc import checkpoint, cli, etrm, solve
-from etrm_arc.tests.puzzles import SET
+from etrm_arc.tests.puzzles import SET, write
 
 PAIR = {"input": [[1, 2]], "output": [[2, 1]]}
 FIELDS = {
@@ -50,11 +50,6 @@ def mistake(*args):
     result = call(*args, code=2)
     assert result.stderr.count("\n") == 1 and len(result.stderr) < 1000, result.stderr
     return result.stderr
-
-
-def write(path, content):
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return path
 
 
 def test_help_is_quick_and_there_are_nine_commands_that_take_json():
@@ -154,20 +149,14 @@ def test_data_and_runs_describe_and_compare(run, tmp_path):
 @pytest.mark.parametrize(
     ("args", "text"),
     [
-        (["data", "nowhere.json"], "nowhere.json: no such file"),
-        (["data", "arc1:trainin"], "did you mean arc1:training?"),
         (["train", "nowhere.toml"], "shipped configs: "),
         (["train", "cpu", "--set", "train.bach=3"], "--set: unknown key train.bach (did you"),
-        (["train", "cpu", "--set", "model.encoder.kind=perciever"], "did you mean perceiver?"),
         (["train", "cpu", "--set", "train.batch=2", "--set", "train.shards=3"], "3 shards"),
         (["train", "cpu", "--time-limit", "1h١m"], "--time-limit"),
-        (["train", "cpu", "--set", "model.expansion=inf"], "--set: model.expansion"),
-        (["train", "cpu", "--set", "run.seed=-1"], "--set: run.seed"),
         (["train", "cpu", "--set", "train.batch=1e20"], "--set: train.batch"),
         (["train", "overfit", "--fast"], "has no [fast] table"),
         (["eval", "nowhere"], "no such checkpoint"),
         (["eval", "cpu-plain", "task.json"], "--data task.json"),
-        (["runs", "nowhere"], "no such"),
         (["runs", "nowhere", "here"], "run.json"),
     ],
 )
@@ -211,22 +200,10 @@ def test_what_the_machine_refuses_is_one_line(run, monkeypatch, error, code, tex
     assert text in result.stderr and result.stderr.count("\n") == 1
 
 
-MODULE = """
-from etrm_arc.etrm import normal, rms
-
-def init(cfg, g):
-    return (normal(g, cfg.context_tokens, cfg.hidden, std=1.0),)
-
-def apply(p, cfg, batch):
-    return rms(p[0].expand(len(batch.cells), -1, -1))
-
-mine = (init, apply)
-"""
-
-
 def test_an_encoder_of_a_module_beside_the_config_is_known_to_every_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write(tmp_path / "own_encoders.py", MODULE)
+    names = "from etrm_arc.encoders import apply_perceiver, init_perceiver"
+    write(tmp_path / "own_encoders.py", f"{names}\nmine = (init_perceiver, apply_perceiver)")
     fields = sets(model__encoder__kind="own_encoders:mine", run__dir="r")
     call("train", "cpu", *fields)
     assert last_json(call("eval", "r", "--views", 1, "--json"))["n_tasks"] == 2

@@ -48,9 +48,6 @@ def test_features_are_what_their_names_say(g):
         assert np.array_equal(seen[name][:h, :w], y + FIRST_COLOUR)
 
 
-# ---------------------------------------------------------------- answers
-
-
 def cornered(x):
     y = x.copy()
     y[np.ix_((0, -1), (0, -1))] = 8

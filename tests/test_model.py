@@ -15,15 +15,14 @@ from etrm_arc.etrm import Output, act_loss, act_step, fresh_carry, leaves, tree_
 from etrm_arc.tests import puzzles
 from etrm_arc.tests.puzzles import SLOTS, SOME, World, config, generators, total
 
-# ---------------------------------------------------------------- the carry
+# ---------------------------------------------------------------- the carry and the slots
 
 
 @pytest.mark.parametrize("encoder", SOME)
 @given(generators, st.integers(1, 2))
 @settings(max_examples=5)
 def test_no_gradient_reaches_an_earlier_step(encoder, g, H_cycles):
-    """A second step's gradient is the same whether or not the first left a graph, and there is
-    none for the carry that came in."""
+    """The second step's is the same whether or not the first left a graph; the carry has none."""
     w = World(g, config(encoder, H_cycles=H_cycles))
     together, alone, carry = w.trainable(), w.trainable(), w.running(g)
     names = ("z_H", "z_L", "z_E") if w.encode.recur else ("z_H", "z_L")
@@ -66,10 +65,8 @@ def test_every_slot_trains_the_encoder_in_every_step(encoder, g):
         tokens, *cells = torch.autograd.grad(loss.sum(), contexts[-1], retain_graph=True)
         assert all(x.any() for x in (*tokens, *(y for x in cells for y in x.split(w.batch.cells))))
         slot = puzzles.integer(g, 0, SLOTS - 1)
-        encoder_leaves = list(leaves(params.encoder).values())
-        grads = torch.autograd.grad(
-            loss[slot], encoder_leaves, retain_graph=True, allow_unused=True
-        )
+        weights = list(leaves(params.encoder).values())
+        grads = torch.autograd.grad(loss[slot], weights, retain_graph=True, allow_unused=True)
         assert all(torch.isfinite(x).all() for x in grads if x is not None)
         assert any(x.any() for x in grads if x is not None)
 
@@ -135,14 +132,9 @@ def test_evaluation_is_the_same_steps_with_the_demos_read_once(g, encoder, leave
     for slot in range(SLOTS):
         surely = [i + 1 for i, out in enumerate(every) if out.q_halt[slot] > 0]
         assert steps[slot] == ([*surely, 6][0] if leave == "q" else 6)
-        answers = [
-            (out.logits.split(w.batch.cells)[slot], out.q_halt[slot])
-            for out in (got, every[steps[slot] - 1])
-        ]
-        puzzles.close(*answers)
-
-
-# ---------------------------------------------------------------- slots do not see each other
+        last = every[steps[slot] - 1]
+        logits = [x.logits.split(w.batch.cells)[slot] for x in (got, last)]
+        puzzles.close([logits[0], got.q_halt[slot]], [logits[1], last.q_halt[slot]])
 
 
 @pytest.mark.parametrize("encoder", SOME)
@@ -200,13 +192,9 @@ def test_halting(g, exploring, fixed):
         assert torch.equal(carry.halted, want)
 
 
-@given(
-    generators,
-    st.sampled_from(["stablemax", "softmax"]),
-    st.booleans(),
-    st.sampled_from([0.0, 1.0, 1e4]),
-)
-def test_extreme_logits_keep_the_loss_finite(g, loss, faults, size):
+@pytest.mark.parametrize("loss", ["stablemax", "softmax"])
+@given(generators, st.booleans(), st.sampled_from([0.0, 1.0, 1e4]))
+def test_extreme_logits_keep_the_loss_finite(loss, g, faults, size):
     labels = torch.randint(0, 12, (4, 9), generator=g)
     labels[torch.rand(4, 9, generator=g) < 0.3] = data.IGNORE
     labels[0] = data.IGNORE
@@ -247,13 +235,10 @@ def test_the_loss_of_a_slot_is_its_own(g):
 # ---------------------------------------------------------------- positions and layers
 
 
-def cells_at(side):
-    return torch.cartesian_prod(torch.arange(side), torch.arange(side))
-
-
 @given(generators, st.sampled_from(["rope", "rope2d"]))
 def test_rotation_keeps_lengths_and_sees_distances_only(g, kind):
-    rotary = etrm.rotary_of(etrm.position_of(kind, cells_at(6), 30), 1, 16, torch.float32)
+    at = torch.cartesian_prod(torch.arange(6), torch.arange(6))
+    rotary = etrm.rotary_of(etrm.position_of(kind, at, 30), 1, 16, torch.float32)
     qk = torch.randn(36, 2, 1, 16, generator=g)
     scale = torch.tensor([0.25, 1.0])
     puzzles.close([etrm.rotate(qk, rotary).norm(dim=-1)], [qk.norm(dim=-1) * scale[:, None]])

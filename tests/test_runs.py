@@ -20,7 +20,7 @@ from etrm_arc import checkpoint, train
 from etrm_arc.config import UserError
 from etrm_arc.extras import report, trackers
 from etrm_arc.tests.kill import outcome
-from etrm_arc.tests.test_train import SET, tiny
+from etrm_arc.tests.test_train import FEEDBACK, SET, tiny
 
 SMALL = {"model__hidden": 16, "model__layers": 1, "model__H_cycles": 1, "train__shards": 1}
 TINIEST = {**SMALL, "data__max_train_tasks": 2, "train__batch": 2}
@@ -38,6 +38,7 @@ TINIEST = {**SMALL, "data__max_train_tasks": 2, "train__batch": 2}
         {"model__encoder": {"kind": "recurrent", "layers": 1}},  # states of an encoder
         {"model__encoder": {"kind": "variational", "layers": 1}},  # noise
         {"model__encoder": {"kind": "table"}, "data__symmetries": 2},
+        FEEDBACK,
     ],
 )
 def test_a_run_stopped_after_every_step_ends_in_the_same_bits(tmp_path, options):
@@ -190,7 +191,7 @@ def test_any_number_of_processes_ends_in_the_bits_of_one(tmp_path):
     assert outcome(tmp_path / "one") == outcome(tmp_path / "several")
 
 
-# ---------------------------------------------------------------- the folder
+# ---------------------------------------------------------------- the folder and its checkpoints
 
 
 def test_what_a_run_folder_says_and_that_a_run_can_be_made_longer(tmp_path, monkeypatch):
@@ -240,9 +241,6 @@ def test_files_follow_the_umask_and_links_and_devices_stay(tmp_path, monkeypatch
     for path in (tmp_path / "absent" / "x", tmp_path):
         with pytest.raises(UserError, match="cannot be written"):
             checkpoint.write_text(path, "")
-
-
-# ---------------------------------------------------------------- checkpoints
 
 
 @pytest.mark.parametrize(

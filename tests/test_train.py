@@ -35,6 +35,13 @@ TINY = {
     },
     "eval": {"on": "train", "every": 3},
 }  # fmt: skip
+FEEDBACK = {  # the argmax-feedback TRM, three ACT steps in one optimizer step
+    "model": {
+        "hidden": 32, "heads": 2, "context_tokens": 0, "feedback": "reset", "H_cycles": 1,
+        "L_cycles": 1, "loss": "softmax", "halt_max_steps": 3, "unrolled": 3,
+    },
+    "optimizer__freeze": {},
+}  # fmt: skip
 
 
 def tiny(folder, **changes):
@@ -43,10 +50,6 @@ def tiny(folder, **changes):
     for key, value in changes.items():
         config.override(raw, key.replace("__", "."), value, key)
     return config.parse_config(raw, "test")
-
-
-def weights_of(folder):
-    return leaves(checkpoint.load(folder / "last.safetensors").params)
 
 
 def started(folder, **changes):
@@ -67,11 +70,9 @@ def test_training_trace_of_the_published_trainer(golden):
     table = baselines.Table(sd["puzzle_emb.weights"].clone(), torch.zeros(64, 3))
     core = published.core({**sd, "q_head.bias": torch.tensor([0.25, 0.1])})
     like, decay = Params(table, core), hyper["puzzle_emb_weight_decay"]
-    opt = config.OptimizerConfig(
-        kind="adam_atan2", lr=hyper["lr"], warmup=hyper["lr_warmup_steps"],
-        final_lr=hyper["lr_min_ratio"], clip=0.0,
-        weight_decay=hyper["weight_decay"],
-    )  # fmt: skip
+    rate = dict(lr=hyper["lr"], warmup=hyper["lr_warmup_steps"], final_lr=hyper["lr_min_ratio"])
+    rate["weight_decay"] = hyper["weight_decay"]
+    opt = config.OptimizerConfig(kind="adam_atan2", clip=0.0, **rate)
     assert (hyper["beta1"], hyper["beta2"]) == optim.BETAS
     params = {
         k: v.clone().requires_grad_(k.startswith("core.") and not optim.is_asleep(opt, k, math.inf))
@@ -162,7 +163,8 @@ def test_patterns_freeze_for_a_while_or_for_ever_and_scale(tmp_path):
     before = {k: v.detach().clone() for k, v in train.setup(tiny(tmp_path)).params.items()}
     for steps, frozen in ((2, ("encoder.", "_init")), (3, ("_init",))):
         train.fit(tiny(tmp_path, train__steps=steps, **options), resume=steps > 2)
-        for k, v in weights_of(tmp_path).items():
+        trained = checkpoint.load(tmp_path / "last.safetensors").params
+        for k, v in leaves(trained).items():
             assert torch.equal(v, before[k]) == any(name in k for name in frozen), k
 
 
@@ -339,16 +341,9 @@ def test_every_row_watches_the_encoder_and_every_evaluation_the_gaps(tmp_path):
             assert row["gap/own_foreign/cell_accuracy"] == pytest.approx(own - foreign)
 
 
-def test_foreign_demos_are_another_tasks_that_fits_a_canvas(tmp_path):
-    task = torch.tensor([0, 0, 3, 5, 5, 5, 9])
-    fit = torch.tensor([False, True, True, False, False, False, True])
-    asked = data.Queries(task, task, fit, fit[:, None].long().expand(-1, 2), fit)
-    for seed in range(20):
-        rows = data.donors(asked, seed)
-        assert (task[rows] != task).all() and fit[rows].all()
-        assert torch.equal(rows, data.donors(asked, seed))
+def test_a_single_task_has_no_foreign_demos(tmp_path):
     row = train.fit(tiny(tmp_path, data__max_train_tasks=1, train__steps=1))
-    assert "train/ema/own/loss" in row and "train/ema/foreign/loss" not in row  # a single task
+    assert "train/ema/own/loss" in row and "train/ema/foreign/loss" not in row
 
 
 def test_hidden_outputs_are_neither_trained_on_nor_probed(tmp_path):
@@ -438,25 +433,15 @@ def test_an_overflow_ends_a_run_or_halves_the_scale_of_fp16(tmp_path, monkeypatc
     assert checkpoint.load_state(tmp_path).facts["scale"] == 2.0**15
 
 
-FATAL = """
-import os, torch
-
-def init(cfg, g):
-    return (torch.zeros(cfg.context_tokens, cfg.hidden),)
-
-def apply(p, cfg, batch):
-    os.kill(os.getpid(), 9 * int(os.environ["RANK"]))
-    return p[0].expand(len(batch.cells), -1, -1)
-
-fatal = (init, apply)
-"""
-
-
 def test_a_dead_process_ends_the_others_with_its_own_error(tmp_path, capfd, monkeypatch):
     """A random.py in the working folder does no harm."""
     monkeypatch.chdir(tmp_path)
     Path("random.py").write_text("raise ImportError('the wrong random')")
-    Path("fatal.py").write_text(FATAL)
+    Path("fatal.py").write_text(
+        "import os\nfrom etrm_arc.encoders import apply_perceiver, init_perceiver\n"
+        "def apply(*args):\n    os.kill(os.getpid(), 9 * int(os.environ['RANK']))\n"
+        "    return apply_perceiver(*args)\nfatal = (init_perceiver, apply)\n"
+    )
     Path("a.toml").write_text(
         f'data = {{ train = ["{SET}"], dev = [], held_out = [] }}\n'
         'model = { hidden = 16, heads = 2, expansion = 1.0, encoder = { kind = "fatal:fatal" } }\n'

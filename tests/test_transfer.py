@@ -120,8 +120,7 @@ def test_what_is_no_state_dict_is_one_line_and_nothing_in_it_runs(tmp_path, monk
 
 
 def test_every_checkpoint_down_the_line_knows_what_training_started_from(golden, tmp_path, ours):
-    """A published table has seen held-out demos; what ours was trained on, its digests say. Also
-    after a resume where the first file is gone."""
+    """Also after a resume where the first file is gone."""
     torch.save(inner(golden), tmp_path / "step_9")
     train.fit(initialised(tmp_path / "a", tmp_path / "step_9", init_from__force=True))
     a = checkpoint.load(tmp_path / "a")
