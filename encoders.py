@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import msgspec
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from . import baselines, etrm
@@ -132,7 +133,7 @@ def cross_attention(
     for (b, s, m), q, k, v, seen in zip(runs, *parts, strict=True):
         q, k, v = (y.unflatten(0, (b, n)).transpose(1, 2) for y, n in ((q, s), (k, m), (v, m)))
         y = etrm.attention(q, k, v, None if seen is None else seen.view(b, 1, 1, m))
-        out.append(y.transpose(1, 2).reshape(b * s, -1))
+        out.append(rearrange(y, "b h s d -> (b s) (h d)"))
     return torch.cat(out)
 
 
