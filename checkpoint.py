@@ -181,7 +181,7 @@ def load(path: str | Path) -> Checkpoint:
     with opened(file) as (content, meta):
         try:
             model = msgspec.convert(msgspec.convert(meta, About).config["model"], ModelConfig)
-            shapes = {k: tuple(content.get_slice(k).get_shape()) for k in content.keys()}  # noqa: SIM118
+            shapes = {k: tuple(content.get_slice(k).get_shape()) for k in list(content.keys())}
             like = shapes_of(model, len(shapes))
         except (UserError, ValueError, KeyError, TypeError) as e:
             raise UserError(f"{file}: its metadata cannot be read: {e}") from None

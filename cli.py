@@ -377,7 +377,7 @@ def report(
 
 @app.command()
 def runs(
-    paths: Annotated[list[str], argument(metavar="[FOLDER | CHECKPOINT | RUN RUN...]")] = ["runs"],  # noqa: B006
+    paths: Annotated[list[str], argument(metavar="[PATH...]")] = ["runs"],  # noqa: B006
     plot: Annotated[str, option(help="Draw the runs' curves: .png, .svg or .pdf.")] = "",
     table: Annotated[str, option("--csv", help="Write the comparison, a line for each run.")] = "",
     as_json: Json = False,

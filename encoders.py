@@ -344,7 +344,7 @@ def views_of(tokens: Tensor, at: Tensor, cells: Sequence[int]) -> Views:
     last = first + torch.tensor(cells, device=at.device)[owner] - 1
     inside, drawn = tokens >= FIRST_COLOUR, tokens > FIRST_COLOUR
     axes, start, stride = [], first, at[last, 1] - at[first, 1] + 1
-    for place, step in zip((at - at[first]).unbind(1), (stride, stride**0), strict=True):
+    for place, step in zip((at - at[first]).T, (stride, torch.ones_like(stride)), strict=True):
         origin, size = span(place, owner, inside, len(cells))
         box = span(place - origin, owner, drawn, len(cells))
         axes.append(Axis(place - origin, size.clamp(min=1), *box))
