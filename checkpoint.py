@@ -30,17 +30,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .config import InitConfig, ModelConfig, UserError
+from .config import InitConfig, ModelConfig, SolveConfig, UserError, check_regular
 from .data import Task, parsed
 from .encoders import init_params
 from .etrm import Carry, Params, leaves, rebuild
 from .optim import matched
-from .sources import Finding, known_pairs, pair_digest
+from .sources import Finding, known_pairs, pair_digest, read_json, read_text
 
 fcntl = importlib.import_module("fcntl") if os.name == "posix" else None  # Windows: no locks
 FORMAT = 2
 SHIPPED = Path(__file__).parent / "checkpoints"
-LONGEST = 1000  # cycles and ACT steps that a checkpoint may ask for
+LONGEST = 1000  # cycles and ACT steps that a checkpoint may ask for; ten times as many views
 Tensors = dict[str, Tensor]
 
 # ---------------------------------------------------------------- writing
@@ -60,10 +60,10 @@ def sync(path: Path) -> None:
 def commit(path: Path, write: Callable[[Path], Any]) -> None:
     """Write aside, sync, rename: a reader sees the old file or the new one, whole. Links are
     followed; a device or a pipe is written to directly. Raises UserError where that fails."""
-    path = Path(os.path.realpath(path))
+    path = Path(os.path.realpath(os.path.expanduser(path)))
     aside = path.with_name(f".{path.name}.writing")
     try:
-        if path.exists() and not path.is_file():
+        if path.is_symlink() or (path.exists() and not path.is_file()):  # a link to itself
             write(path)
             return
         aside.touch()
@@ -73,7 +73,7 @@ def commit(path: Path, write: Callable[[Path], Any]) -> None:
         sync(aside)
         aside.replace(path)
         sync(path.parent)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as e:
+    except (OSError, RuntimeError, ValueError, safetensors.SafetensorError) as e:
         with contextlib.suppress(OSError):
             aside.unlink()
         reason = getattr(e, "strerror", None) or e
@@ -112,17 +112,22 @@ def save(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """(safetensors file, metadata). Raises UserError when absent, cut or not ours."""
+    """(safetensors file, metadata). Raises UserError when absent, unreadable, cut or not ours."""
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:
+        with open(path, "rb") as raw:
+            if raw.read(2) in (b"PK", b"\x80\x02"):
+                raise UserError(f"{path}: written by torch.save: to be imported, as init_from.path")
         with safetensors.safe_open(path, framework="pt") as file:
             meta = parsed((file.metadata() or {}).get("etrm", "null"))
             if not isinstance(meta, dict) or meta.get("format") != FORMAT:
                 raise UserError(f"{path}: not a checkpoint of ETRM in format {FORMAT}")
+            msgspec.convert(meta, About)
             yield file, meta
-    except (safetensors.SafetensorError, OSError, ValueError, RuntimeError) as e:
-        raise UserError(f"{path}: truncated, damaged or no safetensors file: {e}") from None
+    except (safetensors.SafetensorError, ValueError, RuntimeError) as e:
+        odd = "metadata" if isinstance(e, msgspec.ValidationError) else "truncated or not ours"
+        raise UserError(f"{path}: damaged ({odd}): {e}") from None
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -135,15 +140,17 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 class About(msgspec.Struct):
-    """What the metadata of a checkpoint must hold."""
+    """What the metadata of a checkpoint or a state must hold."""
 
-    config: dict[str, Any]
+    config: dict[str, dict[str, Any]]
     step: int
     tasks: int
     data: str  # content hash of the training set
     dtype: str
     finding: Finding
     score: dict[str, Any]
+    best: float | None = None
+    ended: str = ""
 
 
 class Checkpoint(NamedTuple):
@@ -167,7 +174,8 @@ def shapes_of(cfg: ModelConfig, tensors: int) -> Params:
 def find(path: str | Path) -> Path:
     """The checkpoint of a file, a run folder (its best, else its last) or a shipped one's name."""
     shipped = SHIPPED / f"{path}.safetensors"
-    path = shipped if not Path(path).exists() and shipped.is_file() else Path(path)
+    path = Path(path).expanduser()
+    path = shipped if not path.exists() and shipped.is_file() else path
     if not path.is_dir():
         return path
     best, last = path / "best.safetensors", path / "last.safetensors"
@@ -180,7 +188,10 @@ def load(path: str | Path) -> Checkpoint:
     file = find(path)
     with opened(file) as (content, meta):
         try:
-            model = msgspec.convert(msgspec.convert(meta, About).config["model"], ModelConfig)
+            model = msgspec.convert(meta["config"]["model"], ModelConfig)
+            solve = msgspec.convert(meta["config"].get("solve", {}), SolveConfig)
+            if max(solve.views, solve.adapt_steps) > 10 * LONGEST:
+                raise UserError("so many views or steps of adaptation would never end")
             shapes = {k: tuple(content.get_slice(k).get_shape()) for k in list(content.keys())}
             like = shapes_of(model, len(shapes))
         except (UserError, ValueError, KeyError, TypeError) as e:
@@ -223,7 +234,7 @@ def pair_digests(tasks: Iterable[Task], others: Tensor) -> Tensor:
 def states(folder: Path) -> list[Path]:
     """The states of a run folder, oldest first."""
     files = folder.glob("state-*.safetensors")
-    return sorted((p for p in files if p.stem[6:].isdigit()), key=step_of)
+    return sorted((p for p in files if p.stem[6:].isdecimal()), key=step_of)
 
 
 def step_of(state: Path) -> int:
@@ -317,14 +328,14 @@ def origin() -> dict[str, Any]:
 def rows_of(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     """(rows of a metrics file, numbers of the lines that are none), without a cut-off last line."""
     rows, broken = [], []
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    text = read_text(path, errors="replace") if path.exists() else ""
     for number, line in enumerate(text.split("\n")[:-1], 1):
         try:
-            row = parsed(line)
-            if not isinstance(row["step"], int):
+            row = msgspec.convert(parsed(line), dict[str, int | float | None])
+            if not isinstance(row.get("step"), int):
                 raise ValueError
             rows.append(row)
-        except (ValueError, LookupError, TypeError):
+        except ValueError:
             broken.append(number)
     return rows, broken
 
@@ -332,8 +343,8 @@ def rows_of(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
 def reached(folder: Path) -> int:
     """The step that a run without states has reached; 0 where it may have ended before any."""
     every, last = 0, max((row["step"] for row in rows_of(folder / "metrics.jsonl")[0]), default=0)
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        every = int(parsed((folder / "run.json").read_text())["config"]["train"]["save_every"])
+    with contextlib.suppress(UserError, ValueError, KeyError, TypeError):
+        every = int(read_json(folder / "run.json")["config"]["train"]["save_every"])
     return last if last > 2 * every else 0  # a state is written while training goes on
 
 
@@ -346,13 +357,14 @@ class Run(contextlib.ExitStack):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if rank == 0:
+                check_regular(folder / "lock")
                 lock = self.enter_context(open(folder / "lock", "w"))  # noqa: SIM115
                 if fcntl:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"run.dir: {folder} is held by a live process") from None
-        except OSError as e:
-            raise UserError(f"run.dir: {folder}: {e.strerror}") from None
+        except (OSError, ValueError) as e:
+            raise UserError(f"run.dir: {folder}: {getattr(e, 'strerror', e)}") from None
         begun = bool(states(folder))
         if not begun and (step := reached(folder)):
             raise UserError(f"run.dir: {folder} was at step {step}, but its states are gone")
@@ -368,17 +380,20 @@ class Run(contextlib.ExitStack):
         """Handle a signal: the run ends after this step."""
         self.stop = signal.Signals(number).name
 
-    def begin(self, step: int, about: dict[str, Any], track: str) -> list[str]:
-        """Drop what was written after `step`; in words, what is lost of the metrics up to it."""
+    def begin(self, step: int, rows: int, about: dict[str, Any], track: str) -> list[str]:
+        """Drop what was written after `step`; in words, what is lost of the metrics up to it, of
+        which there were so many rows."""
         later = (state for state in states(self.folder) if step_of(state) > step)
         for file in (*self.folder.glob(".*.writing"), *later):
             file.unlink()
         log = self.folder / "metrics.jsonl"
-        lost = [f"{log}: is missing"] if step and not log.exists() else []
-        rows, broken = rows_of(log)
+        whole, broken = rows_of(log)
+        whole, lost = [row for row in whole if row["step"] <= step], []
         if broken and step:
             lost.append(f"{log}: line {', '.join(map(str, broken[:5]))}: no row of metrics")
-        write_text(log, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+        if len(whole) < rows:
+            lost.append(f"{log}: {rows - len(whole)} of {rows} rows are missing")
+        write_text(log, "".join(json.dumps(row) + "\n" for row in whole))
         write_text(self.folder / "run.json", json.dumps({**about, **origin()}, indent=1))
         self.log = self.enter_context(open(log, "ab"))  # noqa: SIM115
         try:
@@ -420,7 +435,7 @@ class Run(contextlib.ExitStack):
 
 def is_held(folder: Path) -> bool:
     """Whether a live process has the run."""
-    if not fcntl or not (folder / "lock").exists():
+    if not fcntl or not (folder / "lock").is_file():
         return False
     with open(folder / "lock") as file:
         try:
@@ -456,6 +471,7 @@ def source_of(path: str, cfg: ModelConfig, like: dict[str, Tensor]) -> Source:
     """A checkpoint of ours (the average of its weights) or a published one (any other suffix)."""
     file = find(path)
     if file.suffix != ".safetensors":
+        check_regular(file)
         published = importlib.import_module(f"{__package__}.extras.published")
         tensors, stated, started = published.read(file, cfg.encoder.kind, like)
         return Source(file, tensors, stated, started, torch.zeros(0, 16, dtype=torch.uint8))
@@ -503,6 +519,8 @@ def start(init: InitConfig, cfg: ModelConfig, like: dict[str, Tensor]) -> tuple[
     if not taken:
         names = grouped(source.tensors)
         raise UserError(f"init_from: nothing of {source.path} is taken; it holds {names}")
+    if not all(bool(x.isfinite().all()) for x in taken.values()):
+        raise UserError(f"init_from: {source.path}: its weights are no numbers (NaN): it diverged")
     if (other := other_meaning(source, cfg, taken)) and not init.force:
         raise UserError(f"init_from: {source.path} {other}; init_from.force takes it all the same")
     skipped, drawn = (grouped(k for k in tree if k not in taken) for tree in (source.tensors, like))

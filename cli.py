@@ -18,7 +18,9 @@ import typer
 
 from .config import UserError, load_config
 
-REPORT = "etrm_arc.extras.report"  # the module behind the commands report and runs
+REPORT = "etrm_arc.extras.report"  # behind the commands report and runs; lines of text
+
+USAGE: Any = typer.BadParameter.__base__  # the UsageError of the click that typer brings
 
 
 class Commands(typer.core.TyperGroup):
@@ -30,6 +32,9 @@ class Commands(typer.core.TyperGroup):
         except UserError as e:
             time.sleep(os.environ.get("RANK", "0") != "0")  # process 0 reports what all have
             raise stop(2, e) from None
+        except USAGE as e:
+            e.message = printable(e.message)
+            raise
         except KeyboardInterrupt:
             raise stop(130, "interrupted; the same command goes on, train with --resume") from None
         except BrokenPipeError:
@@ -115,47 +120,26 @@ def data(sources: list[str], as_json: Json = False) -> None:
 # ---------------------------------------------------------------- train
 
 
-def training_line(row: dict[str, Any], total: int) -> str:
-    rate, steps = row["samples_per_s"], row.get("halted/steps", 0)
-    minutes = (total - row["step"]) * row["samples"] / row["step"] / rate / 60
-    shares = f"loss {row['all/lm_loss']:.3f}  exact {100 * row['all/exact']:.1f} %"
-    speed = f"ACT steps {steps:.1f}  {rate:.1f} samples/s  {minutes:.0f} min left"
-    return f"step {row['step']}/{total}  {shares}  {speed}"
-
-
-def evaluation_line(row: dict[str, Any]) -> str:
-    """Every measure of an evaluation; exact match with its interval."""
-    from .score import with_interval
-
-    parts = [f"step {row['step']}"]
-    for key, value in row.items():
-        group, _, name = key.rpartition("/")
-        if group and name != "n":
-            n = row.get(f"{group}/n") if name == "exact" else None
-            parts.append(f"{key} {with_interval(value, int(n)) if n else f'{value:.3f}'}")
-    return "  ".join(parts)
-
-
 def fit_aloud(cfg: Any, setup: Any = None, **options: Any) -> dict[str, Any]:
     """Train, and print rows of metrics on the way."""
     from . import checkpoint, train
 
-    setup = setup or train.setup(cfg)
+    setup, text = setup or train.setup(cfg), importlib.import_module(REPORT)
     warning, progress = checkpoint.warned(setup.meta), paced()
 
     def say(row: dict[str, Any]) -> None:
         if "all/lm_loss" in row:
-            progress(training_line(row, cfg.train.steps))
+            progress(text.training_line(row, cfg.train.steps))
         else:
-            text = f"skipped {row['skipped']}" if "skipped" in row else evaluation_line(row)
-            echo(f"{text}  {warning}".rstrip(), err=True)
+            line = f"skipped {row['skipped']}" if "skipped" in row else text.evaluation_line(row)
+            echo(f"{line}  {warning}".rstrip(), err=True)
 
     return train.fit(cfg, say, s=setup, **options)
 
 
 def seconds(text: str) -> float:
     """8h50m, 90m, 30s or a number of seconds; no limit where there is no text."""
-    parts = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text, re.ASCII)
+    parts = re.fullmatch(r"(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s?)?", text, re.ASCII)
     if not parts:
         raise UserError(f"--time-limit {text}: must look like 8h50m, 90m or 3600")
     hours, minutes, rest = (int(n or 0) for n in parts.groups())
@@ -221,27 +205,6 @@ def overfit(
 # ---------------------------------------------------------------- eval, merge
 
 
-def score_lines(result: dict[str, Any]) -> list[str]:
-    """Every score with its interval, by source and solver; held-out evaluations so far."""
-    from .score import PASS, verdicts, with_interval
-
-    if "pass@2" not in result:  # no output is known
-        return []
-    sizes = dict.fromkeys([*(f"pass@{k}" for k in PASS), "all_queries/pass@2"], result["n_tasks"])
-    per_query = ("per_output/pass@2", "oracle", "exact_match", "cell_accuracy")
-    sizes |= dict.fromkeys(per_query, result["n_queries"])
-    lines = [f"{key} {with_interval(result[key], n)}" for key, n in sizes.items()]
-    for kind in ("by_source", "by_solver"):
-        for name, row in result.get(kind, {}).items():
-            lines.append(f"{kind} {name}: pass@2 {with_interval(row['pass@2'], row['n_tasks'])}")
-    if "held_out_evaluation" in result:
-        count = result["held_out_evaluation"]
-        number = "not counted (state folder not writable)" if count is None else f"number {count}"
-        lines.append(f"held-out evaluation of these tasks: {number}")
-        lines += [verdicts(result)] if result.get("held_out", True) else []
-    return lines
-
-
 @app.command(name="eval")
 def evaluate(
     checkpoints: Annotated[list[str], argument(help="Files, run folders; all vote together.")],
@@ -249,7 +212,7 @@ def evaluate(
     views: Annotated[int, option(help="Symmetries and demo orders; 0: as configured.")] = 0,
     adapt: Annotated[str, option(help="none, context or full: learn from the demos first.")] = "",
     act_steps: Annotated[int, option(help="ACT steps of a view; 0: as configured.")] = 0,
-    budget: Annotated[float, option(help="Minutes: more views until they are over.")] = math.inf,
+    budget: Annotated[float, option(min=0, help="Minutes; views until they end.")] = math.inf,
     shard: Annotated[str, option(help="i/n: every n-th task; etrm merge joins them.")] = "1/1",
     submission: Submission = "",
     predictions: Annotated[str, option(help="The .jsonl file in which votes are kept.")] = "",
@@ -272,18 +235,7 @@ def evaluate(
 
     files = predictions, 60 * budget, shard, submission
     result = solve.evaluate(checkpoints, sources, sets, *files, say)
-    facts = f"{result['views']} views, {result['adaptation']}, {result['votes']} votes"
-    if result["act_steps"]:  # not where all solvers are made by hand
-        facts += f", {result['act_steps']:.1f} ACT steps a view"
-    facts += f", {result['seconds_per_task']:.3g} s a task; in {result['predictions']}"
-    facts += f"; guard: {result['guard']}" if result["guard"] else ""
-    what = "hand-made, no weights" if "pass@2" in result else "no output is known: no scores"
-    if "held_out" in result:
-        what = "held out" if result["held_out"] else "NOT held out: shares pairs with training"
-    echo(f"{', '.join(result['data'])}: {what}; {facts}", *score_lines(result))
-    if left := result["unanswered"]:
-        reasons = "larger than any canvas trained on, or the budget ended"
-        echo(f"{left} queries have no answer: {reasons}")
+    echo(*importlib.import_module(REPORT).evaluated_lines(result))
     last_line(as_json, result)
 
 
@@ -301,7 +253,8 @@ def merge(
     join = importlib.import_module(SUBMISSIONS).merge
     result = join([Path(f) for f in files], sources, output, submission)
     counts = f"{result['votes']} votes for {result['queries']} queries"
-    echo(f"{counts}, {result['unanswered']} without any", *score_lines(result))
+    scores = importlib.import_module(REPORT).score_lines(result)
+    echo(f"{counts}, {result['unanswered']} without any", *scores)
     last_line(as_json, result)
 
 

@@ -18,6 +18,12 @@ class UserError(Exception):
     """A mistake of the user's, said in one line that names the file, task, key or step."""
 
 
+def check_regular(path: Path) -> None:
+    """Raises UserError at what is no regular file: a pipe or a device might be read for ever."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: not a regular file")
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """' (did you mean X?)' or nothing."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
@@ -181,7 +187,7 @@ def parse_config(raw: dict[str, Any], where: str) -> Config:
         text = str(e)
     at = re.search(r"`\$\.?([^`]*)`$", text)
     path = at[1] if at else ""
-    if unknown := re.search(r"unknown field `([^`]+)`", text):
+    if unknown := re.search(r"unknown field `([^`]*)`", text):
         owner: Any = Config
         for name in filter(None, path.split(".")):
             owner = next(f.type for f in msgspec.structs.fields(owner) if f.name == name)
@@ -189,7 +195,7 @@ def parse_config(raw: dict[str, Any], where: str) -> Config:
         raise UserError(f"{where}: unknown key {'.'.join(filter(None, (path, unknown[1])))}{close}")
     reason = text.split(" - at ")[0].lower()
     if "enum" in reason:
-        reason += f"; known: {', '.join(map(str, choices(path)))}"
+        reason += f"; known: {', '.join(choices(path))}"
     raise UserError(f"{where}: {path or 'config'}: {reason}")
 
 
@@ -201,7 +207,7 @@ def choices(path: str) -> list[str]:
         hint = fields[name.partition("[")[0]]
     while get_origin(hint) is not Literal:
         hint = get_args(hint)[0]
-    return list(get_args(hint))
+    return [name or "''" for name in get_args(hint)]
 
 
 def override(raw: dict[str, Any], key: str, value: Any, where: str) -> None:
@@ -216,12 +222,14 @@ def override(raw: dict[str, Any], key: str, value: Any, where: str) -> None:
 def set_item(raw: dict[str, Any], item: str) -> None:
     """Apply one 'a.b=value', the value in TOML's notation or else a plain string."""
     key, equals, text = item.partition("=")
+    if item != item.encode(errors="replace").decode():
+        raise UserError(f"--set {item}: not UTF-8")
     if not equals:
         raise UserError(f"--set {item}: must be key=value, for instance train.steps=100")
     try:
         value = tomli.loads(f"x = {text}")["x"]
     except tomli.TOMLDecodeError:
-        value = os.path.expanduser(text)  # which no shell does after an =
+        value = text
     except RecursionError as e:
         raise UserError(f"--set {key}: {e}") from None
     override(raw, key.strip(), value, f"--set {key}")
@@ -252,11 +260,12 @@ def is_set(raw: Any, key: str) -> bool:
 def read_recipe(path: Path, names: Sequence[str], above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The tables of a TOML file on top of those of the file that it extends (a relative path).
     What a file sets wins over an inherited [fast] table: --fast keeps what the file is about."""
+    check_regular(path)
     try:
-        raw = tomli.loads(path.read_text(encoding="utf-8"))
+        raw = tomli.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}; shipped configs: {', '.join(names)}") from None
-    except (tomli.TOMLDecodeError, UnicodeDecodeError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{path}: broken TOML: {e}") from None
     base = raw.pop("extends", None)
     if base is None:
@@ -292,4 +301,5 @@ def load_config(path: str | Path, sets: Sequence[str] = (), fast: bool = False) 
     for item in sets:
         set_item(raw, item)
         cfg = parse_config(raw, "--set")
-    return cfg
+    run = msgspec.structs.replace(cfg.run, dir=os.path.expanduser(cfg.run.dir))  # as shells do
+    return msgspec.structs.replace(cfg, run=run)

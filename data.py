@@ -26,11 +26,19 @@ PALETTE = ("#000000", "#0074D9", "#FF4136", "#2ECC40", "#FFDC00",
 
 
 def parsed(text: str | bytes) -> Any:
-    """The value of a JSON text. Raises ValueError alone, also where it is nested too deep."""
+    """The value of a JSON text. Raises ValueError alone, also where it is nested too deep or names
+    a key twice."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique_keys)
     except RecursionError as e:
         raise ValueError(str(e)) from None
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError(f"a key occurs twice among {', '.join(k for k, _ in pairs)[:200]!r}")
+    return value
 
 
 class Task(NamedTuple):
@@ -181,7 +189,7 @@ def candidates(tasks: Tasks, query: Tensor, rule: str) -> Tensor:
     task = tasks.task_of[query]
     first, any_pair = tasks.first[task][:, None], rule == "leave_one_out"
     count = tasks.first.diff()[task] if any_pair else tasks.n_demos[task]
-    pair = first + torch.arange(int(count.max()))
+    pair = first + torch.arange(max(count.tolist(), default=1))
     may = (pair < first + count[:, None]) & (pair != query[:, None])
     if any_pair:
         may &= tasks.grids[pair.clamp(max=len(tasks.grids) - 1), 1, 1] > 0

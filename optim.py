@@ -41,7 +41,7 @@ def hardware(cfg: Config) -> tuple[torch.device, torch.dtype]:
     name = available[0] if cfg.train.device == "auto" else cfg.train.device
     if name not in available:
         raise UserError(f"train.device: no {name} here, only {', '.join(available)}")
-    index = int(os.environ.get("LOCAL_RANK", 0))
+    index = int(re.sub(r"\D", "", os.environ.get("LOCAL_RANK", "")) or 0)
     device = torch.device(name, index) if name == "cuda" else torch.device(name)
     return device, dtype_of(cfg.train.dtype, device)
 

@@ -13,6 +13,7 @@ import functools
 import json
 import math
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -94,8 +95,11 @@ def from_line(text: str, where: str) -> Prediction:
         canvas = None if text is None else np.array(rows_of(text, 0), np.uint8)
         if not all(map(math.isfinite, [seconds, *(v.q for v in votes)])):
             raise ValueError("a number is not finite")
-        key = (str(line["task"]), int(line["query"]), str(line["hash"]))
-        return Prediction(*key, votes, canvas, seconds, source)
+        counts = [line["query"], *(v["view"] for v in line["votes"])]
+        if not all(isinstance(n, int) and n >= 0 for n in counts):
+            raise ValueError("query and view must be whole numbers from 0")
+        task, query, key = str(line["task"]), line["query"], str(line["hash"])
+        return Prediction(task, query, key, votes, canvas, seconds, source)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
         raise UserError(f"{where}: no line of predictions: {type(e).__name__}: {e}") from None
 
@@ -257,14 +261,6 @@ def score(tasks: Sequence[Task], predictions: Sequence[Prediction]) -> dict[str,
     return scores
 
 
-def verdicts(scores: dict[str, Any]) -> str:
-    """A line: which held-out scores are as high as the published encoder's authors hoped for."""
-    criteria, words = {"pass@2": 0.05, "exact_match": 0.05, "pass@100": 0.0}, []
-    for name, least in criteria.items():
-        words.append(f"{name} above {100 * least:g} %: {'yes' if scores[name] > least else 'no'}")
-    return f"published criteria: {', '.join(words)}"
-
-
 # ---------------------------------------------------------------- held-out evaluations
 
 
@@ -331,8 +327,9 @@ def load_by_source(
 ) -> dict[str, list[Task]]:
     """The first `limit` tasks (0: all), source by source; every n-th of each for the shard "i/n".
     A task that an earlier source has is left out; another of its id gets a name of its own."""
-    part, _, parts = shard.partition("/")
-    if not (part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
+    found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", shard, re.ASCII)
+    part, parts = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= part <= parts:
         raise UserError(f"--shard {shard}: must look like 1/4")
     tasks: dict[str, list[Task]] = {source: [] for source in names}
     seen: dict[str, Task] = {}
@@ -342,11 +339,11 @@ def load_by_source(
             if name not in seen and len(seen) < (limit or math.inf):
                 seen[name] = task._replace(name=name)
                 tasks[source].append(seen[name])
-    return {source: ts[int(part) - 1 :: int(parts)] for source, ts in tasks.items()}
+    return {source: ts[part - 1 :: parts] for source, ts in tasks.items()}
 
 
 def jsonl(option: str, path: str | Path) -> Path:
     """Where predictions can be kept: `etrm merge` takes another ending for a submission."""
     if Path(path).suffix != ".jsonl":
         raise UserError(f"{option} {path}: must end in .jsonl")
-    return Path(path)
+    return Path(path).expanduser()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import msgspec
 import numpy as np
 import torch
 
-from . import data, encoders, etrm, optim, solve, sources, train
+from . import checkpoint, data, encoders, etrm, optim, solve, sources, train
 from .config import Config, UserError, nearest
 from .data import EOS, FIRST_COLOUR, PAD, PALETTE, Task, tokenise
 
@@ -141,10 +142,12 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def save(figure: Any, path: Path) -> None:
+    image = io.BytesIO()
     try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as e:
+        figure.savefig(image, dpi=150, format=path.suffix[1:] or "png")
+    except ValueError as e:
         raise UserError(f"{path}: cannot be written: {e}") from None
+    checkpoint.commit(path, lambda aside: aside.write_bytes(image.getvalue()))
 
 
 def picture(t: Timeline, caption: str = "") -> Any:

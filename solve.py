@@ -406,12 +406,14 @@ def evaluate(
     if not chosen:
         raise UserError(f"{first.path}: trained without a dev split; name the tasks with --data")
     limit = 0 if data_sources else first.cfg.data.max_eval_tasks
-    tasks = sum(score.load_by_source(chosen, limit, shard, hide=True).values(), [])
+    loaded = sum(score.load_by_source(chosen, limit, shard, hide=True).values(), [])
+    tasks = [task for task in loaded if task.queries]
     if not tasks:
-        raise UserError(f"--shard {shard}: no task is left")
+        raise UserError(f"{', '.join(chosen)}: no query (no test pair) in shard {shard}")
     file = score.jsonl("--predictions", predictions_file or predictions_path(first))
     lines = score.read(file) if file.exists() else []
 
+    is_stream = Path(submit).exists() and not Path(submit).is_file()  # written to once
     wanted, votes = len(solvers) * views * sum(len(t.queries) for t in tasks), 0
     edges = [0, 0, views]  # of rounds of views; in the first only a submission: can it be written?
     if budget < math.inf and all(s.cfg.solve.adapt != "full" for s in solvers):
@@ -425,7 +427,7 @@ def evaluate(
                 say(min(1.0, votes / wanted))
         predictions = joint(tasks, lines, solvers, views)
         votes = sum(len(p.votes) for p in predictions)
-        if submit:
+        if submit and (part.stop == views or not is_stream):
             submissions = importlib.import_module(SUBMISSIONS)
             checkpoint.write_text(Path(submit), json.dumps(submissions.submission(predictions)))
     if budget < math.inf and not votes:
@@ -441,6 +443,7 @@ def evaluate(
             alone = {str(s.path): joint(tasks, lines, [s], views) for s in solvers}
             scores["by_solver"] = {k: score.score(everything, ps) for k, ps in alone.items()}
     facts = {"data": list(chosen), "views": views, "predictions": str(file)}
+    facts["without_query"] = len(loaded) - len(tasks)
     return facts | facts_of(solvers, predictions) | scores
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
-import json
 import logging
 import os
 import re
@@ -20,13 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .config import DataConfig, UserError, nearest
-from .data import MAX_SIDE, Task, task_digest, turn
+from .config import DataConfig, UserError, check_regular, nearest
+from .data import MAX_SIDE, Task, parsed, task_digest, turn
 
 DEV_TASKS = 80
 QUERY_SIDE = 255  # a query of more than MAX_SIDE is counted as unanswered; a side is one byte
 MIN_SHARED_CELLS = 20  # pairs that two tasks share with fewer cells together are taken for chance
-LONG, PART = 20, 5  # more than LONG demos without a query are read as tasks of about PART demos
+LONG, PART = 10, 5  # more than LONG demos without a query are read as tasks of about PART demos
 GENERATORS = {"composed": "compose", "composed-held-out": "compose", "rearc": "rearc"}
 EMBEDDED = ("arc1:training", "arc1:evaluation", "arc1:dev", "arc2:training", "arc2:evaluation")
 # names of files that lie beside tasks in a folder
@@ -105,27 +104,19 @@ def check(task: Task) -> Task:
     return check_task(task.name, {"train": task.demos, "test": task.queries}, "tasks")
 
 
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        raise ValueError(f"a key occurs twice among {', '.join(k for k, _ in pairs)[:200]!r}")
-    return value
-
-
 def decode(text: str, where: str) -> Any:
     """The value of a JSON text. Raises UserError where it is broken."""
     try:
-        return json.loads(text, object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError) as e:
+        return parsed(text)
+    except ValueError as e:
         raise UserError(f"{where}: broken JSON: {e}") from None
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, errors: str = "strict") -> str:
     """The text of a regular file, without a byte-order mark. Raises UserError naming the file."""
     try:
-        if path.exists() and not path.is_file():
-            raise UserError(f"{path}: not a regular file")
-        return path.read_text(encoding="utf-8-sig")
+        check_regular(path)
+        return path.read_text(encoding="utf-8-sig", errors=errors)
     except (OSError, ValueError) as e:
         raise UserError(f"{path}: {str(getattr(e, 'strerror', None) or e).lower()}") from None
 
@@ -153,7 +144,8 @@ def files_below(folder: Path) -> list[Path]:
         visited.add(real)
         folders[:] = sorted(n for n in folders if not n.startswith("."))
         for file in (Path(root, n) for n in sorted(names) if not n.startswith(".")):
-            if file.suffix in (".json", ".jsonl") and not BESIDE.search(file.stem):
+            of_tasks = file.suffix.lower() in (".json", ".jsonl") and not BESIDE.search(file.stem)
+            if of_tasks or not file.exists():  # a link to nothing may be one to a folder of tasks
                 real = os.path.realpath(file)
                 if not file.is_symlink() or real not in by_real_path:
                     by_real_path[real] = file
@@ -163,7 +155,7 @@ def files_below(folder: Path) -> list[Path]:
 def named_tasks(raw: Any, name: str, where: str, depth: int = 2) -> Iterator[tuple[str, Any]]:
     """(name, task) of all tasks in a JSON value: one task, or tasks by id, in a list, by split."""
     first = raw[0] if isinstance(raw, list) and raw else None
-    is_pair = isinstance(first, list) and len(first) == 2
+    is_pair = isinstance(first, list) and len(first) == 2 and isinstance(first[0], list)
     is_pair |= isinstance(first, dict) and "input" in first
     of_task = [raw.get(k) for k in ("train", "test", "examples")] if isinstance(raw, dict) else []
     if is_pair or any(isinstance(pairs, list) for pairs in of_task):
@@ -227,6 +219,7 @@ def generate(source: str) -> list[Task]:
 def read_source(source: str, large: list[str]) -> Iterable[Task]:
     """The tasks of an embedded set, a generator, a file or a folder."""
     kind, colon, _ = source.partition(":")
+    source = os.path.expanduser(source)
     if source in EMBEDDED:
         return read_embedded(source)
     if kind in GENERATORS and colon:
@@ -244,14 +237,17 @@ def load(sources: str | Path | Sequence[str | Path], hide: bool = False) -> list
     wanted = [str(s) for s in ([sources] if isinstance(sources, (str, Path)) else sources)]
     tasks: dict[str, Task] = {}
     for source in wanted:
-        large: list[str] = []
+        large, emptied = list[str](), 0
         for task in read_source(source, large):
+            emptied += not task.demos
             task = hidden(task) if hide else task
             name = free_name(task, tasks)
             if task.demos and (name not in tasks or any(y is None for _, y in tasks[name].queries)):
                 tasks[name] = task._replace(name=name)
         if large:
-            warn_once(f"{source}: {len(large)} pairs beyond {MAX_SIDE} x {MAX_SIDE} left out")
+            what = f"{len(large)} pairs beyond {MAX_SIDE} x {MAX_SIDE} left out"
+            rest = f", {emptied} tasks without another demo" if emptied else ""
+            warn_once(f"{CONTROL.sub('?', source)}: {what}{rest}")
     if not tasks:
         raise UserError(f"{', '.join(wanted) or 'no source'}: no task found")
     return [tasks[name] for name in sorted(tasks)]

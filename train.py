@@ -39,13 +39,15 @@ Row = dict[str, Any]  # of metrics
 
 def place_of() -> tuple[int, int]:
     """(rank, number of processes) from the environment that torchrun sets."""
-    rank, world, address = map(os.environ.get, ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
-    if rank in (None, "0") and world in (None, "1"):
+    names = ("RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
+    given = {name: os.environ.get(name, "") for name in names}
+    if given["RANK"] in ("", "0") and given["WORLD_SIZE"] in ("", "1"):
         return 0, 1
-    if not (rank and world and address):
-        facts = f"RANK is {rank}, WORLD_SIZE is {world}, MASTER_ADDR is {address}"
+    rank, world, port = (int(given[k]) if given[k].isdecimal() else -1 for k in names[:3])
+    if not (0 <= rank < world and port > 0 and given["MASTER_ADDR"]):
+        facts = ", ".join(f"{name} is {value or None}" for name, value in given.items())
         raise UserError(f"{facts}: start several processes with --procs or torchrun")
-    return int(rank), int(world)
+    return rank, world
 
 
 @contextlib.contextmanager
@@ -391,6 +393,7 @@ class Progress:
     waited: int = 0  # evaluations since then
     last: Row = dataclasses.field(default_factory=Row)  # of the last evaluation
     ended: str = ""  # why the run is over; "" while it is not
+    rows: int = 0  # of metrics so far
 
 
 @dataclasses.dataclass
@@ -440,7 +443,10 @@ def take_up(s: Setup, state: State, saved: SavedState) -> list[str]:
     """Put a saved state in the place of a fresh one; what was skipped to find it."""
     tensors, facts, eval_config = saved.tensors, saved.facts, s.meta["config"]["eval"]
     checkpoint.check_same(facts, s.meta)
-    state.progress = progress = msgspec.convert(facts, Progress)
+    try:
+        state.progress = progress = msgspec.convert(facts, Progress)
+    except msgspec.ValidationError as e:
+        raise UserError(f"--resume: the state cannot be read: {e}") from None
     progress.ended = ""
     if any(facts["config"]["eval"][k] != eval_config[k] for k in ("on", "weights")):
         progress.best, progress.waited = None, 0  # it was measured otherwise
@@ -523,7 +529,7 @@ def fit(
         progress, stopped, durations = state.progress, "", list[float]()
         begun = time.monotonic() - progress.seconds
         if rank == 0:
-            for reason in skipped + run.begin(progress.step, s.meta, cfg.run.track):
+            for reason in skipped + run.begin(progress.step, progress.rows, s.meta, cfg.run.track):
                 say({"skipped": reason})
 
         def stamped(row: Row) -> Row:
@@ -531,7 +537,7 @@ def fit(
             return {"step": progress.step, "samples": samples, "seconds": seconds, **row}
 
         def note(row: Row) -> None:
-            row = stamped(row)
+            row, progress.rows = stamped(row), progress.rows + 1
             if rank == 0:
                 run.write(row)
                 say(row)

@@ -35,14 +35,19 @@ def write(file: Path, found: Sequence[Task]) -> None:
     """Keep tasks, if the folder can be written."""
     arrays = {name: x.numpy() for name, x in pack(found)._asdict().items()}
     partial = file.with_name(f"{os.getpid()}.npz")
-    with contextlib.suppress(OSError):
+    try:
         file.parent.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(partial, names=np.array([t.name for t in found]), **arrays)
         partial.replace(file)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def read(file: Path) -> list[Task]:
     """What `write` kept; [] if it is absent or damaged."""
+    if not file.is_file():
+        return []
     try:
         with np.load(file) as arrays:
             cells, grids, first = (

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import json
 import math
@@ -36,9 +37,10 @@ def opened(folder: str | Path) -> Run:
     folder = Path(folder)
     about = sources.read_json(folder / "run.json")
     try:
+        str(folder).encode()  # a name in other bytes stands in no page
         about["guard"] = checkpoint.warned(about)
         watched = f"{about['config']['eval']['on']}/{about['config']['eval']['weights'][0]}"
-    except (KeyError, TypeError, IndexError, AttributeError, msgspec.ValidationError) as e:
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as e:
         raise UserError(f"{folder / 'run.json'}: no run of ours: {e!r}") from None
     lines, _ = checkpoint.rows_of(folder / "metrics.jsonl")
     rows = [{k: math.nan if v is None else v for k, v in line.items()} for line in lines]
@@ -233,7 +235,7 @@ def columns(table: Sequence[dict[str, Any]]) -> list[str]:
 
     def cell(row: dict[str, Any], key: str) -> str:
         value = row[key]
-        if key == "exact" and value is not None:
+        if key == "exact" and 0 <= (value or 0) <= 1 <= (row["n"] or 0):
             return score.with_interval(value, int(row["n"]))
         return "-" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
 
@@ -265,10 +267,82 @@ def save_comparison(
 ) -> None:
     """Write the table as CSV, with a line for each run, and the curves; "" for neither."""
     if csv_path:
-        with open(csv_path, "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([table[0], *(row.values() for row in table)])
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows([table[0], *(row.values() for row in table)])
+        encoded = text.getvalue().encode(errors="backslashreplace")
+        checkpoint.commit(Path(csv_path), lambda aside: aside.write_bytes(encoded))
     if plot_path:
         show.save(plotted(runs), Path(plot_path))
+
+
+# ---------------------------------------------------------------- lines of text
+
+
+def training_line(row: dict[str, Any], total: int) -> str:
+    rate, steps = row["samples_per_s"], row.get("halted/steps", 0)
+    minutes = (total - row["step"]) * row["samples"] / row["step"] / rate / 60
+    shares = f"loss {row['all/lm_loss']:.3f}  exact {100 * row['all/exact']:.1f} %"
+    speed = f"ACT steps {steps:.1f}  {rate:.1f} samples/s  {minutes:.0f} min left"
+    return f"step {row['step']}/{total}  {shares}  {speed}"
+
+
+def evaluation_line(row: dict[str, Any]) -> str:
+    """Every measure of an evaluation; exact match with its interval."""
+    parts = [f"step {row['step']}"]
+    for key, value in row.items():
+        group, _, name = key.rpartition("/")
+        if group and name != "n":
+            n = row.get(f"{group}/n") if name == "exact" else None
+            parts.append(f"{key} {score.with_interval(value, int(n)) if n else f'{value:.3f}'}")
+    return "  ".join(parts)
+
+
+def verdicts(scores: dict[str, Any]) -> str:
+    """A line: which held-out scores are as high as the published encoder's authors hoped for."""
+    criteria, words = {"pass@2": 0.05, "exact_match": 0.05, "pass@100": 0.0}, []
+    for name, least in criteria.items():
+        words.append(f"{name} above {100 * least:g} %: {'yes' if scores[name] > least else 'no'}")
+    return f"published criteria: {', '.join(words)}"
+
+
+def score_lines(result: dict[str, Any]) -> list[str]:
+    """Every score with its interval, by source and solver; held-out evaluations so far."""
+    if "pass@2" not in result:  # no output is known
+        return []
+    per_task = (*(f"pass@{k}" for k in score.PASS), "all_queries/pass@2")
+    sizes = dict.fromkeys(per_task, result["n_tasks"])
+    per_query = ("per_output/pass@2", "oracle", "exact_match", "cell_accuracy")
+    sizes |= dict.fromkeys(per_query, result["n_queries"])
+    lines = [f"{key} {score.with_interval(result[key], n)}" for key, n in sizes.items()]
+    for kind in ("by_source", "by_solver"):
+        for name, row in result.get(kind, {}).items():
+            interval = score.with_interval(row["pass@2"], row["n_tasks"])
+            lines.append(f"{kind} {name}: pass@2 {interval}")
+    if "held_out_evaluation" in result:
+        count = result["held_out_evaluation"]
+        number = "not counted (state folder not writable)" if count is None else f"number {count}"
+        lines.append(f"held-out evaluation of these tasks: {number}")
+        lines += [verdicts(result)] if result.get("held_out", True) else []
+    return lines
+
+
+def evaluated_lines(result: dict[str, Any]) -> list[str]:
+    """How tasks were answered, every score, and what has no answer."""
+    facts = f"{result['views']} views, {result['adaptation']}, {result['votes']} votes"
+    if result["act_steps"]:  # not where all solvers are made by hand
+        facts += f", {result['act_steps']:.1f} ACT steps a view"
+    facts += f", {result['seconds_per_task']:.3g} s a task; in {result['predictions']}"
+    facts += f"; guard: {result['guard']}" if result["guard"] else ""
+    what = "hand-made, no weights" if "pass@2" in result else "no output is known: no scores"
+    if "held_out" in result:
+        what = "held out" if result["held_out"] else "NOT held out: shares pairs with training"
+    lines = [f"{', '.join(result['data'])}: {what}; {facts}", *score_lines(result)]
+    if left := result["unanswered"]:
+        reasons = "larger than any canvas trained on, or the budget ended"
+        lines.append(f"{left} queries have no answer: {reasons}")
+    if left := result["without_query"]:
+        lines.append(f"{left} tasks have no query (no test pair) and are left out")
+    return lines
 
 
 # ---------------------------------------------------------------- lists and facts
@@ -296,17 +370,14 @@ def inspection_lines(facts: dict[str, Any]) -> list[str]:
 def described(folder: Path) -> dict[str, Any]:
     """A run: its state, step, best value of what it watches, and seconds since its last row."""
     try:
-        about, facts = (
-            data.parsed((folder / "run.json").read_text()),
-            checkpoint.newest_facts(folder),
-        )
+        about, facts = sources.read_json(folder / "run.json"), checkpoint.newest_facts(folder)
         cfg, age = about["config"], time.time() - (folder / "metrics.jsonl").stat().st_mtime
         state = "running" if checkpoint.is_held(folder) else facts.get("ended") or "stopped"
         row = {"run": str(folder), "state": state, "step": facts.get("step", 0)}
-        row |= {"steps": cfg["train"]["steps"], "best": facts.get("best"), "age_s": round(age)}
+        row |= {"steps": int(cfg["train"]["steps"]), "best": facts.get("best"), "age_s": round(age)}
         watched = f"{cfg['eval']['on']}/{cfg['eval']['weights'][0]}/own/loss"
         return {**row, "watched": watched, "guard": checkpoint.warned(about)}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+    except (UserError, OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         return {"run": str(folder), "state": f"unreadable: {e!r}", "age_s": 0}
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from etrm_arc import score, sources
 from etrm_arc.config import UserError
 from etrm_arc.data import Task, tokenise
-from etrm_arc.extras import submissions
+from etrm_arc.extras import report, submissions
 from etrm_arc.score import Prediction, Vote
 from etrm_arc.tests.puzzles import SET
 
@@ -114,7 +114,7 @@ def test_scores_come_with_wilsons_interval_and_are_judged_by_the_published_crite
         assert score.wilson(k / 400, 400) == pytest.approx(interval, abs=2e-4)
     assert score.with_interval(6 / 86, 86) == "7.0 % (n = 86, 95 % 3.2 to 14.4)"
     scores = score.score([SINGLE], [prediction("t", TWO)])
-    line = score.verdicts(scores | {"pass@2": 0.051, "exact_match": 0.05})
+    line = report.verdicts(scores | {"pass@2": 0.051, "exact_match": 0.05})
     assert [part.rpartition(": ")[2] for part in line.split(", ")] == ["yes", "no", "no"]
 
 
@@ -220,6 +220,7 @@ def test_held_out_evaluations_are_counted_by_the_content_of_tasks(tmp_path, monk
 @given(VOTES)
 def test_a_submission_is_complete_and_read_back_as_it_was(tmp_path_factory, votes):
     tasks = [SINGLE._replace(name="b", queries=[(TWO, None), (TWO, ONE)]), SINGLE]
+    votes = [v for v in votes if not np.array_equal(v.grid, TWO)]  # which stands for no answer
     answered = [prediction("b"), Prediction("b", 1, "", votes), prediction("t")]
     written = submissions.submission(answered)
     assert {name: len(queries) for name, queries in written.items()} == {"b": 2, "t": 1}
