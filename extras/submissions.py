@@ -33,7 +33,7 @@ def submission(predictions: Iterable[Prediction]) -> dict[str, list[dict[str, An
 
 
 def read_submission(path: Path) -> list[Prediction]:
-    """A submission's attempts as votes: equal ones are one, a placeholder is none."""
+    """A submission's attempts as votes: equal ones are one; a placeholder, null and [] are none."""
     raw, predictions = sources.read_json(path), []
     if not isinstance(raw, dict) or not raw:
         raise UserError(f"{path}: a submission maps task ids to lists of attempts")
@@ -44,9 +44,10 @@ def read_submission(path: Path) -> list[Prediction]:
             where = f"{path}: task {name}, query {i}"
             if not isinstance(both, dict) or set(both) != set(ATTEMPTS):
                 raise UserError(f"{where}: needs exactly attempt_1 and attempt_2")
-            grids = [sources.check_grid(both[k], f"{where}, {k}") for k in ATTEMPTS]
-            if np.array_equal(grids[0], grids[1]):
-                grids = [] if np.array_equal(grids[0], PLACEHOLDER) else grids[:1]
+            given = [k for k in ATTEMPTS if both[k] not in (None, [])]
+            grids = [sources.check_grid(both[k], f"{where}, {k}") for k in given]
+            grids = [x for x in grids if not np.array_equal(x, PLACEHOLDER)]
+            grids = grids[: 1 if len(grids) == 2 and np.array_equal(*grids) else 2]
             votes = [Vote(x, view=n, source=str(path)) for n, x in enumerate(grids)]
             canvas = tokenise(grids[0], (MAX_SIDE, MAX_SIDE)) if grids else None
             predictions.append(Prediction(name, i, "", votes, canvas, source=str(path)))
@@ -64,7 +65,8 @@ def merge(
     """Join predictions and submissions into one file; for tasks of the sources, also score them."""
     if submit and not chosen:
         raise UserError("--submission: name the tasks with --data")
-    known, lines = score.load_by_source(chosen), [p for file in files for p in read_votes(file)]
+    once = {file.resolve(): file for file in files}.values()
+    known, lines = score.load_by_source(chosen), [p for file in once for p in read_votes(file)]
     tasks = sum(known.values(), [])
     joint = score.joined(tasks, lines) if chosen else score.unions(lines)
     if not any(p.votes for p in joint):
