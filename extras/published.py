@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import UserError
+from ..config import UserError, check_regular
 
 KINDS = {  # of encoders whose leaves are the published ones
     "standard", "variational", "lpn_standard", "lpn_variational", "hybrid_standard",
@@ -65,6 +65,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
     Nothing in the file is executed. Raises UserError on anything but a dict of dense real tensors.
     """
+    check_regular(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # of many kinds, for a file may hold anything
