@@ -60,11 +60,12 @@ def sync(path: Path) -> None:
 def commit(path: Path, write: Callable[[Path], Any]) -> None:
     """Write aside, sync, rename: a reader sees the old file or the new one, whole. Links are
     followed; a device or a pipe is written to directly. Raises UserError where that fails."""
-    path = Path(os.path.realpath(os.path.expanduser(path)))
+    given = Path(os.path.expanduser(path))
+    path = Path(os.path.realpath(given))
     aside = path.with_name(f".{path.name}.writing")
     try:
-        if path.is_symlink() or (path.exists() and not path.is_file()):  # a link to itself
-            write(path)
+        if path.is_symlink() or (given.exists() and not given.is_file()):  # a link to itself
+            write(given)
             return
         aside.touch()
         mode = aside.stat().st_mode  # as the umask has it; safetensors creates its files 0600
@@ -471,7 +472,6 @@ def source_of(path: str, cfg: ModelConfig, like: dict[str, Tensor]) -> Source:
     """A checkpoint of ours (the average of its weights) or a published one (any other suffix)."""
     file = find(path)
     if file.suffix != ".safetensors":
-        check_regular(file)
         published = importlib.import_module(f"{__package__}.extras.published")
         tensors, stated, started = published.read(file, cfg.encoder.kind, like)
         return Source(file, tensors, stated, started, torch.zeros(0, 16, dtype=torch.uint8))

@@ -25,11 +25,14 @@ PALETTE = ("#000000", "#0074D9", "#FF4136", "#2ECC40", "#FFDC00",
            "#AAAAAA", "#F012BE", "#FF851B", "#7FDBFF", "#870C25")  # fmt: skip
 
 
-def parsed(text: str | bytes) -> Any:
-    """The value of a JSON text. Raises ValueError alone, also where it is nested too deep or names
-    a key twice."""
+def parsed(text: str) -> Any:
+    """The value of a JSON text. Raises ValueError alone, also where it is nested too deep, names a
+    key twice or holds half a character, which could be written nowhere."""
     try:
-        return json.loads(text, object_pairs_hook=unique_keys)
+        value = json.loads(text, object_pairs_hook=unique_keys)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except RecursionError as e:
         raise ValueError(str(e)) from None
 

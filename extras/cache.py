@@ -11,6 +11,7 @@ from types import ModuleType
 
 import numpy as np
 
+from ..config import check_regular
 from ..data import Task, pack
 
 STORED = 1000  # from so many tasks on they are kept
@@ -46,9 +47,8 @@ def write(file: Path, found: Sequence[Task]) -> None:
 
 def read(file: Path) -> list[Task]:
     """What `write` kept; [] if it is absent or damaged."""
-    if not file.is_file():
-        return []
     try:
+        check_regular(file)
         with np.load(file) as arrays:
             cells, grids, first = (
                 arrays["cells"],

@@ -235,7 +235,7 @@ def columns(table: Sequence[dict[str, Any]]) -> list[str]:
 
     def cell(row: dict[str, Any], key: str) -> str:
         value = row[key]
-        if key == "exact" and 0 <= (value or 0) <= 1 <= (row["n"] or 0):
+        if key == "exact" and value is not None and 0 <= value <= 1 <= (row["n"] or 0):
             return score.with_interval(value, int(row["n"]))
         return "-" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
 

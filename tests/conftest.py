@@ -1,10 +1,8 @@
 """Shared by all tests: profiles of hypothesis, golden vectors, a run of a few steps."""
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,21 +16,13 @@ pytest.register_assert_rewrite("etrm_arc.tests.puzzles")  # its `close` says bot
 from etrm_arc import config, train  # noqa: E402
 from etrm_arc.tests.puzzles import SET  # noqa: E402
 
-Golden = tuple[dict[str, Tensor], dict[str, Any]]
+Golden = tuple[dict[str, Tensor], dict[str, str]]
 
 # No deadline: the first call of a torch function can take seconds.
 settings.register_profile("same", deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("explore", deadline=None)
 # EXPLORE=1 pytest: new examples each time
 settings.load_profile("explore" if os.environ.get("EXPLORE") else "same")
-
-
-def decode(value: str) -> Any:
-    """The JSON value where it is JSON, the text itself where it is not."""
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -49,7 +39,7 @@ def golden() -> Callable[[str], Golden]:
         path = Path(__file__).parent / "golden" / f"{name}.safetensors"
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-            return tensors, {key: decode(value) for key, value in file.metadata().items()}
+            return tensors, file.metadata()
 
     return load
 

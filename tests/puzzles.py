@@ -52,8 +52,6 @@ def moved(s: Symmetry, pair: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray,
     return data.apply(s, pair[0]), data.apply(s, pair[1])
 
 
-# ---------------------------------------------------------------- small models
-
 SLOTS = 5
 KINDS = [kind for kind in encoders.kinds() if kind != "table"]
 VARIANTS = {
@@ -175,8 +173,6 @@ def gradients(params):
 def total(world, out):
     return act_loss(world.cfg, out, world.batch.labels, world.batch.cells).total
 
-
-# ---------------------------------------------------------------- tasks on disk
 
 SET = Path(__file__).parent / "data" / "set"
 

@@ -21,9 +21,6 @@ from etrm_arc.tests.test_train import FEEDBACK, tiny
 TABLE = {"model__encoder__kind": "table", "data__symmetries": 4, "model__published": True}
 
 
-# ---------------------------------------------------------------- the table of tasks
-
-
 @given(generators, st.integers(1, 9))
 def test_a_row_is_a_task_under_one_symmetry_whoever_draws_it(g, symmetries):
     tasks = data.pack(puzzles.tasks(g, 4))
@@ -100,9 +97,6 @@ def test_what_a_table_cannot_answer_is_one_line(table, tmp_path, file, sets, tex
 def test_a_table_refuses_what_it_cannot_be(tmp_path, options, field):
     with pytest.raises(UserError, match=field):
         train.setup(tiny(tmp_path, **TABLE | options))
-
-
-# ---------------------------------------------------------------- the argmax-feedback TRM
 
 
 def feedback(**changes):

@@ -46,7 +46,6 @@ def last_json(result):
 
 
 def mistake(*args):
-    """The one line that a mistake ends in."""
     result = call(*args, code=2)
     assert result.stderr.count("\n") == 1 and len(result.stderr) < 1000, result.stderr
     return result.stderr
@@ -129,8 +128,10 @@ def test_show_and_report_write_where_they_are_told(run, tmp_path):
 
 
 def test_data_and_runs_describe_and_compare(run, tmp_path):
-    facts = last_json(call("data", SET, "--json"))
-    assert (facts["tasks"], facts["pairs"]) == (6, 24)
+    unasked = write(tmp_path / "unasked.json", [PAIR, PAIR])
+    facts = last_json(call("data", SET, unasked, "--json"))
+    assert (facts["tasks"], facts["pairs"]) == (7, 26)
+    assert last_json(call("data", unasked, "--json"))["queries"] == 0
     assert f"{run} " in call("runs", run.parent).stdout
     result = call("runs", run, "--json")
     facts, leaves = last_json(result), etrm.leaves(checkpoint.load(run).params)
@@ -153,6 +154,8 @@ def test_data_and_runs_describe_and_compare(run, tmp_path):
         (["train", "cpu", "--set", "train.bach=3"], "--set: unknown key train.bach (did you"),
         (["train", "cpu", "--set", "train.batch=2", "--set", "train.shards=3"], "3 shards"),
         (["train", "cpu", "--time-limit", "1h١m"], "--time-limit"),
+        (["train", "cpu", "--set", "run.dir=\udcff"], "not UTF-8"),
+        (["train", "/dev/null"], "not a regular file"),
         (["train", "cpu", "--set", "train.batch=1e20"], "--set: train.batch"),
         (["train", "overfit", "--fast"], "has no [fast] table"),
         (["eval", "nowhere"], "no such checkpoint"),
@@ -182,6 +185,7 @@ def test_names_from_files_do_not_act_on_the_terminal_and_json_has_no_nan(tmp_pat
     name = "a\x1b[31m\nb.json"
     text = mistake("data", write(tmp_path / name, "3"))
     assert "\x1b" not in text and "\\x1b[31m\\nb.json" in text
+    assert "\x1b" not in call("runs", "--bogus", name, code=2).stderr
     cli.last_line(True, {"a": [math.nan, 1.5], "b": -math.inf})
     assert json.loads(capsys.readouterr().out) == {"a": [None, 1.5], "b": None}
 

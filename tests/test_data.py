@@ -25,9 +25,6 @@ def one(s, i):
     return Symmetry(s.dihedral[i], s.colours[i])
 
 
-# ---------------------------------------------------------------- symmetries
-
-
 @given(generators)
 def test_symmetries_are_a_group(g):
     """Inverses undo them, in a batch as one by one; the first changes nothing."""
@@ -53,9 +50,6 @@ def test_drawn_symmetries_keep_what_they_must_and_all_occur(colours, fixed):
     assert all(len(column.unique()) == 10 - fixed for column in s.colours[:, fixed:].T)
     assert len(s.dihedral.unique()) == 8
     assert not data.draw_symmetry(u, False, colours).dihedral.any()
-
-
-# ---------------------------------------------------------------- tokens and painting
 
 
 @given(generators, st.integers(1, 30), st.integers(0, 6))
@@ -146,9 +140,6 @@ def test_a_batch_paints_each_episode_on_its_canvas(g):
     assert torch.equal(owner[d.by_slot], owner.sort().values)
 
 
-# ---------------------------------------------------------------- queries and bands
-
-
 @given(generators, st.sampled_from(RULES), st.integers(2, 8), st.sampled_from([0, 0, 4, 7]))
 def test_a_canvas_is_the_smallest_for_demos_and_input(g, rule, max_side, canvas):
     """Or, of a given side, the only one, for what is no larger than `max_side` and fits it."""
@@ -199,9 +190,6 @@ def test_every_task_has_the_same_share_of_a_batch(g, rule, slots):
     assert rows[0, 0] == 0 and rows[-1, -1] == len(cells) - 1
 
 
-# ---------------------------------------------------------------- randomness and episodes
-
-
 @given(st.integers(-(2**62), 2**62), st.integers(0, 2**40), st.integers(1, 30), st.integers(1, 30))
 def test_a_lane_ignores_how_many_there_are(seed, n, few, many):
     few, many = sorted((few, many))
@@ -227,7 +215,6 @@ def test_uniform_is_uniform(seed):
 
 
 def drawn(g, rule, **options):
-    """Tasks and six episodes of a batch of 36."""
     some = [*puzzles.tasks(g, 5, hidden=True), puzzles.task(g, "known")]
     packed, cfg = data.pack(some), DataConfig(query=rule, **options)
     deck = data.deck(data.queries(packed, rule, cfg), 36)

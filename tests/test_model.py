@@ -15,8 +15,6 @@ from etrm_arc.etrm import Output, act_loss, act_step, fresh_carry, leaves, tree_
 from etrm_arc.tests import puzzles
 from etrm_arc.tests.puzzles import SLOTS, SOME, World, config, generators, total
 
-# ---------------------------------------------------------------- the carry and the slots
-
 
 @pytest.mark.parametrize("encoder", SOME)
 @given(generators, st.integers(1, 2))
@@ -171,9 +169,6 @@ def test_a_slot_that_goes_on_keeps_its_states_on_whatever_the_others_get(g):
             assert carry.halted[slot] or torch.equal(new[slot], old[slot])
 
 
-# ---------------------------------------------------------------- halting and the loss
-
-
 @given(generators, st.booleans(), st.booleans())
 @settings(max_examples=30)
 def test_halting(g, exploring, fixed):
@@ -230,9 +225,6 @@ def test_the_loss_of_a_slot_is_its_own(g):
         (grad,) = torch.autograd.grad(whole.total[slot], logits, retain_graph=True)
         assert not grad[owner != slot].any()
         assert torch.equal(grad[owner == slot].any(-1), y >= 0)
-
-
-# ---------------------------------------------------------------- positions and layers
 
 
 @given(generators, st.sampled_from(["rope", "rope2d"]))
@@ -300,9 +292,6 @@ def test_tables_made_while_evaluating_serve_training():
     params = w.trainable()
     total(w, w.step(w.start(), params)[1]).sum().backward()
     assert params.core.blocks[0].qkv.grad.any()
-
-
-# ---------------------------------------------------------------- parameters
 
 
 def test_a_tree_survives_being_taken_apart():

@@ -20,7 +20,6 @@ from etrm_arc.tests.puzzles import SET
 
 @pytest.fixture
 def copy(run, tmp_path):
-    """The run of a few steps, to be changed."""
     return Path(shutil.copytree(run, tmp_path / "copy"))
 
 
@@ -97,6 +96,7 @@ def test_what_is_no_row_is_left_out(copy):
     good = report.opened(copy).rows
     with open(copy / "metrics.jsonl", "ab") as file:
         file.write(b'\xfe\nnull\n{"lr": 1}\n{"step": 1e999}\n' + b"[" * 100_000 + b"\n\n")
+        file.write(b'{"step": 2, "lr": "x"}\n{"step": true}\n')
         file.write(b'{"step": 9, "all/lm_loss": null}\n{"step": 10, "all/lm_lo')  # being written
     run = report.opened(copy)
     assert run.rows[:-1] == good and run.rows[-1]["step"] == 9

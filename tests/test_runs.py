@@ -26,9 +26,6 @@ SMALL = {"model__hidden": 16, "model__layers": 1, "model__H_cycles": 1, "train__
 TINIEST = {**SMALL, "data__max_train_tasks": 2, "train__batch": 2}
 
 
-# ---------------------------------------------------------------- stopping and resuming
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -91,9 +88,6 @@ def test_what_decides_the_course_of_a_run_may_not_change_on_resume(tmp_path):
     assert train.fit(tiny(folder, **options | {"train__steps": 2}), resume=True)["step"] == 2
 
 
-# ---------------------------------------------------------------- crashes
-
-
 def test_resume_skips_a_broken_state_and_says_so(tmp_path):
     cfg, rows = tiny(tmp_path, **TINIEST), []
     train.fit(cfg)
@@ -119,9 +113,14 @@ def test_metrics_survive_damage_on_resume_and_losses_are_told(tmp_path):
     train.fit(cfg, rows.append, resume=True)
     assert "line 2, 3, 4, 5" in rows[0]["skipped"]
     assert list(checkpoint.rows_of(log)[0]) == [json.loads(line) for line in (first, *others)]
-    log.unlink()
+    log.write_bytes(first + b"\n")
     train.fit(cfg, rows.append, resume=True)
-    assert "missing" in rows[1]["skipped"]
+    assert f"{len(others)} of {1 + len(others)} rows are missing" in rows[1]["skipped"]
+    for name in ("metrics.jsonl", "lock"):  # a pipe would be waited for
+        (tmp_path / name).unlink()
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(UserError, match=f"{name}: not a regular file"):
+            train.fit(cfg, resume=True)
 
 
 def test_a_folder_whose_states_are_gone_is_not_overwritten(tmp_path):
@@ -137,8 +136,6 @@ def test_a_folder_whose_states_are_gone_is_not_overwritten(tmp_path):
 
 
 def failing(function, countdown):
-    """The function, which fails where the countdown reaches 0."""
-
     def call(*args, **kwargs):
         if next(countdown, None) == 0:
             raise OSError(5, "Input/output error")
@@ -191,9 +188,6 @@ def test_any_number_of_processes_ends_in_the_bits_of_one(tmp_path):
     assert outcome(tmp_path / "one") == outcome(tmp_path / "several")
 
 
-# ---------------------------------------------------------------- the folder and its checkpoints
-
-
 def test_what_a_run_folder_says_and_that_a_run_can_be_made_longer(tmp_path, monkeypatch):
     tracked, rows = [], []
     monkeypatch.setitem(trackers.TRACKERS, "tensorboard", lambda folder, cfg: tracked.append)
@@ -238,7 +232,8 @@ def test_files_follow_the_umask_and_links_and_devices_stay(tmp_path, monkeypatch
     assert link.is_symlink() and real.read_text() == "new"
     checkpoint.write_text(Path(os.devnull), "text")
     assert not Path(os.devnull).is_file()
-    for path in (tmp_path / "absent" / "x", tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    for path in (tmp_path / "absent" / "x", tmp_path, tmp_path / "loop"):
         with pytest.raises(UserError, match="cannot be written"):
             checkpoint.write_text(path, "")
 
@@ -252,6 +247,8 @@ def test_files_follow_the_umask_and_links_and_devices_stay(tmp_path, monkeypatch
         ({}, {"finding": 5}, "metadata"),
         ({}, {"config": {"model": {"hidden": 20000}}}, "must be"),
         ({}, {"config": {"model": {"encoder": {"layers": 2**30}}}}, "depth"),
+        ({}, {"config": {"model": {}, "solve": {"views": 2**30}}}, "never end"),
+        ({}, {"ended": 5}, "metadata"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_its_config_is_refused(run, tmp_path, tensors, meta, text):
@@ -287,6 +284,9 @@ def test_a_checkpoint_is_found_and_its_checksum_covers_names_values_and_metadata
         other.write_bytes(saved.read_bytes()[:cut])
         with pytest.raises(UserError, match="truncated"):
             checkpoint.load(other)
+    torch.save(tensors, other)
+    with pytest.raises(UserError, match="init_from.path"):
+        checkpoint.load(other)
     assert checkpoint.load(run).path.name == "best.safetensors"
     with pytest.raises(UserError, match="no such checkpoint"):
         checkpoint.load(tmp_path / "nothing")

@@ -34,9 +34,6 @@ def by_content(ranked):
     return [(a.votes, a.q, a.grid.tolist()) for a in ranked]
 
 
-# ---------------------------------------------------------------- ranking
-
-
 @given(VOTES, SHUFFLE)
 def test_ranking_goes_by_votes_whatever_their_order(votes, random):
     ranked, shuffled = score.rank(votes), list(votes)
@@ -64,9 +61,6 @@ def test_votes_agree_with_the_published_ones():
                 assert two == [attempts["attempt_1"], attempts["attempt_2"]]
                 checked += 1  # full ties are not: theirs go by arrival
     assert checked >= 4
-
-
-# ---------------------------------------------------------------- scores
 
 
 @pytest.mark.parametrize("right", [True, False])
@@ -118,9 +112,6 @@ def test_scores_come_with_wilsons_interval_and_are_judged_by_the_published_crite
     assert [part.rpartition(": ")[2] for part in line.split(", ")] == ["yes", "no", "no"]
 
 
-# ---------------------------------------------------------------- on disk
-
-
 @given(VOTES, st.none() | st.just(tokenise(ONE, (3, 4))))
 def test_a_line_is_read_back(votes, canvas):
     p = Prediction('a\n"b', 1, "ff", votes, canvas, 1.5, "s")
@@ -142,6 +133,7 @@ def test_a_line_cut_off_by_a_kill_is_left_out_and_a_broken_one_is_named(tmp_path
     line = score.to_line(p)
     broken = ["[]", "no", "[" * 200_000, line.replace("11/11", "1/11")]
     broken += [line.replace('"q": 0.0, ', ""), line.replace("0.0", "NaN")]
+    broken.append(line.replace('"query": 0', '"query": -1'))
     for text in broken:
         file.write_text(f"{line}\n{text}\n")
         with pytest.raises(UserError, match="line 2"):
@@ -191,9 +183,6 @@ def test_what_machines_disagree_about_does_not_go_by_their_order():
         assert [v.q for v in p.votes] == [0.1, 0.3] and np.array_equal(p.canvas, canvases[0])
 
 
-# ---------------------------------------------------------------- counted held-out evaluations
-
-
 def test_held_out_evaluations_are_counted_by_the_content_of_tasks(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     tasks = sources.load(["arc2:evaluation"])[:6]
@@ -214,9 +203,6 @@ def test_held_out_evaluations_are_counted_by_the_content_of_tasks(tmp_path, monk
     assert count(tasks) is None
 
 
-# ---------------------------------------------------------------- submissions
-
-
 @given(VOTES)
 def test_a_submission_is_complete_and_read_back_as_it_was(tmp_path_factory, votes):
     tasks = [SINGLE._replace(name="b", queries=[(TWO, None), (TWO, ONE)]), SINGLE]
@@ -232,6 +218,14 @@ def test_a_submission_is_complete_and_read_back_as_it_was(tmp_path_factory, vote
     joint = score.joined(tasks, submissions.read_votes(file))
     assert submissions.submission(joint) == written  # its attempts in order
     assert joint[0].votes == joint[2].votes == []  # no answer is no vote
+
+
+def test_what_stands_for_no_answer_is_no_vote_and_a_file_is_one_source(tmp_path):
+    file = tmp_path / "submission.json"
+    for empty in ([[0, 0], [0, 0]], [], None):
+        file.write_text(json.dumps({"t": [{"attempt_1": empty, "attempt_2": ONE.tolist()}]}))
+        assert [len(p.votes) for p in submissions.read_votes(file)] == [1]
+    assert submissions.merge([file, tmp_path / ".." / tmp_path.name / file.name], [])["votes"] == 1
 
 
 def test_a_malformed_submission_is_named(tmp_path):

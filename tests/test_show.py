@@ -35,7 +35,6 @@ def line(*answers, target):
 
 
 def asking(target, task=TASK):
-    """The task with that output of its query."""
     return task._replace(queries=[(task.queries[0][0], target)])
 
 

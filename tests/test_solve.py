@@ -2,6 +2,7 @@
 
 And adaptation to a task: from its demos alone, on a copy of the weights, within its time."""
 
+import os
 import sys
 import time
 from collections import Counter
@@ -28,7 +29,6 @@ ALL = [str(SET)]
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    """What is written into the working folder is a test's own."""
     monkeypatch.chdir(tmp_path)
 
 
@@ -68,15 +68,11 @@ def clock(monkeypatch):
 
 
 def answers(s, tasks, views=2, **fields):
-    """Votes of a solver, some fields of its [solve] changed."""
     return told(solve.predict(s.params, with_solve(s.cfg, **fields), tasks, views))
 
 
 def grids_in(file):
     return sorted((p[0], p[1], [(v[0], v[3]) for v in p[2]]) for p in lines(Path(file)))
-
-
-# ---------------------------------------------------------------- what a prediction may depend on
 
 
 def test_predictions_do_not_depend_on_the_other_tasks(run):
@@ -138,9 +134,6 @@ def test_act_steps_of_an_answer_are_a_choice_of_their_own(run):
     early = answers(sure, tasks, act_steps=5, leave="q")
     assert {v[1] for _, _, votes in early for v in votes} == {1}
     assert evaluate(run, sets=["solve.act_steps=3"])["act_steps"] == 3
-
-
-# ---------------------------------------------------------------- going on, sharding, merging
 
 
 def test_an_interrupted_evaluation_goes_on_and_ends_the_same(run, monkeypatch):
@@ -235,9 +228,6 @@ def test_hand_made_solvers_vote_and_are_never_one_number_with_learned_ones(run, 
     assert both["held_out"] is learned["held_out"]
 
 
-# ---------------------------------------------------------------- what it is worth
-
-
 def test_a_task_is_held_out_unless_its_pairs_were_trained_on(run):
     dev = solve.evaluate([run])
     assert dev["held_out"] is True and dev["n_tasks"] == 1 and "held_out_evaluation" not in dev
@@ -283,6 +273,7 @@ def test_what_cannot_end_well_is_found_before_a_view_is_asked(run, tmp_path, mon
         "NaN": {"name": copy_of(run, "nan.safetensors", lambda x: x * float("nan"))},
         "cannot be written": {"submit": "no/s.json"},
         "must look like 1/4": {"shard": "3/2"},
+        "²/3: must look like": {"shard": "²/3"},
     }.items():
         with pytest.raises(UserError, match=phrase):
             evaluate(**{"name": run, **wrong})
@@ -306,9 +297,14 @@ def test_tasks_without_solutions_are_predicted_and_take_no_score_from_others(run
     result = evaluate(run, sources=[hidden], submit="sub.json")
     assert "pass@2" not in result and result["unanswered"] == 0
     assert len(submissions.read_votes(Path("sub.json"))) == 2
+    reader, writer = os.pipe()  # to which it is written once
+    evaluate(run, sources=[hidden], submit=f"/dev/fd/{writer}")
+    assert os.read(reader, 10**6).decode() == Path("sub.json").read_text()
     small, large = (np.full((1, n), n, np.uint8) for n in (1, 2))
     unlike = as_folder(tmp_path / "unlike", [Task("x", [(small, small)] * 2, [(large, None)])])
-    both, alone = evaluate(run, sources=[*ALL, unlike]), evaluate(run, "q.jsonl")
+    unasked = as_folder(tmp_path / "unasked", [Task("y", [(small, small)] * 2, [])])
+    both, alone = evaluate(run, sources=[*ALL, unlike, unasked]), evaluate(run, "q.jsonl")
+    assert both["without_query"] == 1
     assert [*both["by_source"]] == ALL
     assert both["by_source"][ALL[0]]["pass@2"] == alone["pass@2"]
 
@@ -321,9 +317,6 @@ def test_a_query_larger_than_every_canvas_is_wrong(run, tmp_path):
     grow = Task("grow", [(small, small)], [(small, np.ones((9, 9), np.uint8))])
     scores = score.score([grow], solve.predict(s.params, s.cfg, grow))
     assert scores["exact_match"] == 0 == scores["cell_accuracy"]  # it does not fit its canvas
-
-
-# ---------------------------------------------------------------- a search over the context
 
 
 def questions(s, tasks):
@@ -372,9 +365,6 @@ def test_a_search_makes_no_demo_less_likely_and_rows_do_not_meet(run):
     assert (four >= one - 1e-4).all()
 
 
-# ---------------------------------------------------------------- a copy of the weights trained on
-
-
 def test_a_task_whose_demos_cannot_be_asked_is_answered_without_adaptation(run):
     """It has one; or each output is beyond the canvas of the other, or beyond every canvas."""
     s, (task, other, *_) = solve.opened(run), tasks_of_all()
@@ -402,12 +392,16 @@ def test_full_adaptation_learns_the_demos_and_touches_only_its_copy(run):
     assert not torch.equal(once.core.embed, adapted.core.embed)
 
 
-def test_time_spent_on_adaptation_is_time_spent_on_its_task(run, clock):
+def test_time_spent_on_adaptation_is_time_spent_on_its_task(run, clock, monkeypatch):
     sets = ["solve.adapt=full", "solve.adapt_steps=2"]
     for views, seconds in ((1, 80), (3, 160), (3, 160)):  # nothing is learned for no question
         result = evaluate(run, sets=[*sets, f"solve.views={views}"])
         assert result["seconds_per_task"] == pytest.approx(seconds, rel=0.01)
     assert clock.calls["one_step"] == 2 * 2 * 6  # adapted anew for each call
+    monkeypatch.setattr(train, "metrics_row", lambda sums: {"all/exact": 1.0})
+    s, clock.calls["one_step"] = solve.opened(run), 0  # it ends when its demos are solved
+    solve.adapt_weights(s.params, with_solve(s.cfg, adapt_steps=9), tasks_of_all()[1], FOREVER)
+    assert clock.calls["one_step"] == 3
 
 
 def test_shares_of_a_budget_go_by_cells_and_one_overdrawn_is_answered(run, tmp_path, clock):
@@ -436,10 +430,3 @@ def test_adaptation_in_half_precision_moves_and_stays_finite(run, monkeypatch):
     assert float(norms[1]) == pytest.approx(float(norms[0]), rel=0.05)  # scaled back
     assert all(x.isfinite().all() for x in leaves(adapted).values())
     assert not torch.equal(adapted.core.embed, s.params.core.embed)
-
-
-def test_full_adaptation_ends_when_its_demos_are_solved(run, monkeypatch, clock):
-    monkeypatch.setattr(train, "metrics_row", lambda sums: {"all/exact": 1.0})
-    s = solve.opened(run)
-    solve.adapt_weights(s.params, with_solve(s.cfg, adapt_steps=9), tasks_of_all()[1], FOREVER)
-    assert clock.calls["one_step"] == 3

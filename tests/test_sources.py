@@ -23,9 +23,6 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-# ---------------------------------------------------------------- loading
-
-
 def names(some):
     return [t.name for t in some]
 
@@ -41,6 +38,7 @@ def as_folders_and_links(root, some):
         write(root / f"{name}.json", "no task")
     write(root / ".ipynb_checkpoints" / "copy.json", raw_task(some[0]))
     as_folder(root / "part", some[:3])
+    (root / "part" / "t2.json").rename(root / "part" / "t2.JSON")
     (root / "linked").symlink_to(as_folder(root.parent / "elsewhere", some[3:]))
     (root / "part" / "again.json").symlink_to(root / "part" / "t0.json")
     (root / "part" / "loop").symlink_to(root)
@@ -96,12 +94,13 @@ def test_demos_beyond_30_are_left_out_and_counted_and_queries_only_not_trained_o
     raw = {t.name: raw_task(t) for t in some} | {"huge": {"train": [huge], "test": []}}
     for t in some[:2]:
         raw[t.name]["train"].append(huge)
-    path = str(write(tmp_path / "all.json", raw))
+    path = str(write(tmp_path / "all\x1b.json", raw))
     with caplog.at_level(logging.WARNING):
         assert sources.set_hash(sources.load(path)) == sources.set_hash(some)
-    assert "3 pairs beyond" in caplog.text
+    assert all(words in caplog.text for words in ("3 pairs beyond", ", 1 tasks without"))
+    assert "\x1b" not in caplog.text
     raw["t0"]["test"] += [{"input": [[0] * 31]}, {"input": [[1]], "output": [[2] * 31]}]
-    write(tmp_path / "all.json", raw)
+    write(tmp_path / "all\x1b.json", raw)
     assert len(sources.load(path)[0].queries) == len(some[0].queries) + 2
     train, _, _ = sources.prepare(DataConfig(train=(path,), dev=(), held_out=()))
     assert sources.set_hash(train) == sources.set_hash(some)
@@ -158,8 +157,6 @@ def test_the_set_hash_is_of_content(g):
     assert sources.set_hash([some[0]._replace(demos=demos), *some[1:]]) != sources.set_hash(some)
 
 
-# ---------------------------------------------------------------- bad input
-
 GOOD = {"input": [[1, 2]], "output": [[3]]}
 
 
@@ -174,6 +171,7 @@ BAD = {
     'task x: "train"': {"x": {"test": [GOOD]}},
     "neither a task": [[[1, 2, 3]]],
     "twice": '{"a": 1, "a": 2}',
+    "surrogates": '{"a": "\\ud800"}',
     "no task found": {},
     "control character": {"x\n\x1b[1m": task_with([[1]])},
     "test[0].output": {"train": [GOOD], "test": [{"input": [[1]], "output": 5}]},
@@ -210,8 +208,8 @@ def test_what_cannot_be_read_is_named(tmp_path):
     for source in (tmp_path / "pipe.json", tmp_path):
         assert "pipe.json: not a regular file" in complaint(source)
     (tmp_path / "pipe.json").unlink()
-    (tmp_path / "broken.json").symlink_to(tmp_path / "gone.json")
-    assert "broken.json: no such file" in complaint(tmp_path)
+    (tmp_path / "folder").symlink_to(tmp_path / "gone")
+    assert "folder: no such file" in complaint(tmp_path)
 
 
 def test_solutions_must_match_their_queries(tmp_path):
@@ -225,9 +223,6 @@ def test_solutions_must_match_their_queries(tmp_path):
     ]:
         write(beside, bad)
         assert all(word in complaint(tmp_path, hide) for hide in (False, True))
-
-
-# ---------------------------------------------------------------- held-out guard
 
 
 def equal_up_to_symmetry(a, b):
@@ -261,7 +256,6 @@ def large(g, name):
 
 
 def shared(g, task, other, number):
-    """The task with a pair of the other one, moved, among its demos."""
     pair = [*other.demos, *other.queries][number]
     return task._replace(demos=[*task.demos, puzzles.moved(puzzles.symmetry(g), pair)])
 
@@ -340,9 +334,6 @@ def test_admitted_tasks_that_are_cut_off_are_not_counted(tmp_path):
     for most, admitted in ((0, 2), (5, 2), (4, 1), (2, 0)):
         train, _, finding = sources.prepare(msgspec.structs.replace(cfg, max_train_tasks=most))
         assert finding.admitted == admitted == sum(t.name.endswith("#demos") for t in train)
-
-
-# ---------------------------------------------------------------- generators
 
 
 @given(generators, st.floats(0.05, 0.45), st.floats(0.05, 0.45), st.integers(1, 8))

@@ -60,7 +60,6 @@ def test_training_starts_from_a_published_core_and_says_what_it_took(golden, tmp
 
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory):
-    """A run of one step."""
     folder = tmp_path_factory.mktemp("ours")
     train.fit(tiny(folder, model=MODEL, train__steps=1))
     return folder
