@@ -169,7 +169,6 @@ def main():
             with forbidden(path) if family == "permission" else contextlib.nullcontext():
                 counts[kind][f"{family} {verdict(use, path)}"] += 1
             shutil.rmtree(folder)
-
     runs, tasks, figure = [report.opened(run)] * 2, sources.load(SET), show.new_figure(1, 1)
     lines, table = votes.read_text().splitlines(), report.compared(runs)
     writers = {

@@ -169,6 +169,8 @@ def test_a_mistake_is_one_line_and_code_2(args, text):
 
 
 def test_a_mistake_in_a_file_is_one_line_that_names_it(run, tmp_path):
+    marked = write(tmp_path / "c.toml", '\ufeff[run]\ndir = "~/r"')
+    assert cli.load_config(marked).run.dir == os.path.expanduser("~/r")
     deep = "[" * 200_000
     text = mistake("train", write(tmp_path / "c.toml", '[fast]\n"train.bach" = 3'), "--dry-run")
     assert "c.toml, [fast]" in text and "train.bach" in text
@@ -185,7 +187,7 @@ def test_names_from_files_do_not_act_on_the_terminal_and_json_has_no_nan(tmp_pat
     name = "a\x1b[31m\nb.json"
     text = mistake("data", write(tmp_path / name, "3"))
     assert "\x1b" not in text and "\\x1b[31m\\nb.json" in text
-    assert "\x1b" not in call("runs", "--bogus", name, code=2).stderr
+    assert "\x1b" not in call("solve", "cpu-plain", "task", name, code=2).stderr
     cli.last_line(True, {"a": [math.nan, 1.5], "b": -math.inf})
     assert json.loads(capsys.readouterr().out) == {"a": [None, 1.5], "b": None}
 

@@ -235,7 +235,6 @@ def test_gradients_of_the_whole(golden):
     demos = all_demos(t["batch.demo_inputs"], t["batch.demo_labels"], t["batch.demo_mask"])
     batch = batch_of(t["batch.inputs"], t["batch.labels"], demos)
     carry, sd = etrm.fresh_carry(cfg, batch.cells, torch.float32), sub(t, "sd.")
-
     for step in (1, 2):
         p = grad_tree(tree(sd, cfg))
         least = (t[f"step{step}.rand"] < cfg.exploration) * t[f"step{step}.randint"]
@@ -273,7 +272,6 @@ def test_tokens_offsets_and_crops(golden):
             assert torch.equal(tokens, moved.long())
         cropped = data.crop(t[f"{key}.seq_in"].view(30, 30).numpy())
         assert np.array_equal(cropped, t[f"{key}.crop_seq_in"])
-
     for i in range(7):
         got, shape = data.crop(t[f"crop{i}.seq"].view(30, 30).numpy()), t[f"crop{i}.shape"].tolist()
         assert got.size == math.prod(shape)

@@ -188,7 +188,9 @@ def test_runs_side_by_side(run, copy, tmp_path):
     assert (one["loss"], one["best_loss"]) == (losses[-1], min(losses))
     assert (two["step"], two["loss"], two["best_loss"], two["exact"]) == (9, 7.0, min(losses), 1.0)
     assert {k: (one[k], two[k]) for k in one if "." in k} == {"train.batch": ("6", "4")}
-    assert score.with_interval(1.0, 2) in "".join(report.columns([one, two]))
+    assert score.with_interval(1.0, 2) in "".join(report.columns([one, two | {"n": math.nan}, two]))
+    with pytest.raises(UserError, match="cannot be written"):
+        report.save_comparison(runs, [one, two], str(tmp_path / "no" / "t.csv"), "")
     axes = report.plotted(runs).axes
     assert [a.get_title() for a in axes] == list(report.curves(runs[0].rows))
     report.plotted([runs[0]._replace(folder=Path("$\\frac$"))]).draw_without_rendering()

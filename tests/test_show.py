@@ -136,8 +136,9 @@ def test_a_picture_has_a_panel_for_each_grid_and_none_overlap():
 
 def test_a_file_that_cannot_be_written_and_an_unknown_task_are_named(tmp_path):
     target = np.eye(2, dtype=np.uint8)
-    with pytest.raises(UserError, match="cannot be written"):
-        show.save(show.picture(line(target, target=target)), tmp_path / "nowhere" / "a.png")
+    for path in (tmp_path / "nowhere" / "a.png", Path("/dev/full"), tmp_path / "a.bad"):
+        with pytest.raises(UserError, match="cannot be written"):
+            show.save(show.picture(line(target, target=target)), path)
     assert show.find_task([str(puzzles.SET)], "flip").name == "flip"
     with pytest.raises(UserError, match="one of 6 tasks of .*did you mean flip"):
         show.find_task([str(puzzles.SET)], "flop")

@@ -153,7 +153,6 @@ def test_patterns_freeze_for_a_while_or_for_ever_and_scale(tmp_path):
     optim.update(opts, list(params.values()), [torch.ones(3)] * 2, 0.1, 0.0)
     steps = [1 - float(v.detach()[0]) for v in params.values()]  # with the decay of 0.1
     assert steps == pytest.approx([0.055, 0.11], rel=1e-3)
-
     freeze = {r"core\..*_init": 0, r"encoder\..*": 2}
     options = {"optimizer__freeze": freeze, "optimizer__kind": "adamw"}
     before = {k: v.detach().clone() for k, v in train.setup(tiny(tmp_path)).params.items()}

@@ -81,6 +81,11 @@ def test_other_sizes_and_patterns_without_a_match_are_refused(ours, tmp_path):
         train.setup(initialised(tmp_path, ours, **wide))
     forced = train.setup(initialised(tmp_path, ours, init_from__force=True, **wide))
     assert "taken core.q_bias" in forced.meta["init_from"]  # whose size is the same
+    tensors, meta = checkpoint.read(ours / "last.safetensors")
+    broken = {k: v * float("nan") if k != "pairs" else v for k, v in tensors.items()}
+    checkpoint.save(tmp_path / "nan.safetensors", broken, meta)
+    with pytest.raises(UserError, match="NaN"):
+        train.setup(initialised(tmp_path, tmp_path / "nan.safetensors"))
     for pattern, words in (("nothing", "matches no parameter"), ("(", "no regular expression")):
         with pytest.raises(UserError, match=f"init_from.take: .*{words}"):
             train.setup(initialised(tmp_path, ours, init_from__take=[pattern]))
