@@ -23,29 +23,26 @@ TRM = {
     "model.hidden": 512, "model.heads": 8, "model.layers": 2, "model.H_cycles": 3,
     "model.L_cycles": 6, "model.halt_max_steps": 16, "model.exploration": 0.1,
     "model.fixed_steps": False, "model.context_tokens": 16, "model.loss": "stablemax",
-    "model.q_weight": 0.5, "model.encoder.kind": "table",
-    "optimizer.kind": "adam_atan2", "optimizer.lr": 1e-4, "optimizer.warmup": 2000,
-    "optimizer.final_lr": 1.0, "optimizer.weight_decay": 0.1,
-    "optimizer.clip": 0.0, "optimizer.lr_scale": {},
-    "train.batch": 768, "train.ema": 0.999, "init_from.path": "",
-    "data.policy": "demos", "data.symmetries": 1000, "data.dihedral": True,
-    "data.colours": "keep_black", "data.translate": True, "data.max_train_tasks": 0,
+    "model.q_weight": 0.5, "model.encoder.kind": "table", "optimizer.kind": "adam_atan2",
+    "optimizer.lr": 1e-4, "optimizer.warmup": 2000, "optimizer.final_lr": 1.0,
+    "optimizer.weight_decay": 0.1, "optimizer.clip": 0.0, "optimizer.lr_scale": {},
+    "train.batch": 768, "train.ema": 0.999, "init_from.path": "", "data.policy": "demos",
+    "data.symmetries": 1000, "data.dihedral": True, "data.colours": "keep_black",
+    "data.translate": True, "data.max_train_tasks": 0,
 }
 ETRM = TRM | {
     "model.exploration": 0.5, "model.encoder.kind": "standard", "model.encoder.width": 0,
     "model.encoder.layers": 2, "model.encoder.set_layers": 1, "model.encoder.pooling": "mean",
     "model.encoder.norm": "post", "model.encoder.layer_scale": 0.0, "model.encoder.cached": False,
-    "optimizer.clip": 1.0, "train.batch": 256,
-    "init_from.path": "runs/trm", "init_from.take": (r"core\..*",),
-    "data.policy": "drop", "data.symmetries": 0,
+    "optimizer.clip": 1.0, "train.batch": 256, "init_from.path": "runs/trm",
+    "init_from.take": (r"core\..*",), "data.policy": "drop", "data.symmetries": 0,
 }
 FEEDBACK = {
     "model.hidden": 512, "model.heads": 8, "model.layers": 2, "model.H_cycles": 3,
     "model.L_cycles": 6, "model.feedback": "reset", "model.loss": "softmax", "model.unrolled": 1,
     "model.halt_max_steps": 1, "optimizer.kind": "adamw", "optimizer.lr": 1e-4,
-    "optimizer.weight_decay": 0.01, "optimizer.clip": 1.0,
-    "train.batch": 32, "train.ema": 0.999, "eval.patience": 5,
-    "data.dihedral": False, "data.colours": "fixed", "data.translate": False,
+    "optimizer.weight_decay": 0.01, "optimizer.clip": 1.0, "train.batch": 32, "train.ema": 0.999,
+    "eval.patience": 5, "data.dihedral": False, "data.colours": "fixed", "data.translate": False,
 }
 FEEDBACK_DEEP = {"model.unrolled": 16, "model.halt_max_steps": 16}
 FROZEN = {r"core\.[HL]_init": 0, r"core\..*": 1000}
@@ -65,12 +62,29 @@ def encoder(kind, **fields):
 
 
 E0 = fct(1) | {"optimizer.clip": 0.0, "train.batch": 768, "init_from.path": ""}
+SLOW, CLIP, GATE = {"optimizer.lr": 3e-5}, {"optimizer.clip": 1.0}, {"data.max_train_tasks": 32}
+PRE = {"model.encoder.norm": "pre"}
+DEEP, POOLED = {"model.encoder.layers": 4}, {"model.encoder.pooling": "attention"}
+SETS, SCALED = {"model.encoder.set_layers": 2}, {"model.encoder.layer_scale": 1e-4}
+CHANGES = {
+    "E1": {"data.max_train_tasks": 10, "train.batch": 10, "eval.every": 100}, "E2": SLOW,
+    "E3": CLIP, "E4": SLOW | CLIP, "E5": DEEP, "E6": {"model.context_tokens": 32}, "E7": POOLED,
+    "E8": SETS, "E9": SCALED, "E10": PRE, "E11": {"optimizer.lr_scale": {r"encoder\..*": 0.1}},
+    "combined": SLOW | CLIP | DEEP | POOLED | SETS | SCALED | PRE,
+}
 PUBLISHED = {
     "trm": TRM, "etrm": ETRM, "fct": fct(4), "etrm2": ETRM | encoder("recurrent"),
     "cached": ETRM | encoder("standard", cached=True),
     "published-split": ETRM | {"data.dev": (), "eval.on": "train"},
     "feedback": FEEDBACK, "feedback-deep": FEEDBACK | FEEDBACK_DEEP,
-    "experiments/E0": E0,
+    "experiments/E0": E0, **{f"experiments/{k}": E0 | v for k, v in CHANGES.items()},
+    **{f"experiments/A{n}": fct(n) | GATE for n in (1, 4, 8, 16)},
+    **{f"experiments/H{n}": ETRM | {"model.halt_max_steps": n} for n in (8, 16, 32)},
+    **{f"experiments/O{i}": ETRM | GATE | {"model.exploration": x}
+       for i, x in enumerate((0.5, 0.3, 0.7), 1)},
+    "experiments/enc-E1": ETRM | GATE | encoder("hybrid_standard", **HYBRID),
+    "experiments/enc-E2": ETRM | GATE | encoder("hybrid_variational", **HYBRID),
+    "experiments/enc-E3": ETRM | GATE | encoder("lpn_variational", layers=4),
     "experiments/scratch": ETRM | {"init_from.path": ""},
     "experiments/frozen": ETRM | {"optimizer.freeze": FROZEN},
     **{f"encoders/{k}": ETRM | encoder(k) for k in kinds() if k not in OURS | {"table"}},
