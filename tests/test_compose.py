@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 
 from etrm_arc import data, sources
-from etrm_arc.extras import compose
+from etrm_arc.extras import compose, scenes
 
 
 def pairs(task):
@@ -61,6 +61,14 @@ def test_held_out_combinations_are_never_drawn_for_training(made, held_out):
     assert all(compose.is_held_out(m.names) == (m in held_out) for m in (*made[:200], *held_out))
     two = [(a, b) for a in compose.RULES for b in compose.AFTER if a != b]
     assert 0.08 < np.mean([compose.is_held_out(names) for names in two]) < 0.12
+
+
+def test_every_rule_and_scene_occurs_and_none_rules(made):
+    count = {name: sum(name in m.names for m in made) for name in compose.RULES}
+    assert min(count.values()) > 0 and max(count.values()) < 0.06 * len(made)
+    assert {m.scene for m in made} == set(scenes.SCENES)
+    assert 0.35 < np.mean([len(m.names) > 1 for m in made]) < 0.5
+    assert 0.55 < np.mean([len({x.shape for x, _ in pairs(m.task)}) > 1 for m in made]) < 0.75
 
 
 def test_the_tasks_that_checkpoints_were_trained_on_stay_the_same():
