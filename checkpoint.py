@@ -478,7 +478,11 @@ def source_of(path: str, cfg: ModelConfig, like: dict[str, Tensor]) -> Source:
     c = load(file)
     finding = msgspec.convert(c.meta["finding"], Finding)
     demos = f"{file.name}: trained on DEMOS of held-out tasks" if finding.admitted else ""
-    return Source(file, leaves(c.ema), meaning(c.model), finding.started or demos, c.pairs)
+    tensors, stated, kind = leaves(c.ema), meaning(c.model), c.model.encoder.kind
+    if any(k.startswith(f"encoder.{kind}.") for k in like):  # an encoder that has grown from it
+        tensors = {k.replace("encoder.", f"encoder.{kind}.", 1): x for k, x in tensors.items()}
+        stated["encoder.kind"] = cfg.encoder.kind
+    return Source(file, tensors, stated, finding.started or demos, c.pairs)
 
 
 def other_meaning(source: Source, cfg: ModelConfig, taken: Iterable[str]) -> str:

@@ -20,8 +20,6 @@ from .config import UserError, load_config
 
 REPORT = "etrm_arc.extras.report"  # behind the commands report and runs; lines of text
 
-USAGE: Any = typer.BadParameter.__base__  # the UsageError of the click that typer brings
-
 
 class Commands(typer.core.TyperGroup):
     """A mistake of the user's, or of the machine's, is one line and exit code 2."""
@@ -32,9 +30,6 @@ class Commands(typer.core.TyperGroup):
         except UserError as e:
             time.sleep(os.environ.get("RANK", "0") != "0")  # process 0 reports what all have
             raise stop(2, e) from None
-        except USAGE as e:
-            e.message = printable(e.message)
-            raise
         except KeyboardInterrupt:
             raise stop(130, "interrupted; the same command goes on, train with --resume") from None
         except BrokenPipeError:

@@ -133,15 +133,18 @@ def adapt_weights(params: Params, cfg: Config, task: Task, deadline: float) -> P
         copy[path] = weight.detach().to(setup.device, torch.float32).clone()
         copy[path].requires_grad_(setup.params[path].requires_grad)
     setup = setup._replace(params=copy)
-    state, right = train.fresh_state(setup), 0  # right: steps running in which all slots were
-    while state.progress.step < cfg.train.steps and right < 3:
+    state, begun = train.fresh_state(setup), time.monotonic()
+    right, steps = 0, cfg.train.steps  # right: steps running in which all slots were
+    while (taken := state.progress.step) < steps and right < 3:
         try:
             step, _ = train.advance(setup, state)
         except UserError:  # a loss or gradient that is not finite: the weights stay as they were
             break
         right = right + 1 if train.metrics_row(step.sums)["all/exact"] == 1 else 0
-        if time.monotonic() > deadline:
-            break
+        pace = max(time.monotonic() - begun, 1e-9) / (taken + 1)
+        steps = int(min(cfg.train.steps, max(deadline - begun, 0.0) / pace))
+        shorter = msgspec.structs.replace(cfg.train, steps=max(steps, 1))  # the rate falls in time
+        setup = setup._replace(cfg=msgspec.structs.replace(cfg, train=shorter))
     return etrm.rebuild(setup.like, {k: v.detach() for k, v in copy.items()})
 
 

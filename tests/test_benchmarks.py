@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from etrm_arc.benchmarks import evaluation, foreign, size, throughput
+from etrm_arc.benchmarks import evaluation, ladder, size, throughput
 from etrm_arc.tests.puzzles import SET
 
 
@@ -20,11 +20,13 @@ def call(tmp_path, monkeypatch):
     return run
 
 
-def test_foreign_scores_own_and_foreign_demos(call, run, capsys):
-    call(foreign, run, "--data", SET, "--views", 1, "--json")
-    *lines, scores = capsys.readouterr().out.splitlines()
-    assert [line.partition(" ")[0] for line in lines] == ["own", "foreign"]
-    assert json.loads(scores)["own"]["n_tasks"] == json.loads(scores)["foreign"]["n_tasks"] == 6
+def test_ladder_scores_own_and_foreign_demos_of_fresh_tasks(call, run, capsys):
+    call(ladder, run, "--data", SET, "--views", 1, "--json")
+    scores = json.loads(capsys.readouterr().out.splitlines()[-1])[str(SET)]
+    assert scores["own"]["n_tasks"] == scores["foreign"]["n_tasks"] == 6
+    call(ladder, run, "--tasks", 2, "--views", 1)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:16].strip() for line in lines] == list(ladder.RUNGS)
 
 
 @pytest.mark.parametrize("trained", [True, False])

@@ -133,6 +133,9 @@ def test_a_folder_whose_states_are_gone_is_not_overwritten(tmp_path):
         with pytest.raises(UserError, match="states are gone"):
             train.fit(cfg, resume=resume)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    for name in ("lock/run", "a\0b"):  # below a file; no name of a file
+        with pytest.raises(UserError, match="^run.dir: "):
+            train.fit(tiny(tmp_path / name))
 
 
 def failing(function, countdown):

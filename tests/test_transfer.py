@@ -91,6 +91,18 @@ def test_other_sizes_and_patterns_without_a_match_are_refused(ours, tmp_path):
             train.setup(initialised(tmp_path, ours, init_from__take=[pattern]))
 
 
+def test_an_encoder_starts_from_the_one_that_it_has_grown_from(tmp_path):
+    options = {"model__encoder__kind": "matching", "train__steps": 1, "model__loss": "softmax"}
+    train.fit(tiny(tmp_path / "a", **options))
+    options |= {"init_from__path": str(tmp_path / "a"), "model__encoder__kind": "pointer"}
+    s, trained = train.setup(tiny(tmp_path / "b", **options)), checkpoint.load(tmp_path / "a").ema
+    for path, weight in leaves(trained.encoder, "encoder.matching").items():
+        assert torch.equal(s.params[path].detach(), weight), path
+    assert re.search("anew: encoder.seen_embed.*core.offer_head", s.meta["init_from"])
+    with pytest.raises(UserError, match="has encoder.norm = post, the model pre"):
+        train.setup(tiny(tmp_path / "b", model__encoder__norm="pre", **options))
+
+
 def test_rows_of_a_table_are_taken_only_for_the_same_tasks(tmp_path):
     options = {"model__encoder__kind": "table", "data__symmetries": 2, "train__steps": 1}
     train.fit(tiny(tmp_path / "a", **options))
