@@ -25,6 +25,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from etrm_arc import config, data, encoders, etrm, optim, sources, train
 
@@ -178,8 +179,36 @@ def seconds_of(f: Callable[[], Any], repeats: int) -> float:
     return statistics.median(times)
 
 
-def parts(t: Trainer, repeats: int) -> dict[str, float]:
-    """Seconds of the parts of a step in one shard."""
+class Counter(TorchDispatchMode):
+    """Counts the operations within it, and those whose result the host has to know."""
+
+    SYNCS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "bincount", "equal")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations, self.syncs = 0, 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.operations += 1
+        name = func.overloadpacket.__name__
+        masks = args[1] if name == "index" else ()
+        is_mask = any(x is not None and x.dtype == torch.bool for x in masks)
+        self.syncs += name in self.SYNCS or is_mask
+        return func(*args, **(kwargs or {}))
+
+
+def counted(f: Callable[[], Any]) -> dict[str, int]:
+    """Operations and waits of one call."""
+    f()
+    with Counter() as counter:
+        f()
+    return {"operations": counter.operations, "syncs": counter.syncs}
+
+
+def parts(t: Trainer, repeats: int) -> dict[str, dict[str, float]]:
+    """Seconds, operations and waits of the parts of a step in one shard."""
     s, cfg, slots = t.s, t.cfg, t.s.shards[0]
     start = t.state.carries[0]
     carry, batch, least = train.next_batch(s, slots, start)
@@ -205,7 +234,7 @@ def parts(t: Trainer, repeats: int) -> dict[str, float]:
         optim.update(t.state.opts, trained, [torch.zeros_like(p) for p in trained], 0.0, 1.0)
 
     named = {"drawing and painting": draw, "encoder": encode, "core": core, "optimizer": update}
-    return {name: seconds_of(f, repeats) for name, f in named.items()}
+    return {name: {"seconds": seconds_of(f, repeats), **counted(f)} for name, f in named.items()}
 
 
 # ---------------------------------------------------------------- growth
@@ -306,9 +335,10 @@ def main() -> None:
     for dtype in args.dtype or DTYPES:
         row = result[dtype] = one_dtype(dtype, args.set, args.repeats, not args.quick)
         rates = {k: v for k, v in row.items() if k != "parts"}
-        milliseconds = (f"{k} {1e3 * v:.0f} ms" for k, v in row["parts"].items())
         print(f"{dtype}: " + ", ".join(f"{k} {v:.3g}" for k, v in rates.items()))
-        print(f"  {', '.join(milliseconds)}", flush=True)
+        for name, part in row["parts"].items():
+            work = f"{part['operations']:,} operations, {part['syncs']} waits"
+            print(f"  {name}: {1e3 * part['seconds']:.0f} ms, {work}", flush=True)
     if not args.quick:
         result["growth"] = growth(args.set, 3)
     if args.plot:

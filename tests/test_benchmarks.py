@@ -52,7 +52,7 @@ def test_throughput_measures_steps_stand_in_and_growth(call, tmp_path, monkeypat
     call(throughput, "--dtype", "fp32", "--repeats", 1, *sets, *outputs)
     result = json.loads((tmp_path / "t.json").read_text())
     row = result["fp32"]
-    assert row["samples_per_s"] > row["stand_in"] > 0 and min(row["parts"].values()) > 0
+    assert row["samples_per_s"] > row["stand_in"] > 0 and row["parts"]["core"]["operations"] > 99
     for kind, sizes in growth.items():
         assert [int(size) for size in result["growth"][kind]] == list(sizes)
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
