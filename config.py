@@ -32,6 +32,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 Optional = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+Some = Annotated[int, msgspec.Meta(ge=1, le=10_000)]  # views or steps, for each task
 Side = Annotated[int, msgspec.Meta(ge=1, le=30)]  # of a canvas
 NonNegative = Annotated[float, msgspec.Meta(ge=0)]
 Rate = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
@@ -159,11 +160,11 @@ class EvalConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class SolveConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How tasks are answered: by `etrm eval` and `etrm solve`, whose options override it."""
 
-    views: Count = 8  # symmetries and demo orders that vote
+    views: Some = 8  # symmetries and demo orders that vote
     act_steps: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0  # of a view; 0: as trained
     leave: Literal["never", "q"] = "never"  # q: a view ends when the halting head says so
     adapt: Literal["none", "context", "full"] = "none"  # to the demos alone, see solve.py
-    adapt_steps: Count = 60
+    adapt_steps: Some = 60
     adapt_lr: Annotated[float, msgspec.Meta(ge=0, le=1e6)] = 0.0  # 0: context 0.1, full 1e-3
 
 
