@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import importlib
 import io
 import itertools
 import json
@@ -145,6 +147,26 @@ def plane(contexts: dict[str, np.ndarray]) -> list[dict[str, Any]]:
     return [{"task": name, "x": a, "y": b} for name, (a, b) in places]
 
 
+def embedded(contexts: dict[str, np.ndarray]) -> dict[str, list[dict[str, Any]]]:
+    """`plane` by method: the principal components and, where scikit-learn is installed, t-SNE."""
+    planes = {"PCA": plane(contexts)}
+    names = [p["task"] for p in planes["PCA"]]
+    with contextlib.suppress(ImportError):
+        how = importlib.import_module("sklearn.manifold").TSNE
+        tsne = how(perplexity=min(30.0, (len(names) - 1) / 3), init="pca", random_state=0)
+        if names:
+            places = tsne.fit_transform(np.stack([contexts[name] for name in names])).tolist()
+            pairs = zip(names, places, strict=True)
+            planes["t-SNE"] = [{"task": name, "x": a, "y": b} for name, (a, b) in pairs]
+    return planes
+
+
+def contexts_of(shown: Sequence[show.Timeline]) -> dict[str, np.ndarray]:
+    """Task -> its context, where the encoder gives one."""
+    first = {t.task.name: t.steps[0].context for t in shown if t.steps}
+    return {name: x for name, x in first.items() if x is not None}
+
+
 def gallery(folder: Path, places: Sequence[str]) -> dict[str, Any]:
     """What the weights make of tasks (the dev split by default), and the queries of them that are
     in predictions.jsonl, with the votes of these weights, or else of the last voter."""
@@ -164,11 +186,10 @@ def gallery(folder: Path, places: Sequence[str]) -> dict[str, Any]:
     note = f"{len(entries)} queries of {', '.join(known)} have votes of {voter or 'any solver'}"
     note += " (not these weights, or adapted)" if voter not in ("", solver.source) else ""
     note += "" if score.held_out(solver.pairs, tasks) else "; NOT held out"
-    contexts = {t.task.name: t.steps[0].context for t in shown if t.steps}
     return {
         "note": f"{note}; weights {solver.source} of {solver.path.name}",
         "gallery": entries,
-        "space": plane({name: x for name, x in contexts.items() if x is not None}),
+        "space": plane(contexts_of(shown)),
         "demos": {t.name: [list(map(score.grid_text, pair)) for pair in t.demos] for t in tasks},
     }
 
@@ -244,11 +265,26 @@ def columns(table: Sequence[dict[str, Any]]) -> list[str]:
     return ["".join(map(str.ljust, line, widths)).rstrip() for line in lines]
 
 
+def dev_contexts(run: Run) -> dict[str, list[dict[str, Any]]]:
+    """The contexts of the run's dev tasks, `embedded`; {} where its checkpoint shows none."""
+    try:
+        solver = solve.opened(run.folder)
+        data = solver.cfg.data
+        known = score.load_by_source(data.dev, data.max_eval_tasks)
+        tasks = [t for ts in known.values() for t in ts]
+        return {k: x for k, x in embedded(contexts_of(show.timelines(solver, tasks))).items() if x}
+    except UserError:
+        return {}
+
+
 def plotted(runs: Sequence[Run]) -> Any:
-    """A figure: the curves of several runs overlaid, a colour for each run."""
+    """A figure: the curves of several runs overlaid, a colour for each run; then, side by side, the
+    contexts of each run's dev tasks, where a task has the same colour in each."""
     panels = [curves(run.rows) for run in runs]
     titles = dict.fromkeys(title for panel in panels for title in panel)
-    rows = math.ceil(len(titles) / 3) or 1
+    planes = [(run, how, ps) for run in runs for how, ps in dev_contexts(run).items()]
+    planes.sort(key=lambda plane: plane[1])
+    rows = math.ceil((len(titles) + len(planes)) / 3) or 1
     figure = show.new_figure(15, 3.2 * rows)
     for i, title in enumerate(titles, 1):
         axis = figure.add_subplot(rows, 3, i)
@@ -259,6 +295,12 @@ def plotted(runs: Sequence[Run]) -> Any:
                 axis.plot(s["x"], s["y"], style, marker=".", ms=2, color=f"C{number}", label=label)
         for text in axis.legend(fontsize=5).get_texts():
             text.set_parse_math(False)
+    tasks = {p["task"]: i for i, p in enumerate(p for *_, ps in planes[::-1] for p in ps)}
+    for i, (run, how, ps) in enumerate(planes, len(titles) + 1):
+        axis = figure.add_subplot(rows, 3, i)
+        axis.set_title(f"contexts, {how}: {run.folder}", fontsize=9, parse_math=False)
+        x, y, colour = zip(*((p["x"], p["y"], tasks[p["task"]]) for p in ps), strict=True)
+        axis.scatter(x, y, s=12, c=colour, cmap="turbo")
     return figure
 
 

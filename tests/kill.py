@@ -1,4 +1,5 @@
 """Kill a training run with SIGKILL at random instants, resume it, compare it with the unbroken run.
+
     python -m tests.kill --kills 20 [--seed 0]
 
 fp32 and bf16, one and two processes in turn; a state after every step. A tenth of the kills falls

@@ -120,10 +120,3 @@ def test_the_second_round_solves_what_takes_two_steps_and_its_features_cost(monk
     assert solved(composed) < before
     monkeypatch.setattr(experts, "ROUNDS", 1)
     assert solved(tasks) == 0
-
-
-def test_a_query_beyond_30_is_unanswered():
-    task = task_of("fill", 0)
-    task = task._replace(queries=[(np.zeros((1, 31), np.uint8), None), *task.queries])
-    [[small]] = experts.predict([task], range(1))
-    assert small.query == 1 and small.votes

@@ -4,7 +4,9 @@ import json
 import math
 import re
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from etrm_arc import checkpoint, score, show, solve, sources
 from etrm_arc.config import UserError
 from etrm_arc.extras import report
 from etrm_arc.tests import puzzles
-from etrm_arc.tests.puzzles import SET
+from etrm_arc.tests.puzzles import SET, tasks_of_all
 
 
 @pytest.fixture
@@ -175,7 +177,7 @@ def test_curves_show_every_row_and_long_ones_are_thinned(copy):
     assert list(c["y"]) == [x / 2 for x in c["x"]]
 
 
-def test_runs_side_by_side(run, copy, tmp_path):
+def test_runs_side_by_side(run, copy, tmp_path, monkeypatch):
     about = (copy / "run.json").read_text()
     (copy / "run.json").write_text(about.replace('"batch": 6', '"batch": 4'))
     scores = {"loss": 7.0, "exact": 1.0, "cell_accuracy": 0.5, "n": 2}
@@ -195,3 +197,9 @@ def test_runs_side_by_side(run, copy, tmp_path):
     assert [a.get_title() for a in axes] == list(report.curves(runs[0].rows))
     report.plotted([runs[0]._replace(folder=Path("$\\frac$"))]).draw_without_rendering()
     assert not report.plotted([runs[0]._replace(rows=[])]).axes
+    monkeypatch.setattr(score, "load_by_source", lambda *_: {"all": tasks_of_all()})
+    fake = SimpleNamespace(TSNE=lambda **_: SimpleNamespace(fit_transform=lambda x: x[:, :2]))
+    monkeypatch.setitem(sys.modules, "sklearn.manifold", fake)
+    titles = [a.get_title() for a in report.plotted(runs).axes]
+    planes = [f"contexts, {how}: {r.folder}" for how in ("PCA", "t-SNE") for r in runs]
+    assert titles == [*report.curves(runs[0].rows), *planes]

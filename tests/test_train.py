@@ -22,26 +22,20 @@ from etrm_arc.tests.kill import outcome
 from etrm_arc.tests.puzzles import generators
 from etrm_arc.tests.test_parity import batch_of
 
-SET = str(Path(__file__).parent / "data" / "set")
+SET = str(puzzles.SET)
 TINY = {
-    "data": {"dev": [], "held_out": [], "train": [SET], "max_side": 10},
-    "model": {
-        "hidden": 32, "heads": 2, "expansion": 1.0, "H_cycles": 2, "L_cycles": 1,
-        "context_tokens": 4, "halt_max_steps": 3,
-    },
-    "optimizer": {"warmup": 2, "lr": 3e-3},
-    "train": {
-        "batch": 6, "shards": 2, "steps": 6, "dtype": "fp32", "log_every": 2, "save_every": 3
-    },
-    "eval": {"on": "train", "every": 3},
-}  # fmt: skip
+    "data": dict(dev=[], held_out=[], train=[SET], max_side=10),
+    "model": dict(hidden=32, heads=2, expansion=1.0, H_cycles=2, L_cycles=1)
+    | dict(context_tokens=4, halt_max_steps=3),
+    "optimizer": dict(warmup=2, lr=3e-3),
+    "train": dict(batch=6, shards=2, steps=6, dtype="fp32", log_every=2, save_every=3),
+    "eval": dict(on="train", every=3),
+}
 FEEDBACK = {  # the argmax-feedback TRM, three ACT steps in one optimizer step
-    "model": {
-        "hidden": 32, "heads": 2, "context_tokens": 0, "feedback": "reset", "H_cycles": 1,
-        "L_cycles": 1, "loss": "softmax", "halt_max_steps": 3, "unrolled": 3,
-    },
+    "model": dict(hidden=32, heads=2, context_tokens=0, feedback="reset", H_cycles=1, L_cycles=1)
+    | dict(loss="softmax", halt_max_steps=3, unrolled=3),
     "optimizer__freeze": {},
-}  # fmt: skip
+}
 
 
 def tiny(folder, **changes):
