@@ -241,12 +241,8 @@ SHIPPED = Path(__file__).parent / "configs"
 
 def joined(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """Tables key by key, all else from `over`."""
-    both = {
-        k: joined(base[k], v)
-        for k, v in over.items()
-        if isinstance(v, dict) and isinstance(base.get(k), dict)
-    }
-    return {**base, **over, **both}
+    both = [k for k in over if isinstance(over[k], dict) and isinstance(base.get(k), dict)]
+    return {**base, **over, **{k: joined(base[k], over[k]) for k in both}}
 
 
 def is_set(raw: Any, key: str) -> bool:
@@ -281,10 +277,8 @@ def read_recipe(path: Path, names: Sequence[str], above: tuple[Path, ...] = ()) 
 
 def load_config(path: str | Path, sets: Sequence[str] = (), fast: bool = False) -> Config:
     """A TOML recipe, ours by name, then its [fast] table if asked for, then each 'a.b=value'."""
-    shipped = {
-        p.relative_to(SHIPPED).with_suffix("").as_posix(): p
-        for p in sorted(SHIPPED.rglob("*.toml"))
-    }
+    files = sorted(SHIPPED.rglob("*.toml"))
+    shipped = {p.relative_to(SHIPPED).with_suffix("").as_posix(): p for p in files}
     path = Path(path)
     if not path.is_file():
         path = shipped.get(path.as_posix().removesuffix(".toml").removeprefix("configs/"), path)

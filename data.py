@@ -135,13 +135,10 @@ def pack(tasks: Sequence[Task], device: torch.device | str = "cpu") -> Tasks:
                 flat.append(cells.reshape(-1))
                 offset += cells.size
     counts = torch.tensor([0] + [len(t.demos) + len(t.queries) for t in tasks])
-    return Tasks(
-        torch.from_numpy(np.concatenate(flat)).to(device),
-        torch.tensor(grids).view(-1, 2, 3),
-        counts.cumsum(0),
-        torch.tensor([len(t.demos) for t in tasks]),
-        torch.arange(len(tasks)).repeat_interleave(counts[1:]),
-    )
+    n_demos = torch.tensor([len(t.demos) for t in tasks])
+    task_of = torch.arange(len(tasks)).repeat_interleave(counts[1:])
+    every_cell = torch.from_numpy(np.concatenate(flat)).to(device)
+    return Tasks(every_cell, torch.tensor(grids).view(-1, 2, 3), counts.cumsum(0), n_demos, task_of)
 
 
 class Queries(NamedTuple):
@@ -341,9 +338,8 @@ def posed(
     symmetry, lots = view or (identity(slots), torch.arange(most + 1).expand(slots, -1) / 1e4)
     demos = choose_demos(possible, lots[:, 1:], cfg.max_demos)
     shift = torch.zeros(slots, 1 + demos.shape[1], 2, dtype=torch.float64)
-    return Episodes(
-        asked.pair, demos, symmetry, shift, turned_size(symmetry.dihedral, asked.canvas)
-    )
+    canvas = turned_size(symmetry.dihedral, asked.canvas)
+    return Episodes(asked.pair, demos, symmetry, shift, canvas)
 
 
 # ---------------------------------------------------------------- painting
@@ -356,7 +352,6 @@ class Demos(NamedTuple):
     outputs: Tensor  # (M,) tokens
     at: Tensor  # (M, 2) row and column of each cell on the raster
     cells: tuple[int, ...]  # of each demo
-    gaps: tuple[int, ...]  # of each demo, 1: some cells hold neither input nor output
     owner: Tensor  # (N,) the slot
     number: Tensor  # (N,) of the demo among its slot's
     most: int  # K, the most demos of any slot of the batch
@@ -436,28 +431,26 @@ def batch(tasks: Tasks, e: Episodes, raster: int = MAX_SIDE) -> Batch:
     dihedral = e.symmetry.dihedral[owner]
     size = turned_size(dihedral[:, None], tasks.grids[e.demos[owner, number], :, 1:])  # (N, 2, 2)
     canvas = size.amax(1)
-    gaps = ~(size == canvas[:, None]).all(-1).any(1)
+    gaps = ~(size == canvas[:, None]).all(-1).any(1)  # cells that hold neither input nor output
     order = torch.argsort(canvas.prod(1) * 2 + gaps, stable=True)
-    owner, number, canvas, gaps = owner[order], number[order], canvas[order], gaps[order]
+    owner, number, canvas = owner[order], number[order], canvas[order]
     sym = Symmetry(dihedral[order], e.symmetry.colours[owner])
     shift = e.shift[owner, 1 + number]
     shown = paint(tasks, e.demos[owner, number], sym, shift, canvas, raster)
-    device, area = shown.inputs.device, canvas.prod(1)
+    area = canvas.prod(1)
     by_slot = torch.argsort(owner.repeat_interleave(area), stable=True)
+    orders = {"owner": owner, "number": number, "by_slot": by_slot}
     slot_cells = torch.zeros(len(e.query), dtype=torch.int64).index_add_(0, owner, area)
     demos = Demos(
         **shown._asdict(),
+        **{k: x.to(shown.at.device) for k, x in orders.items()},
         cells=tuple(area.tolist()),
-        gaps=tuple(gaps.int().tolist()),
-        owner=owner.to(device),
-        number=number.to(device),
         most=e.demos.shape[1],
-        by_slot=by_slot.to(device),
         slot_cells=tuple(slot_cells.tolist()),
     )
     labels = asked.outputs.masked_fill(asked.outputs == PAD, IGNORE)
     cells = tuple(e.canvas.prod(1).tolist())
-    rows = None if e.row is None else e.row.to(device)
+    rows = None if e.row is None else e.row.to(labels.device)
     return Batch(asked.inputs, labels, asked.at, cells, demos, asked.borders, rows=rows)
 
 

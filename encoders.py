@@ -18,13 +18,12 @@ from typing import Any, NamedTuple
 import msgspec
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from . import baselines, etrm
 from .config import ModelConfig, UserError, nearest
 from .data import EOS, FIRST_COLOUR, PAD, Batch, Demos
-from .etrm import Context, Encode, Params, Rotary, normal, rms, runs_of, swiglu
+from .etrm import Context, Encode, Params, Rotary, normal, rms, swiglu
 
 # ---------------------------------------------------------------- blocks
 
@@ -92,11 +91,10 @@ def block(
     return x
 
 
-def cell_block(p: CellBlock, cfg: ModelConfig, t: Packed, masked: Sequence[int] = ()) -> Packed:
-    """The tokens of a slot attend to each other; masked: of each, whether some are not seen."""
-    runs = runs_of(t.sizes, masked or [t.seen is not None] * len(t.sizes))
-    attend = partial(etrm.self_attention, p, cfg.heads, runs=runs, rotary=t.rotary, seen=t.seen)
-    return t._replace(x=block(p, cfg, t.x, attend))
+def cell_block(p: CellBlock, cfg: ModelConfig, t: Packed) -> Packed:
+    """The tokens of a slot attend to each other."""
+    given = {"sizes": t.sizes, "rotary": t.rotary, "seen": t.seen}
+    return t._replace(x=block(p, cfg, t.x, partial(etrm.self_attention, p, cfg.heads, **given)))
 
 
 def set_block(p: SetBlock, cfg: ModelConfig, t: Packed, keys: Packed) -> Packed:
@@ -122,19 +120,8 @@ def cross_attention(
         return etrm.rotate(y[:, None], (cos, sin)).squeeze(1)
 
     values = keys.x @ weights[2].T if values is None else values
-    runs, out = runs_of(t.sizes, keys.sizes), [values[:0]]
-    lengths = [b * m for b, _, m in runs]
-    parts = (
-        turned(t.x, weights[0], t.rotary, 0).split([b * s for b, s, _ in runs]),
-        turned(keys.x, weights[1], keys.rotary, 1).split(lengths),
-        values.unflatten(-1, (heads, -1)).split(lengths),
-        [None] * len(runs) if keys.seen is None else keys.seen.split(lengths),
-    )
-    for (b, s, m), q, k, v, seen in zip(runs, *parts, strict=True):
-        q, k, v = (y.unflatten(0, (b, n)).transpose(1, 2) for y, n in ((q, s), (k, m), (v, m)))
-        y = etrm.attention(q, k, v, None if seen is None else seen.view(b, 1, 1, m))
-        out.append(rearrange(y, "b h s d -> (b s) (h d)"))
-    return torch.cat(out)
+    q, k = turned(t.x, weights[0], t.rotary, 0), turned(keys.x, weights[1], keys.rotary, 1)
+    return etrm.attend(q, k, values.unflatten(-1, (heads, -1)), t.sizes, keys.sizes, keys.seen)
 
 
 def rotary_in(cfg: ModelConfig, position: Tensor, like: Tensor) -> Rotary:
@@ -195,7 +182,7 @@ def aligned(p: Perceiver, cfg: ModelConfig, demos: Demos, extra: Tensor | None =
         if cfg.published_faults:
             t = cell_block(b, cfg, t._replace(seen=None))._replace(seen=seen)
         else:
-            t = cell_block(b, cfg, t, demos.gaps)
+            t = cell_block(b, cfg, t)
     return t
 
 
@@ -227,10 +214,9 @@ def init_matching(cfg: ModelConfig, g: torch.Generator) -> Perceiver:
 def with_queries(batch: Batch) -> Demos:
     """The cells of the demos, then those of the test inputs as if of demos without an output."""
     d, asked = batch.demos, torch.where(batch.inputs == 0, 0, ASKED)
-    names, cells, gaps = ("inputs", "at", "borders"), d.cells + batch.cells, (1,) * len(batch.cells)
-    fields: dict[str, Any] = {k: torch.cat((getattr(d, k), getattr(batch, k))) for k in names}
-    outputs = torch.cat((d.outputs, asked))
-    return d._replace(**fields, outputs=outputs, cells=cells, gaps=d.gaps + gaps)
+    pairs = {k: (getattr(d, k), getattr(batch, k)) for k in ("inputs", "at", "borders")}
+    fields: dict[str, Any] = {k: torch.cat(pair) for k, pair in pairs.items()}
+    return d._replace(**fields, outputs=torch.cat((d.outputs, asked)), cells=d.cells + batch.cells)
 
 
 def match(p: Perceiver, cfg: ModelConfig, batch: Batch, cells: Packed) -> tuple[Context, Packed]:

@@ -14,15 +14,14 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from .config import ModelConfig
 from .data import Batch, Demos
 
 Rotary = tuple[Tensor, Tensor] | None  # cos, sin (N, 2, h, head) of queries and keys
-Runs = Sequence[tuple[int, int, int]]  # (slots, tokens of each, kind), in packed order
-RUN = 512  # tokens of a run, about
-SCORES = 4_000_000  # numbers in the score matrices that attention makes at once
+RUN = 512  # tokens or keys of a run, about, whose scores stay in cache
 
 
 class _Rms(torch.autograd.Function):
@@ -109,52 +108,83 @@ def rotate(qk: Tensor, rotary: Rotary) -> Tensor:
     return torch.addcmul(qk * cos, qk.roll(qk.shape[-1] // 2, -1), sin)
 
 
-def runs_of(tokens: Sequence[int], masked: Sequence[int] | None = None) -> Runs:
-    """Neighbours of equal size and kind together, few if they are large; in powers of two: on CPU a
-    new shape costs a kernel's compilation (bf16, every canvas new: 3.0 instead of 2.5 s)."""
-    runs: list[tuple[int, int, int]] = []
-    for (s, m), group in itertools.groupby(zip(tokens, masked or [0] * len(tokens), strict=True)):
-        left, most = len(list(group)), 1 << (RUN // max(1, s)).bit_length() >> 1
+@functools.lru_cache(maxsize=64)
+def runs_of(slots: tuple[Any, ...]) -> list[tuple[int, Any]]:
+    """(number, slot) of neighbours with equal tokens, keys ...; few if they are large, in powers of
+    two: on CPU a new shape costs a kernel's compilation (bf16, each canvas new: 3.0 for 2.5 s)."""
+    runs: list[tuple[int, Any]] = []
+    for slot, group in itertools.groupby(slots):
+        left, most = len(list(group)), 1 << (RUN // max(1, *slot)).bit_length() >> 1
         while left:
             b = min(max(1, most), 1 << left.bit_length() >> 1)
-            runs.append((b, s, m))
+            runs.append((b, slot))
             left -= b
     return runs
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Of scaled queries, (b, h, s, head) each; mask (b, 1, 1, s): the keys seen, none gives 0."""
-    if q.device.type == "cuda":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
-    # A few slots at a time, whose scores stay in cache: in bf16 2 to 5 times torch's fused kernel.
-    at_once = max(1, SCORES // (q.shape[1] * q.shape[2] * max(1, k.shape[2])))
-    out = []
-    for i in range(0, max(1, len(q)), at_once):
-        part = slice(i, i + at_once)
-        score, values = q[part] @ k[part].transpose(-1, -2), v[part]
-        if mask is not None:
-            score = score.masked_fill(~mask[part], torch.finfo(score.dtype).min)
-            values = values * mask[part].transpose(-1, -2).to(v.dtype)
-        out.append(torch.softmax(score, -1) @ values)
-    return out[0] if len(out) == 1 else torch.cat(out)
+    """Of scaled queries, (b, h, s, head) each; mask (b, 1, 1, m): the keys seen, none gives 0.
+    On CPU in bf16 2 to 5 times as fast as torch's fused kernel."""
+    score = q @ k.transpose(-1, -2)
+    if mask is not None:
+        score = score.masked_fill(~mask, torch.finfo(score.dtype).min)
+        v = v * mask.transpose(-1, -2).to(v.dtype)
+    return torch.softmax(score, -1) @ v
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def places(sizes: tuple[int, ...], device: str) -> Tensor:
+    """(N,) where the tokens of slots stand among those of slots that are all as large."""
+    real = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
+    return real.flatten().nonzero().flatten().to(device)
+
+
+def padded_attention(
+    q: Tensor, k: Tensor, v: Tensor, sizes: Sequence[int], keys: Sequence[int], seen: Tensor | None
+) -> Tensor:
+    """`attend` in one call of torch's kernel, for devices on which each call costs a launch."""
+
+    def padded(x: Tensor, sizes: Sequence[int]) -> Tensor:
+        room = x.new_zeros(len(sizes) * max(sizes), *x.shape[1:])
+        room = room.index_copy(0, places(tuple(sizes), str(x.device)), x)
+        return rearrange(room, "(b s) ... -> b s ...", b=len(sizes))
+
+    seen = torch.ones_like(k[:, 0, 0], dtype=torch.bool) if seen is None else seen
+    mask, v = padded(seen, keys), v * seen[:, None, None].to(v.dtype)
+    mask = (mask | ~mask.any(-1, keepdim=True))[:, None, None]  # no slot without a key: it adds 0
+    parts = (padded(x, n).transpose(1, 2) for x, n in ((q, sizes), (k, keys), (v, keys)))
+    y = F.scaled_dot_product_attention(*parts, attn_mask=mask, scale=1.0)
+    y = rearrange(y, "b h s d -> (b s) (h d)")
+    return y.index_select(0, places(tuple(sizes), str(y.device)))
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, sizes: Sequence[int], keys: Sequence[int], seen: Tensor | None
+) -> Tensor:
+    """(N, D): scaled queries (N, h, head) of each slot attend to its keys and values (M, h, head),
+    of those that are seen (M,)."""
+    if q.device.type != "cpu" and len(q) and len(k):
+        return padded_attention(q, k, v, sizes, keys, seen)
+    runs, out = runs_of(tuple(zip(sizes, keys, strict=True))), [v[:0].flatten(1)]
+    lengths = [b * m for b, (_, m) in runs]
+    masks = [None] * len(runs) if seen is None else seen.split(lengths)
+    parts = q.split([b * s for b, (s, _) in runs]), k.split(lengths), v.split(lengths), masks
+    for (b, _), *qkv, mask in zip(runs, *parts, strict=True):
+        mask = None if mask is None or bool(mask.all()) else mask.view(b, 1, 1, -1)
+        y = attention(*(rearrange(x, "(b s) h d -> b h s d", b=b) for x in qkv), mask)
+        out.append(rearrange(y, "b h s d -> (b s) (h d)"))
+    return torch.cat(out)
 
 
 def self_attention(
-    p: Any, heads: int, x: Tensor, runs: Runs, rotary: Rotary, seen: Tensor | None = None
+    p: Any, heads: int, x: Tensor, sizes: Sequence[int], rotary: Rotary, seen: Tensor | None = None
 ) -> Tensor:
-    """Tokens (N, D) of each slot attend to each other, to those that are seen (N,), by default all;
-    p: any block with qkv and o. Only the attention itself goes run by run."""
-    d, sizes, out = x.shape[1], [b * s for b, s, _ in runs], [x[:0]]
-    queries_keys = rotate((x @ p.qkv[: 2 * d].T).unflatten(-1, (2, heads, -1)), rotary)
-    values = (x @ p.qkv[2 * d :].T).unflatten(-1, (heads, -1))
-    masks = [None] * len(runs) if seen is None else seen.split(sizes)
-    parts = zip(runs, queries_keys.split(sizes), values.split(sizes), masks, strict=True)
-    for (b, s, masked), qk, v, mask in parts:
-        q, k = qk.unflatten(0, (b, s)).permute(2, 0, 3, 1, 4)
-        mask = mask.view(b, 1, 1, s) if masked and mask is not None else None
-        y = attention(q, k, v.unflatten(0, (b, s)).transpose(1, 2), mask)
-        out.append(y.transpose(1, 2).reshape(b * s, d))
-    return torch.cat(out) @ p.o.T
+    """Tokens (N, D) of each slot attend to each other, see `attend`; p: a block with qkv and o."""
+    d = x.shape[1]
+    q, k = rotate((x @ p.qkv[: 2 * d].T).unflatten(-1, (2, heads, -1)), rotary).unbind(1)
+    v = (x @ p.qkv[2 * d :].T).unflatten(-1, (heads, -1))
+    return attend(q, k, v, sizes, sizes, seen) @ p.o.T
 
 
 # ---------------------------------------------------------------- parameters
@@ -321,13 +351,19 @@ def embed_input(
 
 
 def reason(
-    p: Core, cfg: ModelConfig, z_H: Tensor, z_L: Tensor, e: Tensor, runs: Runs, rotary: Rotary
+    p: Core,
+    cfg: ModelConfig,
+    z_H: Tensor,
+    z_L: Tensor,
+    e: Tensor,
+    sizes: Sequence[int],
+    rotary: Rotary,
 ) -> tuple[Tensor, Tensor]:
     """H_cycles of (L_cycles updates of z_L, one of z_H); only the last cycle has gradient."""
 
     def level(z: Tensor) -> Tensor:
         for b in p.blocks:  # post-norm
-            z = rms(z + self_attention(b, cfg.heads, z, runs, rotary))
+            z = rms(z + self_attention(b, cfg.heads, z, sizes, rotary))
             z = rms(z + swiglu(b.gate_up, b.down, z))
         return z
 
@@ -441,7 +477,7 @@ def act_step(
     begins = carry.halted[layout.slot][:, None]
     z_H = torch.where(begins, p.H_init, carry.z_H.detach())
     z_L = torch.where(begins, p.L_init, carry.z_L.detach())
-    z_H, z_L = reason(p, cfg, z_H, z_L, e, runs_of(layout.tokens), rotary)
+    z_H, z_L = reason(p, cfg, z_H, z_L, e, layout.tokens, rotary)
     z = z_H[layout.cells]
     logits = z @ (p.embed if p.head is None else p.head).T
     if p.offer_head is not None:
@@ -498,16 +534,10 @@ def act_loss(cfg: ModelConfig, out: Output, labels: Tensor, cells: Sequence[int]
         q = torch.where(labelled, q, 0.0)
     kl = torch.zeros_like(lm) if out.kl is None else out.kl
     kl_weight = cfg.encoder.kl_weight / (len(cells) if cfg.published_faults else 1)
-    return Loss(
-        total=lm + cfg.q_weight * q + kl_weight * kl,
-        lm=lm.detach(),
-        q=q.detach(),
-        cell_accuracy=hits / asked.clamp(min=1),
-        exact=exact & labelled,
-        q_right=((out.q_halt >= 0) == exact) & labelled,
-        labelled=labelled,
-        kl=kl.detach(),
-    )
+    total, accuracy = lm + cfg.q_weight * q + kl_weight * kl, hits / asked.clamp(min=1)
+    q_right = ((out.q_halt >= 0) == exact) & labelled
+    lm, q, kl = lm.detach(), q.detach(), kl.detach()
+    return Loss(total, lm, q, accuracy, exact & labelled, q_right, labelled, kl)
 
 
 # ---------------------------------------------------------------- evaluation
@@ -527,9 +557,8 @@ def select_slots(
         return x[next(mask for mask in masks if len(mask) == len(x))]
 
     cells, tokens = (tuple(n[i] for i in slots) for n in sizes[1:])
-    fields: dict[str, Any] = {
-        k: kept(getattr(batch, k)) for k in ("inputs", "labels", "at", "borders")
-    }
+    names = ("inputs", "labels", "at", "borders")
+    fields: dict[str, Any] = {k: kept(getattr(batch, k)) for k in names}
     carry = tree_map(kept, carry)._replace(tokens=tokens)
     return batch._replace(**fields, cells=cells), tree_map(kept, read), carry
 

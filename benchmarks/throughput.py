@@ -102,7 +102,6 @@ def ten_demos(d: data.Demos) -> data.Demos:
         outputs=outputs.flatten(),
         at=torch.cartesian_prod(side, side).repeat(n, 1),
         cells=(cells,) * n,
-        gaps=(0,) * n,
         owner=torch.arange(slots).repeat_interleave(10),
         number=torch.arange(10).repeat(slots),
         most=10,

@@ -130,9 +130,9 @@ def pooled(p: Standard, cfg: ModelConfig, t: Packed, seen: Tensor) -> Tensor:
         query, q, k, v, o = p.pool
         asking = Packed(query.expand(n, -1), (1,) * n)
         return cross_attention((q, k, v), cfg.heads, asking, Packed(t.x, t.sizes, seen)) @ o.T
-    runs = runs_of(t.sizes)
-    lengths = [b * s for b, s, _ in runs]
-    for (b, s, _), x, mask in zip(runs, t.x.split(lengths), seen.split(lengths), strict=True):
+    runs = runs_of(tuple((s,) for s in t.sizes))
+    lengths = [b * s for b, (s,) in runs]
+    for (b, (s,)), x, mask in zip(runs, t.x.split(lengths), seen.split(lengths), strict=True):
         x, mask = x.view(b, s, -1), mask.view(b, s)
         if kind == "max":
             vectors.append(x.masked_fill(~mask[..., None], -torch.inf).amax(1))

@@ -60,7 +60,6 @@ def step(
     x = torch.where(batch.inputs >= FIRST_COLOUR, batch.inputs - FIRST_COLOUR, COLOURS)
     position, head = etrm.position_of("rope2d", batch.at, cfg.raster), cfg.hidden // cfg.heads
     rotary = etrm.rotary_of(position, cfg.heads, head, p.embed.dtype)
-    runs = etrm.runs_of(batch.cells)
     slot_of = etrm.ragged(torch.tensor(batch.cells, device=x.device), len(x))[0]
     begins = carry.halted[slot_of][:, None]
     start = torch.eye(1, COLOURS, dtype=carry.z_H.dtype, device=x.device)  # the first colour
@@ -70,7 +69,7 @@ def step(
     def net(*colours: Tensor) -> Tensor:
         h = torch.stack([F.embedding(c, p.embed) for c in colours]).sum(0)
         for b in p.blocks:
-            attended = etrm.self_attention(b.block, cfg.heads, h, runs, rotary)
+            attended = etrm.self_attention(b.block, cfg.heads, h, batch.cells, rotary)
             h = rms(h + attended) * b.norm_1
             h = rms(h + etrm.swiglu(b.block.gate_up, b.block.down, h)) * b.norm_2
         return h

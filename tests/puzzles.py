@@ -99,7 +99,7 @@ class World:
         canvas = torch.full((len(d.owner), 2), side)
         shift, pair = e.shift[d.owner, 1 + d.number], e.demos[d.owner, d.number]
         shown = data.paint(self.packed, pair, sym, shift, canvas, self.cfg.raster)
-        fields = shown._asdict() | {"cells": (side**2,) * len(pair), "gaps": (1,) * len(pair)}
+        fields = shown._asdict() | {"cells": (side**2,) * len(pair)}
         fields["by_slot"] = torch.argsort(d.owner.repeat_interleave(side**2), stable=True)
         count = torch.bincount(d.owner, minlength=SLOTS) * side**2
         demos = d._replace(**fields, slot_cells=tuple(count.tolist()))

@@ -121,11 +121,11 @@ def naive(p, cfg, grid):
     x = torch.where(grid >= 2, grid - 2, 10).flatten()
     at = torch.cartesian_prod(torch.arange(grid.shape[0]), torch.arange(grid.shape[1]))
     rotary = etrm.rotary_of(at + 1, cfg.heads, cfg.hidden // cfg.heads, p.embed.dtype)
-    runs, width = [(1, len(x), 0)], (cfg.hidden,)
+    width = (cfg.hidden,)
 
     def net(s):
         for b, norm_1, norm_2 in p.blocks:
-            attended = etrm.self_attention(b, cfg.heads, s, runs, rotary)
+            attended = etrm.self_attention(b, cfg.heads, s, [len(x)], rotary)
             s = norm_1 * F.rms_norm(s + attended, width, eps=1e-5)
             s = norm_2 * F.rms_norm(s + etrm.swiglu(b.gate_up, b.down, s), width, eps=1e-5)
         return s

@@ -241,17 +241,10 @@ def test_rotation_keeps_lengths_and_sees_distances_only(g, kind):
     assert (dot[0, 0] - dot[0, 0, 0, 0]).flatten()[1:].abs().min() > 0  # no two cells look alike
 
 
-@given(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 2)), max_size=30))
-def test_runs_are_the_slots_in_order(slots):
-    runs = etrm.runs_of([s for s, _ in slots], [m for _, m in slots])
-    assert [(s, m) for b, s, m in runs for _ in range(b)] == slots
-    assert all(b == 1 << (b.bit_length() - 1) and b * s <= max(s, etrm.RUN) for b, s, _ in runs)
-
-
 @given(generators, st.integers(1, 5), st.integers(1, 40))
 @settings(max_examples=50)
 def test_attention_is_a_mean_over_what_may_be_seen(g, queries, keys):
-    """However many slots at once; where no key may be seen it is 0."""
+    """Where no key may be seen it is 0."""
     q = torch.randn(3, 2, queries, 8, generator=g)
     k, v = torch.randn(2, 3, 2, keys, 8, generator=g)
     mask = torch.rand(3, 1, 1, keys, generator=g) < 0.5
@@ -263,10 +256,19 @@ def test_attention_is_a_mean_over_what_may_be_seen(g, queries, keys):
         if seen.any():
             puzzles.close([got[one]], [etrm.attention(q[one], k[one, :, seen], v[one, :, seen])])
     puzzles.close([etrm.attention(q, k, v)], [F.scaled_dot_product_attention(q, k, v, scale=1.0)])
-    for slots in (0, 1, 2):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(etrm, "SCORES", slots * 2 * queries * keys)
-            puzzles.close([etrm.attention(q, k, v, mask)], [got])
+
+
+@given(generators, st.lists(st.tuples(st.integers(1, 5), st.integers(0, 5)), min_size=1))
+def test_slots_attend_to_their_own_keys_alone_run_by_run_or_padded(g, slots):
+    sizes, keys = zip(*slots, strict=True)
+    q, k, v = (torch.randn(sum(n), 2, 8, generator=g) for n in (sizes, keys, keys))
+    seen, alone = torch.rand(sum(keys), generator=g) < 0.7, []
+    parts = q.split(sizes), k.split(keys), v.split(keys), seen.split(keys)
+    for *qkv, mask in zip(*parts, strict=True):
+        one = etrm.attention(*(x.transpose(0, 1)[None] for x in qkv), mask.view(1, 1, 1, -1))
+        alone.append(one[0].transpose(0, 1).flatten(1))
+    for attend in (etrm.attend, etrm.padded_attention)[: 1 + bool(len(k))]:
+        puzzles.close([attend(q, k, v, sizes, keys, seen)], [torch.cat(alone)])
 
 
 @given(generators, st.sampled_from([1e-3, 1.0, 1e4]))

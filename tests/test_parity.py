@@ -40,7 +40,7 @@ def all_demos(inputs, outputs, mask):
     n, cells = len(owner), inputs.shape[-1]
     x, y = (t[owner, number].long().flatten() for t in (inputs, outputs))
     slot_cells, borders = tuple((mask.sum(1) * cells).tolist()), x.new_zeros(len(x), 4)
-    return Demos(x, y, places(n, cells), (cells,) * n, (1,) * n, owner, number, mask.shape[1],
+    return Demos(x, y, places(n, cells), (cells,) * n, owner, number, mask.shape[1],
                  torch.arange(len(x)), slot_cells, borders)  # fmt: skip
 
 
