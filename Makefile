@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check size
+.PHONY: demo test check size gpu
 
 demo: $(INSTALLED)
 	rm -rf runs/demo
@@ -20,6 +20,9 @@ check: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .
 	ln -sfn '$(CURDIR)' $(VENV)/etrm_arc
 	cd $(VENV) && bin/mypy --config-file etrm_arc/pyproject.toml etrm_arc/*.py
+
+gpu: $(INSTALLED)
+	$(VENV)/bin/python -m benchmarks.gpu
 
 size: $(INSTALLED)
 	$(VENV)/bin/python -m benchmarks.size

@@ -5,8 +5,13 @@ import sys
 
 import pytest
 
-from etrm_arc.benchmarks import evaluation, ladder, size, throughput
+from etrm_arc.benchmarks import evaluation, gpu, ladder, size, throughput
 from etrm_arc.tests.puzzles import SET
+
+ONES = "model.heads model.H_cycles model.L_cycles model.context_tokens model.encoder.layers"
+FIELDS = [f'data.train=["{SET}"]', "data.held_out=[]", "model.hidden=16"]
+FIELDS += [f"{name}=1" for name in f"{ONES} train.batch train.shards".split()]
+SMALLEST = [word for field in FIELDS for word in ("--set", field)]
 
 
 @pytest.fixture
@@ -44,18 +49,21 @@ def test_evaluation_measures_every_rung(call, run, tmp_path, trained):
 def test_throughput_measures_steps_stand_in_and_growth(call, tmp_path, monkeypatch):
     growth = {"tasks": (3, 9), "data.canvas": (8,), "data.max_demos": (1,), "model.layers": (1,)}
     monkeypatch.setattr(throughput, "GROWTH", growth)
-    ones = ("model.heads", "model.H_cycles", "model.L_cycles", "model.context_tokens")
-    ones += ("model.encoder.layers", "train.batch", "train.shards")
-    fields = [f'data.train=["{SET}"]', "model.hidden=16", *(f"{name}=1" for name in ones)]
-    sets = [word for field in fields for word in ("--set", field)]
     outputs = ["--json", tmp_path / "t.json", "--plot", tmp_path / "t.png"]
-    call(throughput, "--dtype", "fp32", "--repeats", 1, *sets, *outputs)
+    call(throughput, "--dtype", "fp32", "--repeats", 1, *SMALLEST, *outputs)
     result = json.loads((tmp_path / "t.json").read_text())
     row = result["fp32"]
     assert row["samples_per_s"] > row["stand_in"] > 0 and row["parts"]["core"]["operations"] > 99
     for kind, sizes in growth.items():
         assert [int(size) for size in result["growth"][kind]] == list(sizes)
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_device_is_compared_with_the_cpu(call, capsys, monkeypatch):
+    monkeypatch.setattr(gpu, "WITHOUT", {"cpu": []})
+    call(gpu, "--device", "cpu", "--seconds", 0, *SMALLEST)
+    text = capsys.readouterr().out
+    assert text.count("agree") == 2 and "operations a step" in text
 
 
 def test_size_is_one_line_of_json(call, capsys):

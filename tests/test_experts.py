@@ -37,12 +37,6 @@ def test_features_are_what_their_names_say(g):
         assert np.array_equal(seen[name][:h, :w], y + FIRST_COLOUR)
 
 
-def cornered(x):
-    y = x.copy()
-    y[np.ix_((0, -1), (0, -1))] = 8
-    return y
-
-
 PALETTE = np.array([0, 5, 1, 7, 9, 2, 3, 4, 6, 8], np.uint8)
 RULES = {
     "mirror": lambda x: x[:, ::-1],
@@ -50,7 +44,6 @@ RULES = {
     "recolour": lambda x: PALETTE[x],
     "fill": lambda x: np.where(grids.enclosed(x), 4, x).astype(np.uint8),
     "mirror, then frame": lambda x: np.pad(x[1:-1, -2:0:-1], 1, constant_values=8),
-    "turn, then mark the corners": lambda x: cornered(x.T),
     "mirror and recolour": lambda x: PALETTE[x[::-1]],
 }
 
@@ -111,8 +104,7 @@ def test_the_second_round_solves_what_takes_two_steps_and_its_features_cost(monk
         predictions = [p for part in experts.predict(tasks, range(1)) for p in part]
         return score.score(tasks, score.joined(tasks, predictions))["pass@1"]
 
-    steps = ("mirror, then frame", "turn, then mark the corners")
-    tasks = [task_of(rule, seed) for rule in steps for seed in range(2)]
+    tasks = [task_of("mirror, then frame", seed) for seed in range(3)]
     composed = compose.tasks(24, seed=5)
     assert solved(tasks) == 1
     before = solved(composed)

@@ -171,10 +171,8 @@ SYSTEMS += [f"experiments/{row}" for row in ("combined", "E11", "frozen")]  # ot
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_every_system_takes_three_steps(name, tmp_path, decoder):
     sets = [f"init_from.path={decoder}"] if config.load_config(name).init_from.path else []
-    if name in ("cpu-plain", "pointer"):
-        sets.append(f'data.train=["{SET}", "composed:5"]')
-    if name == "pointer":  # rearc needs a package of its own
-        sets.append("data.share={ composed = 0.5 }")
+    if name in ("cpu-plain", "pointer"):  # rearc needs a package of its own
+        sets += [f'data.train=["{SET}", "composed:5"]', "data.share={ composed = 0.5 }"]
     assert train.fit(small(name, tmp_path, *sets))["step"] == 3
     if name == "published-split":
         scores = solve.evaluate([tmp_path], [str(SET / "flip.json")], ["solve.views=1"])
