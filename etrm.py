@@ -153,8 +153,8 @@ def padded_attention(
     seen = torch.ones_like(k[:, 0, 0], dtype=torch.bool) if seen is None else seen
     mask, v = padded(seen, keys), v * seen[:, None, None].to(v.dtype)
     mask = (mask | ~mask.any(-1, keepdim=True))[:, None, None]  # no slot without a key: it adds 0
-    parts = (padded(x, n).transpose(1, 2) for x, n in ((q, sizes), (k, keys), (v, keys)))
-    y = F.scaled_dot_product_attention(*parts, attn_mask=mask, scale=1.0)
+    q, k, v = (padded(x, n).transpose(1, 2) for x, n in ((q, sizes), (k, keys), (v, keys)))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
     y = rearrange(y, "b h s d -> (b s) (h d)")
     return y.index_select(0, places(tuple(sizes), str(y.device)))
 
@@ -172,8 +172,8 @@ def attend(
     parts = q.split([b * s for b, (s, _) in runs]), k.split(lengths), v.split(lengths), masks
     for (b, _), *qkv, mask in zip(runs, *parts, strict=True):
         mask = None if mask is None or bool(mask.all()) else mask.view(b, 1, 1, -1)
-        y = attention(*(rearrange(x, "(b s) h d -> b h s d", b=b) for x in qkv), mask)
-        out.append(rearrange(y, "b h s d -> (b s) (h d)"))
+        q, k, v = (rearrange(x, "(b s) h d -> b h s d", b=b) for x in qkv)
+        out.append(rearrange(attention(q, k, v, mask), "b h s d -> (b s) (h d)"))
     return torch.cat(out)
 
 
