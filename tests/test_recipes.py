@@ -15,7 +15,7 @@ from etrm_arc.tests.puzzles import SET
 SHIPPED = sorted(
     p.relative_to(config.SHIPPED).with_suffix("").as_posix() for p in config.SHIPPED.rglob("*.toml")
 )
-OURS = {"cpu", "cpu-plain", "pointer", "overfit", "overfit-augment"}
+OURS = {"cpu", "cpu-plain", "cpu-best", "pointer", "overfit", "overfit-augment"}
 
 # The settings of the published work, as its authors describe them.
 # fmt: off
@@ -171,8 +171,9 @@ SYSTEMS += [f"experiments/{row}" for row in ("combined", "E11", "frozen")]  # ot
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_every_system_takes_three_steps(name, tmp_path, decoder):
     sets = [f"init_from.path={decoder}"] if config.load_config(name).init_from.path else []
-    if name in ("cpu-plain", "pointer"):  # rearc needs a package of its own
-        sets += [f'data.train=["{SET}", "composed:5"]', "data.share={ composed = 0.5 }"]
+    if name in ("cpu-plain", "cpu-best"):  # rearc needs a package of its own
+        sets = [f'data.train=["{SET}", "composed:5"]', "data.share={ composed = 0.5 }"]
+        sets.append("init_from.path=")
     assert train.fit(small(name, tmp_path, *sets))["step"] == 3
     if name == "published-split":
         scores = solve.evaluate([tmp_path], [str(SET / "flip.json")], ["solve.views=1"])
@@ -193,9 +194,10 @@ def test_two_refinements_of_etrm2_are_one_refinement_twice():
     assert not torch.allclose(refined(2, states), refined(1, states))
 
 
-def test_the_shipped_checkpoint_is_of_its_recipe_and_answers(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["cpu-plain", "cpu-best"])
+def test_a_shipped_checkpoint_is_of_its_recipe_and_answers(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # it is found by name from any folder
-    opened, recipe = solve.opened("cpu-plain"), config.load_config("cpu-plain")
+    opened, recipe = solve.opened(name), config.load_config(name)
     assert opened.cfg.model == recipe.model and opened.cfg.data == recipe.data
     assert opened.path.stat().st_size < 15e6
     task = sources.load(str(SET / "mirror.json"))
