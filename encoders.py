@@ -52,22 +52,22 @@ class SetBlock(NamedTuple):
     scale_2: Tensor | None  # (D,)
 
 
-def layer_scale(cfg: ModelConfig) -> Tensor | None:
-    """(D,) or None without."""
+def layer_scales(cfg: ModelConfig) -> list[Tensor | None]:
+    """(D,) of both halves of a block, or None without."""
     scale = cfg.encoder.layer_scale
-    return torch.full((cfg.hidden,), scale) if scale else None
+    return [torch.full((cfg.hidden,), scale) if scale else None for _ in range(2)]
 
 
 def init_cell_block(cfg: ModelConfig, g: torch.Generator) -> CellBlock:
     """The matrices of one cell block."""
-    return CellBlock(*etrm.init_block(cfg, g), *[layer_scale(cfg)] * 2)
+    return CellBlock(*etrm.init_block(cfg, g), *layer_scales(cfg))
 
 
 def init_set_block(cfg: ModelConfig, g: torch.Generator) -> SetBlock:
     """The matrices of one set block."""
     d, f = cfg.hidden, etrm.inner_width(cfg.hidden, cfg.expansion)
     q, k, v, o = (normal(g, d, d) for _ in range(4))
-    return SetBlock(q, k, v, o, normal(g, 2 * f, d), normal(g, d, f), *[layer_scale(cfg)] * 2)
+    return SetBlock(q, k, v, o, normal(g, 2 * f, d), normal(g, d, f), *layer_scales(cfg))
 
 
 class Packed(NamedTuple):
