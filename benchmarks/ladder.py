@@ -69,8 +69,7 @@ def scores(solver: solve.Solver, known: list[Task], views: int) -> dict[str, dic
     for i, other in dict(zip(queries.task.tolist(), donors, strict=True)).items():
         shown["foreign"][i] = hidden[i]._replace(demos=hidden[other].demos)
     return {
-        whose: score.score(known, solve.predict(solver.params, solver.cfg, tasks, views))
-        for whose, tasks in shown.items()
+        whose: score.score(known, solve.ask(solver, tasks, views)) for whose, tasks in shown.items()
     }
 
 

@@ -269,8 +269,8 @@ def dev_contexts(run: Run) -> dict[str, list[dict[str, Any]]]:
     """The contexts of the run's dev tasks, `embedded`; {} where its checkpoint shows none."""
     try:
         solver = solve.opened(run.folder)
-        data = solver.cfg.data
-        known = score.load_by_source(data.dev, data.max_eval_tasks)
+        chosen = solver.cfg.data
+        known = score.load_by_source(chosen.dev, chosen.max_eval_tasks)
         tasks = [t for ts in known.values() for t in ts]
         return {k: x for k, x in embedded(contexts_of(show.timelines(solver, tasks))).items() if x}
     except UserError:

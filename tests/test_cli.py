@@ -155,6 +155,8 @@ def test_data_and_runs_describe_and_compare(run, tmp_path):
         (["train", "cpu", "--set", "train.batch=2", "--set", "train.shards=3"], "3 shards"),
         (["train", "cpu", "--time-limit", "1h١m"], "--time-limit"),
         (["train", "cpu", "--set", "run.dir=\udcff"], "not UTF-8"),
+        (["train", "/dev/null"], "not a regular file"),
+        (["train", "cpu", "--set", "train.batch=1e20"], "--set: train.batch"),
         (["train", "overfit", "--fast"], "has no [fast] table"),
         (["eval", "nowhere"], "no such checkpoint"),
         (["eval", "cpu-plain", "task.json"], "--data task.json"),
@@ -181,8 +183,7 @@ def test_a_mistake_in_a_file_is_one_line_that_names_it(run, tmp_path):
 
 
 def test_names_from_files_do_not_act_on_the_terminal_and_json_has_no_nan(tmp_path, capsys):
-    name = "a\x1bc\nb.json"  # a sequence that no terminal library strips
-    text = mistake("data", write(tmp_path / name, "3"))
+    text = mistake("data", write(tmp_path / "a\x1bc\nb.json", "3"))
     assert "\x1b" not in text and "\\x1bc\\nb.json" in text
     cli.last_line(True, {"a": [math.nan, 1.5], "b": -math.inf})
     assert json.loads(capsys.readouterr().out) == {"a": [None, 1.5], "b": None}
