@@ -47,7 +47,7 @@ def fresh(rung: str, n: int, side: int) -> list[Task]:
     rules, tasks = RUNGS[rung].split(", "), []
     for index in itertools.count():
         d = compose.Dice(SEED, index, *rung.encode())
-        names = (d.pick(rules),) if RUNGS[rung] else compose.composition(d, True)
+        names = (d.pick(rules),) if RUNGS[rung] else compose.composition(d, "composed-held-out")
         scene = compose.SCENES[d.pick(compose.RULES[names[0]].scenes.split())]
         task = compose.drawn(d, names, scene, f"{rung} {index}") if len(names) < 3 else None
         pairs = (*task.demos, *task.queries) if task else ()

@@ -32,6 +32,8 @@ class Made(NamedTuple):
 
 
 NAMES, AFTER = list(RULES), [n for n, r in RULES.items() if r.after]
+WHOLE = NAMES[: NAMES.index("permute colours")]  # rules of the grid as a whole
+KINDS = ("composed", "composed-held-out", "one-rule")  # one-rule: half of the tasks of WHOLE
 
 
 def is_held_out(names: Sequence[str]) -> bool:
@@ -41,7 +43,10 @@ def is_held_out(names: Sequence[str]) -> bool:
     return len(names) > 1 and hashlib.blake2b(key, digest_size=2).digest() < b"\x19\x99"
 
 
-def composition(d: Dice, held_out: bool) -> tuple[str, ...]:
+def composition(d: Dice, kind: str) -> tuple[str, ...]:
+    if kind == "one-rule":
+        return (d.pick(WHOLE if d.chance() < 0.5 else NAMES),)
+    held_out = kind == "composed-held-out"
     while True:
         names = [d.pick(NAMES)]
         more = (2 if d.chance() < 0.1 else 1) if held_out or d.chance() < 0.55 else 0
@@ -127,12 +132,11 @@ def sound(
     return True
 
 
-def make(seed: int, index: int, held_out: bool = False) -> Made:
+def make(seed: int, index: int, kind: str = "composed") -> Made:
     """The index-th task of a seed. Raises RuntimeError if none is found, which was never seen."""
-    d = Dice(seed, index, int(held_out))
-    name = f"composed-held-out:{index:06d}" if held_out else f"composed:{index:06d}"
+    d, name = Dice(seed, index, KINDS.index(kind)), f"{kind}:{index:06d}"
     for _ in range(TRIES):
-        names = composition(d, held_out)
+        names = composition(d, kind)
         which = d.pick(RULES[names[0]].scenes.split())
         for _ in range(8):
             if sound_task := drawn(d, names, SCENES[which], name):
@@ -140,13 +144,9 @@ def make(seed: int, index: int, held_out: bool = False) -> Made:
     raise RuntimeError(f"seed {seed}, index {index}: no sound task in {TRIES} compositions")
 
 
-def task(seed: int, index: int, held_out: bool = False) -> Task:
-    return make(seed, index, held_out).task
-
-
 def tasks(n: int, kind: str = "composed", seed: int = 0) -> list[Task]:
-    """The first n tasks of a seed; kind "composed-held-out": of the held-out combinations."""
-    return [task(seed, i, kind == "composed-held-out") for i in range(n)]
+    """The first n tasks of a seed."""
+    return [make(seed, i, kind).task for i in range(n)]
 
 
 def code() -> list[Path]:

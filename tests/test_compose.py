@@ -24,18 +24,16 @@ def made():
 
 @pytest.fixture(scope="module")
 def held_out():
-    return [compose.make(0, i, True) for i in range(100)]
+    return [compose.make(0, i, "composed-held-out") for i in range(100)]
 
 
-@given(st.integers(0, 100), st.integers(1, 4), st.integers(0, 4), st.booleans())
+@given(st.integers(0, 100), st.integers(1, 4), st.integers(0, 4), st.sampled_from(compose.KINDS))
 @settings(max_examples=30)
-def test_a_task_is_a_pure_function_of_seed_and_index(seed, n, more, held_out):
-    kind = "composed-held-out" if held_out else "composed"
+def test_a_task_is_a_pure_function_of_seed_and_index(seed, n, more, kind):
     tasks = compose.tasks(n + more, kind, seed)
-    again = [compose.task(seed, i, held_out) for i in range(n)]
-    assert digests(again) == digests(tasks[:n]) == digests(compose.tasks(n, kind, seed))
-    others = [compose.task(seed + 1, 0, held_out), compose.task(seed, 0, not held_out)]
-    assert digests(tasks)[0] not in digests(others)
+    assert digests(tasks[:n]) == digests(compose.tasks(n, kind, seed))
+    others = [compose.tasks(1, k, seed + (k == kind))[0] for k in compose.KINDS]
+    assert not {*digests(tasks)} & {*digests(others)}
 
 
 def test_every_task_is_a_valid_one_whose_demos_can_show_what_is_asked(made, held_out):
@@ -61,6 +59,8 @@ def test_held_out_combinations_are_never_drawn_for_training(made, held_out):
     assert all(compose.is_held_out(m.names) == (m in held_out) for m in (*made[:200], *held_out))
     two = [(a, b) for a in compose.RULES for b in compose.AFTER if a != b]
     assert 0.08 < np.mean([compose.is_held_out(names) for names in two]) < 0.12
+    (single,) = zip(*(compose.make(0, i, "one-rule").names for i in range(200)), strict=True)
+    assert 0.5 < np.mean([name in compose.WHOLE for name in single]) < 0.8
 
 
 def test_every_rule_and_scene_occurs_and_none_rules(made):

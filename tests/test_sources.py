@@ -361,7 +361,7 @@ def test_sources_get_their_share_of_the_slots(g, first, second, slots):
         assert float(of_group.sum()) == pytest.approx(share)
 
 
-@pytest.mark.parametrize("kind", ["composed", "composed-held-out"])
+@pytest.mark.parametrize("kind", compose.KINDS)
 def test_composed_tasks_are_a_source(kind):
     loaded = sources.load([f"{kind}:7", f"{kind}:3"])
     assert names(loaded) == [f"{kind}:{i:06d}" for i in range(7)]
