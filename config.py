@@ -96,7 +96,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     H_cycles: Count = 3
     L_cycles: Count = 4
     context_tokens: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 16
-    positions: Literal["rope", "rope2d", "learned", "both", "borders", "none"] = "rope2d"
+    positions: Literal["rope", "rope2d", "learned", "both", "none"] = "rope2d"
     raster: Annotated[int, msgspec.Meta(ge=1, le=50)] = 30  # side of the field that positions count
     tied_head: bool = True  # logits from the query's own token embedding
     published: bool = False  # the context enters sqrt(hidden) times as large, without a gain

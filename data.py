@@ -357,7 +357,6 @@ class Demos(NamedTuple):
     most: int  # K, the most demos of any slot of the batch
     by_slot: Tensor  # (M,) cells ordered by slot
     slot_cells: tuple[int, ...]  # of all demos of each slot
-    borders: Tensor  # (M, 4) as those of a batch
 
 
 class Batch(NamedTuple):
@@ -368,7 +367,6 @@ class Batch(NamedTuple):
     at: Tensor  # (M, 2) row and column of each cell on the raster
     cells: tuple[int, ...]  # of each slot
     demos: Demos
-    borders: Tensor  # (M, 4) 1 + the input's cells above, left of, below, right of each; 0: beyond
     noise: Tensor | None = None  # (B, K, latent) standard normal, for a variational encoder
     rows: Tensor | None = None  # (B,) each slot's row of a table of tasks
 
@@ -379,7 +377,6 @@ class Painted(NamedTuple):
     inputs: Tensor  # (M,) tokens
     outputs: Tensor  # (M,) tokens
     at: Tensor  # (M, 2) row and column of each cell on the raster
-    borders: Tensor  # (M, 4) as those of a batch
 
 
 def paint(
@@ -418,10 +415,7 @@ def paint(
         colour = tasks.cells[torch.where(inside, first + step_i * i + step_j * j, 0)]
         mark = ((i == bottom) & in_columns) | ((j == right) & in_rows)
         tokens.append(torch.where(inside, palette[of * 10 + colour], mark.long() * EOS))
-    bottom, right = rest[6:8]
-    borders = torch.stack((i - top, j - left, bottom - 1 - i, right - 1 - j), 1)
-    at = torch.stack((row_0 + i, column_0 + j), 1)
-    return Painted(tokens[0], tokens[1], at, borders.clamp(-1, raster - 1) + 1)
+    return Painted(tokens[0], tokens[1], torch.stack((row_0 + i, column_0 + j), 1))
 
 
 def batch(tasks: Tasks, e: Episodes, raster: int = MAX_SIDE) -> Batch:
@@ -451,7 +445,7 @@ def batch(tasks: Tasks, e: Episodes, raster: int = MAX_SIDE) -> Batch:
     labels = asked.outputs.masked_fill(asked.outputs == PAD, IGNORE)
     cells = tuple(e.canvas.prod(1).tolist())
     rows = None if e.row is None else e.row.to(labels.device)
-    return Batch(asked.inputs, labels, asked.at, cells, demos, asked.borders, rows=rows)
+    return Batch(asked.inputs, labels, asked.at, cells, demos, rows=rows)
 
 
 def tokenise(grid: np.ndarray, canvas: Sequence[int], offset: Sequence[int] = (0, 0)) -> np.ndarray:

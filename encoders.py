@@ -131,7 +131,7 @@ def rotary_in(cfg: ModelConfig, position: Tensor, like: Tensor) -> Rotary:
 
 def position_in(cfg: ModelConfig, at: Tensor, origins: int = 0) -> Tensor:
     """Positions of `origins` tokens at the origin, then of cells at (M, 2): rotary in any case."""
-    kind = cfg.positions if cfg.positions in ("rope2d", "both", "borders") else "rope"
+    kind = cfg.positions if cfg.positions in ("rope2d", "both") else "rope"
     position = etrm.position_of(kind, at, cfg.raster)
     assert position is not None
     return torch.cat((position.new_zeros(origins, *position.shape[1:]), position))
@@ -148,7 +148,6 @@ class Perceiver(NamedTuple):
     cells: tuple[CellBlock, ...]
     queries: Tensor  # (T, D)
     sets: tuple[SetBlock, ...]
-    border_embed: Tensor | None = None  # (4 (raster + 1), D) of distances to the input's borders
     point_queries: Any = None  # (T, D) set_transformer
     points: tuple[tuple[SetBlock, SetBlock], ...] = ()  # points to cells, cells to points
     mixing: tuple[CellBlock, ...] = ()  # in which the context tokens attend to each other
@@ -162,20 +161,16 @@ def init_perceiver(cfg: ModelConfig, g: torch.Generator, output_tokens: int = 12
         cells=tuple(init_cell_block(cfg, g) for _ in range(e.layers)),
         queries=normal(g, cfg.context_tokens, d, std=1.0),
         sets=tuple(init_set_block(cfg, g) for _ in range(e.set_layers)),
-        border_embed=normal(g, 4 * (cfg.raster + 1), d) if cfg.positions == "borders" else None,
     )
 
 
 def aligned(p: Perceiver, cfg: ModelConfig, demos: Demos, extra: Tensor | None = None) -> Packed:
     """Input and output of a demo aligned, one token per cell, through the cell blocks; extra (M, D)
     is added to their embedding, as three more of them."""
-    x, parts = F.embedding(demos.inputs, p.input_embed), 2
-    x = x + F.embedding(demos.outputs, p.output_embed)
-    if p.border_embed is not None:
-        x, parts = x + etrm.codes(cfg, p.border_embed, demos), 3
-    x = x * math.sqrt(cfg.hidden / parts)
+    x = F.embedding(demos.inputs, p.input_embed) + F.embedding(demos.outputs, p.output_embed)
+    x = x * math.sqrt(cfg.hidden / 2)
     if extra is not None:
-        x = (x * math.sqrt(parts) + extra) / math.sqrt(parts + 3)
+        x = (x * math.sqrt(2) + extra) / math.sqrt(5)
     seen = (demos.inputs != 0) | (demos.outputs != 0)
     t = Packed(x, demos.cells, seen, rotary_in(cfg, position_in(cfg, demos.at), x))
     for b in p.cells:
@@ -214,7 +209,7 @@ def init_matching(cfg: ModelConfig, g: torch.Generator) -> Perceiver:
 def with_queries(batch: Batch) -> Demos:
     """The cells of the demos, then those of the test inputs as if of demos without an output."""
     d, asked = batch.demos, torch.where(batch.inputs == 0, 0, ASKED)
-    pairs = {k: (getattr(d, k), getattr(batch, k)) for k in ("inputs", "at", "borders")}
+    pairs = {k: (getattr(d, k), getattr(batch, k)) for k in ("inputs", "at")}
     fields: dict[str, Any] = {k: torch.cat(pair) for k, pair in pairs.items()}
     return d._replace(**fields, outputs=torch.cat((d.outputs, asked)), cells=d.cells + batch.cells)
 

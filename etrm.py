@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor
 
 from .config import ModelConfig
-from .data import Batch, Demos
+from .data import Batch
 
 Rotary = tuple[Tensor, Tensor] | None  # cos, sin (N, 2, h, head) of queries and keys
 RUN = 512  # tokens or keys of a run, about, whose scores stay in cache
@@ -83,7 +83,7 @@ def position_of(kind: str, at: Tensor, raster: int) -> Tensor | None:
     or row and column counted from 1 (context tokens are at 0, 0); None: not rotary."""
     if kind == "rope":
         return at[:, 0] * raster + at[:, 1]
-    return at + 1 if kind in ("rope2d", "both", "borders") else None
+    return at + 1 if kind in ("rope2d", "both") else None
 
 
 def rotary_of(position: Tensor | None, heads: int, head: int, dtype: torch.dtype) -> Rotary:
@@ -206,7 +206,7 @@ class Core(NamedTuple):
     H_init: Tensor  # (D,) drawn, not trained unless a config unfreezes it
     L_init: Tensor  # (D,)
     context_gain: Tensor | None  # (D,), None: the published scale, sqrt(D)
-    position: Tensor | None  # learned: (T + raster**2, D) or, borders, (T + 4 (raster + 1), D)
+    position: Tensor | None  # (T + raster**2, D) learned codes
     offer_head: Tensor | None = None  # (K + h, D) of what an encoder offers, see `mixed`
 
 
@@ -237,8 +237,7 @@ def init_block(cfg: ModelConfig, g: torch.Generator) -> Block:
 
 def init_core(cfg: ModelConfig, g: torch.Generator, offers: int = 0) -> Core:
     """The parameters of the core, whose encoder offers so many tokens for each cell."""
-    d, cells = cfg.hidden, cfg.raster**2
-    rows = {"learned": cells, "both": cells, "borders": 4 * (cfg.raster + 1)}.get(cfg.positions, 0)
+    d, places = cfg.hidden, cfg.context_tokens + cfg.raster**2
     return Core(
         embed=normal(g, 12, d),
         blocks=tuple(init_block(cfg, g) for _ in range(cfg.layers)),
@@ -248,7 +247,7 @@ def init_core(cfg: ModelConfig, g: torch.Generator, offers: int = 0) -> Core:
         H_init=normal(g, d, std=1.0),
         L_init=normal(g, d, std=1.0),
         context_gain=None if cfg.published else torch.ones(d),
-        position=normal(g, cfg.context_tokens + rows, d) if rows else None,
+        position=normal(g, places, d) if cfg.positions in ("learned", "both") else None,
         offer_head=normal(g, offers, d) if offers else None,
     )
 
@@ -309,14 +308,6 @@ def layout_of(cfg: ModelConfig, cells: Sequence[int], device: torch.device) -> L
     return Layout(tuple(t + c for c in cells), slot, first, cell, source)
 
 
-def codes(cfg: ModelConfig, table: Tensor, canvases: Batch | Demos) -> Tensor:
-    """(M, D) learned codes of places on the raster, or half the sum of those of four distances."""
-    if cfg.positions == "borders":
-        row = canvases.borders + torch.arange(4, device=table.device) * (cfg.raster + 1)
-        return 0.5 * F.embedding(row, table).sum(1)
-    return F.embedding(canvases.at[:, 0] * cfg.raster + canvases.at[:, 1], table)
-
-
 class Context(NamedTuple):
     """What an encoder gives to the core."""
 
@@ -339,7 +330,8 @@ def embed_input(
         cells = math.sqrt(0.5) * (cells + context.cells * scale)
     if p.position is not None:
         tokens = math.sqrt(0.5) * (tokens + root * p.position[:t].expand(slots, -1, -1))
-        cells = math.sqrt(0.5) * (cells + root * codes(cfg, p.position[t:], batch))
+        place = batch.at[:, 0] * cfg.raster + batch.at[:, 1]
+        cells = math.sqrt(0.5) * (cells + root * F.embedding(place, p.position[t:]))
     e = torch.cat((tokens.flatten(0, 1), cells))[layout.source]
     position = position_of(cfg.positions, batch.at, cfg.raster)
     if position is not None:
@@ -557,7 +549,7 @@ def select_slots(
         return x[next(mask for mask in masks if len(mask) == len(x))]
 
     cells, tokens = (tuple(n[i] for i in slots) for n in sizes[1:])
-    names = ("inputs", "labels", "at", "borders")
+    names = ("inputs", "labels", "at")
     fields: dict[str, Any] = {k: kept(getattr(batch, k)) for k in names}
     carry = tree_map(kept, carry)._replace(tokens=tokens)
     return batch._replace(**fields, cells=cells), tree_map(kept, read), carry

@@ -107,7 +107,6 @@ def ten_demos(d: data.Demos) -> data.Demos:
         most=10,
         by_slot=torch.arange(n * cells),
         slot_cells=(10 * cells,) * slots,
-        borders=torch.zeros(n * cells, 4, dtype=torch.int64),
     )
 
 

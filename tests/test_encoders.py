@@ -17,7 +17,7 @@ VARIATIONAL = [kind for kind, e in encoders.kinds().items() if e.variational]
 
 
 @pytest.mark.parametrize("encoder", SOME)
-@given(generators, st.sampled_from(["rope", "rope2d", "borders"]))
+@given(generators, st.sampled_from(["rope", "rope2d", "both"]))
 @settings(max_examples=5)
 def test_the_order_and_the_room_of_demos_do_not_matter(encoder, g, positions):
     """Nor empty places between them, nor, where there is room for the end marks, the canvas."""

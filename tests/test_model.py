@@ -117,7 +117,7 @@ def test_a_halted_slot_forgets(g, garbage, encoder):
 @settings(max_examples=30)
 def test_evaluation_is_the_same_steps_with_the_demos_read_once(g, encoder, leave):
     """Each slot's output is that of the step at which it left, whoever left before."""
-    positions = "borders" if "matching" in encoder else "rope2d"
+    positions = "both" if "matching" in encoder else "rope2d"
     w = World(g, config(encoder, halt_max_steps=3, positions=positions))
     q = {"q_weight": torch.randn(2, 32, generator=g), "q_bias": torch.zeros(2)}
     params = w.params._replace(core=w.params.core._replace(**q))

@@ -29,9 +29,8 @@ def places(n, cells):
 
 def batch_of(inputs, labels, demos=None):
     n, cells = inputs.shape
-    at, borders = places(n, cells), torch.zeros(n * cells, 4, dtype=torch.int64)
     x, y = inputs.long().flatten(), labels.long().flatten()
-    return Batch(x, y, at, (cells,) * n, demos, borders)
+    return Batch(x, y, places(n, cells), (cells,) * n, demos)
 
 
 def all_demos(inputs, outputs, mask):
@@ -39,9 +38,9 @@ def all_demos(inputs, outputs, mask):
     owner, number = torch.nonzero(mask, as_tuple=True)
     n, cells = len(owner), inputs.shape[-1]
     x, y = (t[owner, number].long().flatten() for t in (inputs, outputs))
-    slot_cells, borders = tuple((mask.sum(1) * cells).tolist()), x.new_zeros(len(x), 4)
+    slot_cells = tuple((mask.sum(1) * cells).tolist())
     return Demos(x, y, places(n, cells), (cells,) * n, owner, number, mask.shape[1],
-                 torch.arange(len(x)), slot_cells, borders)  # fmt: skip
+                 torch.arange(len(x)), slot_cells)  # fmt: skip
 
 
 def rows_loss(cfg, logits, q, labels, kl=None):
