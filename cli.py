@@ -170,8 +170,9 @@ def train(
     if rank == 0:
         plan = trainer.plan(setup, timed=dry_run)
         echo(*(f"{name}: {value}" for name, value in plan.items()))
+        last_line(as_json and dry_run, plan)
     if dry_run:
-        return last_line(as_json, plan)
+        return
     result = fit_aloud(cfg, setup, resume=resume, limit=deadline - time.monotonic())
     if rank == 0:
         state = f"stopped ({result['stopped']})" if "stopped" in result else "done"
@@ -302,7 +303,9 @@ def show(
     from . import solve as solver
 
     s = solver.opened(checkpoint)
-    chosen = pictures.find_task(sources or [*s.cfg.data.dev, *s.cfg.data.train], task)
+    trained = [*s.cfg.data.dev, *s.cfg.data.train]
+    real = [p for p in trained if ":" not in p or p.startswith("arc")]  # not generated
+    chosen = pictures.find_task(sources or real, task)
     timeline = pictures.timeline(s, chosen, query)
     path, n = output or f"{chosen.name.replace('/', '-')}.png", len(timeline.steps)
     caption = f"{checkpoint}, step {s.meta['step']}, weights {s.source}"

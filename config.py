@@ -31,7 +31,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
-Optional = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+CountOrZero = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Some = Annotated[int, msgspec.Meta(ge=1, le=10_000)]  # views or steps, for each task
 Side = Annotated[int, msgspec.Meta(ge=1, le=30)]  # of a canvas
 NonNegative = Annotated[float, msgspec.Meta(ge=0)]
@@ -61,25 +61,27 @@ class DataConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dihedral: bool = True
     colours: Literal["fixed", "keep_black", "all"] = "keep_black"
     translate: bool = True
-    symmetries: Optional = 0  # of a task, fixed by the seed; 0: every episode draws anew
+    symmetries: CountOrZero = 0  # of a task, fixed by the seed; 0: every episode draws anew
     share: dict[str, Share] = {}  # source, e.g. "composed" -> its share of the sample-steps
-    max_train_tasks: Optional = 0  # 0: all
-    max_eval_tasks: Optional = 0
+    max_train_tasks: CountOrZero = 0  # 0: all
+    max_eval_tasks: CountOrZero = 0
 
 
 class EncoderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which demonstration encoder, and its shape."""
 
     kind: str = "perceiver"
-    width: Optional = 0  # of its tokens, a multiple of the core's head size; 0: the core's
-    layers: Optional = 2  # blocks over the cells of one demo
+    width: CountOrZero = 0  # of its tokens, a multiple of the core's head size; 0: the core's
+    layers: CountOrZero = 2  # blocks over the cells of one demo
     set_layers: Count = 1  # blocks in which context tokens attend to demos, or demos to each other
     pooling: Literal["mean", "max", "attention", "weighted"] = "mean"  # cells to a vector
     norm: Literal["post", "pre"] = "post"  # where a class token is read, cells are always "pre"
     layer_scale: NonNegative = 0.0  # 0: none
     cached: bool = False  # published: read at an episode's first step alone, which starves it
     H_cycles: Count = 2  # of trm_style; refinements in each forward of recurrent
-    latent: Optional = 0  # numbers drawn by a variational encoder, or in a row of a table; 0: width
+    latent: CountOrZero = (
+        0  # numbers drawn by a variational encoder, or in a row of a table; 0: width
+    )
     kl_weight: NonNegative = 1e-3
 
 
@@ -119,12 +121,12 @@ class OptimizerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     kind: Literal["adamw", "muon", "adam_atan2"] = "muon"  # muon: matrices only, AdamW beside it
     lr: Rate = 1e-3
-    warmup: Optional = 100
+    warmup: CountOrZero = 100
     final_lr: Share = 0.1  # share of lr at the last step, reached by a cosine
     weight_decay: NonNegative = 0.1
     clip: NonNegative = 1.0  # of the global norm, after the all-reduce; 0: none
     lr_scale: dict[str, Rate] = {}
-    freeze: dict[str, Optional] = msgspec.field(default_factory=UNTRAINED.copy)  # steps; 0: all
+    freeze: dict[str, CountOrZero] = msgspec.field(default_factory=UNTRAINED.copy)  # steps; 0: all
 
 
 class InitConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -153,7 +155,7 @@ class EvalConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     on: Literal["dev", "train"] = "dev"
     weights: Weights = ("ema",)  # the first decides what is best
     min_gain: NonNegative = 0.0  # by which the best must be beaten
-    patience: Optional = 0  # evaluations without such a gain after which training ends; 0: never
+    patience: CountOrZero = 0  # evaluations without such a gain after which training ends; 0: never
     stop_at: Share = 0.0  # exact match with the task's own demos at which training ends; 0: never
 
 

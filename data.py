@@ -326,7 +326,7 @@ def draw(tasks: Tasks, d: Deck, cfg: DataConfig, seed: int, slot: Tensor, n: Ten
     return Episodes(query, demos, symmetry, shift if cfg.translate else shift * 0, canvas, row)
 
 
-View = tuple[Symmetry, Tensor]  # (B,), and (B, 1 + M) numbers: all but the first order the demos
+View = tuple[Symmetry, Tensor]  # (B,), and (B, M) numbers that order the demos
 
 
 def posed(
@@ -335,8 +335,8 @@ def posed(
     """Queries as evaluation asks them: no offset, by default no symmetry and demos in order."""
     possible = candidates(tasks, asked.pair, rule)
     slots, most = possible.shape
-    symmetry, lots = view or (identity(slots), torch.arange(most + 1).expand(slots, -1) / 1e4)
-    demos = choose_demos(possible, lots[:, 1:], cfg.max_demos)
+    symmetry, lots = view or (identity(slots), torch.arange(most).expand(slots, -1) / 1e4)
+    demos = choose_demos(possible, lots, cfg.max_demos)
     shift = torch.zeros(slots, 1 + demos.shape[1], 2, dtype=torch.float64)
     canvas = turned_size(symmetry.dihedral, asked.canvas)
     return Episodes(asked.pair, demos, symmetry, shift, canvas)
@@ -354,7 +354,7 @@ class Demos(NamedTuple):
     cells: tuple[int, ...]  # of each demo
     owner: Tensor  # (N,) the slot
     number: Tensor  # (N,) of the demo among its slot's
-    most: int  # K, the most demos of any slot of the batch
+    most: int  # K, places for the demos of a slot; with leave-one-out one is empty
     by_slot: Tensor  # (M,) cells ordered by slot
     slot_cells: tuple[int, ...]  # of all demos of each slot
 

@@ -378,7 +378,7 @@ class Carry(NamedTuple):
     z_L: Tensor  # (N, D), detached
     steps: Tensor  # (B,) ACT steps spent on the episode
     halted: Tensor  # (B,) bool: the next step starts an episode
-    n: Tensor  # (B,) episodes the slot has finished or begun
+    n: Tensor  # (B,) number of the slot's episode, from 0; -1: before the first
     z_E: Tensor  # (B, S, T, D) states of a recurrent encoder, detached; else (B, 1, 1, 1)
     tokens: tuple[int, ...]  # of each slot
 
@@ -430,7 +430,8 @@ def sure(cfg: ModelConfig, q: Tensor) -> Tensor:
 
 
 def halts(cfg: ModelConfig, q: Tensor, steps: Tensor, min_steps: Tensor | None) -> Tensor:
-    """(B,) bool: slots that end by steps or by q; without min_steps or with fixed ones not by q."""
+    """(B,) bool: slots that end: at halt_max_steps or, in training without fixed_steps, from
+    min_steps on when they are sure."""
     last = steps >= cfg.halt_max_steps
     if min_steps is None or cfg.fixed_steps:
         return last

@@ -133,12 +133,12 @@ def append(path: Path, lines: Iterable[str]) -> None:
 def view(task: Task, query: int, number: int, cfg: DataConfig) -> tuple[Symmetry, Tensor]:
     """Symmetry () and uniform numbers that order the demos, drawn from the task's content without
     hidden outputs; view 0 is the task as it is."""
-    lots = 1 + len(task.demos)
-    u = data.uniform(11 + lots, int(sources.task_hash(task)[:13], 16), data.VIEW, query, number)
+    n, key = len(task.demos), int(sources.task_hash(task)[:13], 16)
+    u = data.uniform(12 + n, key, data.VIEW, query, number)
     if number == 0:
-        return data.identity(), torch.arange(lots).double() / lots
+        return data.identity(), torch.arange(n).double() / n
     s = data.draw_symmetry(u[None, :11], cfg.dihedral, cfg.colours)
-    return Symmetry(s.dihedral[0], s.colours[0]), u[11:]
+    return Symmetry(s.dihedral[0], s.colours[0]), u[12:]
 
 
 def by_query(predictions: Iterable[Prediction]) -> dict[tuple[str, int], list[Prediction]]:

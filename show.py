@@ -85,7 +85,7 @@ def timeline(solver: solve.Solver, task: Task, query: int) -> Timeline:
 def find_task(places: Sequence[str], name: str) -> Task:
     """The task of that id among sources, or the first. Raises UserError with the nearest id."""
     tasks: dict[str, Task] = {}
-    for source in sorted(places, key=lambda s: s.startswith("composed")):  # slow ones last
+    for source in places:
         tasks |= {t.name: t for t in sources.load([source])}
         if name in tasks or not name:
             return tasks[name or min(tasks)]

@@ -194,7 +194,7 @@ class Posed(NamedTuple):
 
     batch: data.Batch
     symmetry: Symmetry  # (B,)
-    lots: Tensor  # (B, 1 + M) that order the demos
+    lots: Tensor  # (B, M) that order the demos
     canvas: list[tuple[int, int]]
 
 
@@ -332,7 +332,7 @@ def answer(
         if (begun := time.monotonic()) > deadline:
             return
         if solver.predict:
-            yield from solver.predict([questions.tasks[t]], views)
+            yield from solver.predict([questions.tasks[t]], sorted({v for _, v in units}))
             continue
         learn_until = begun + 0.8 * (deadline - begun) * largest[t] / left  # 0.2: to answer
         params = adapt_weights(solver.params, solver.cfg, questions.tasks[t], learn_until)
@@ -458,6 +458,8 @@ def overfit(cfg: Config, fit: Callable[[Config], dict[str, Any]]) -> dict[str, A
         folder = f"{cfg.run.dir}-{again}"
     run = msgspec.structs.replace(cfg.run, dir=folder)
     row, weights = fit(msgspec.structs.replace(cfg, run=run)), cfg.eval.weights[0]
+    if len(row) < 5:
+        raise UserError(f"{folder}: stopped before its first evaluation")
     exact, cells, n = (row[f"train/{weights}/own/{k}"] for k in ("exact", "cell_accuracy", "n"))
     text = f"{row['step']} steps, {row['samples']:,} sample-steps, {row['seconds']:.0f} s\n"
     text += f"{weights} weights: exact match {score.with_interval(exact, int(n))}"

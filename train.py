@@ -194,7 +194,7 @@ def next_batch(s: Setup, slots: Tensor, carry: Carry) -> tuple[Carry, data.Batch
     n, step = n + halted, torch.where(halted, 0, steps) + 1
     batch = data.batch(s.tasks, data.draw(s.tasks, s.deck, s.cfg.data, seed, slots, n), cfg.raster)
     if (lanes := latent_of(cfg)) is not None:
-        drawn = noise(lanes, batch.demos.most + 1, seed, slots, n, step)
+        drawn = noise(lanes, batch.demos.most, seed, slots, n, step)
         batch = batch._replace(noise=drawn.to(s.device))
     carry = etrm.relaid(cfg, carry, halted.tolist(), batch.cells)._replace(n=n.to(s.device))
     return carry, batch, min_steps(cfg, seed, slots, n, step).to(s.device)

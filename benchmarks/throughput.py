@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from etrm_arc import config, data, encoders, etrm, optim, sources, train
+from etrm_arc.extras import encoders as published
 
 DTYPES = ("bf16", "fp32")
 PUBLISHED = {"fp32": 0.37, "bf16": 0.52}  # samples/s of the published trainer, two cores with AMX
@@ -154,11 +155,13 @@ def published_layout() -> Iterator[None]:
         "rms": plain_rms,
     }
     with contextlib.ExitStack() as stack:
-        for module in (etrm, encoders):
+        for module in (etrm, encoders, published):
             for name, function in plain.items():
                 if hasattr(module, name):
                     stack.enter_context(mock.patch.object(module, name, function))
         stack.enter_context(mock.patch.object(etrm, "RUN", 1 << 40))
+        stack.callback(etrm.runs_of.cache_clear)  # runs depend on RUN
+        etrm.runs_of.cache_clear()
         stack.enter_context(mock.patch.object(data, "batch", padded))
         stack.enter_context(mock.patch.object(train, "rebuild", cast_late))
         yield

@@ -284,7 +284,7 @@ def predict(tasks: Sequence[Task], views: Sequence[int]) -> Iterator[list[score.
             continue
         for number in views:
             symmetry, lots = score.view(task, query, number, cfg)
-            pairs = [task.demos[i] for i in lots[1:].argsort()[: cfg.max_demos]]
+            pairs = [task.demos[i] for i in lots.argsort()[: cfg.max_demos]]
             demos = [(data.apply(symmetry, x), data.apply(symmetry, y)) for x, y in pairs]
             asked = data.apply(symmetry, task.queries[query][0])
             packed = data.pack([Task("", demos, [(asked, None)])])

@@ -33,9 +33,6 @@ NAMES = (  # regex of a published name, ours in its place; applied one after the
     (r"^encoder\.logvar_proj\.", "encoder.latent.log_var."),
     (r"\.grid_encoder\.layers\.", ".cells."),
     (r"\.grid_encoder\.cls_token", ".class_embed"),
-    (r"\.grid_encoder\.pos_row_embed\.", ".row_embed."),
-    (r"\.grid_encoder\.pos_col_embed\.", ".column_embed."),
-    (r"\.grid_encoder\.channel_embed\.", ".side_embed."),
     (r"\.grid_encoder\.pool_(query|weight_proj)", ".pool.0"),
     *((rf"\.grid_encoder\.pool_{k}_proj\.", f".pool.{i}.") for i, k in enumerate("qkvo", 1)),
     (r"\.grid_encoder\.", "."),  # input_embed, output_embed, pool_proj

@@ -22,7 +22,7 @@ import numpy as np
 
 from .. import checkpoint, data, etrm, score, show, solve, sources
 from ..config import Config, DataConfig, UserError
-from ..data import PALETTE
+from ..data import PALETTE, Task
 
 # ---------------------------------------------------------------- a run, its curves and failures
 
@@ -167,15 +167,22 @@ def contexts_of(shown: Sequence[show.Timeline]) -> dict[str, np.ndarray]:
     return {name: x for name, x in first.items() if x is not None}
 
 
+def asked_by(
+    folder: Path, places: Sequence[str] = ()
+) -> tuple[solve.Solver, list[str], list[Task]]:
+    """A run's solver, and what to ask it: tasks of the sources, by default of the dev split."""
+    solver = solve.opened(folder)
+    chosen = solver.cfg.data
+    known = score.load_by_source(places or chosen.dev, 0 if places else chosen.max_eval_tasks)
+    if not (tasks := [t for ts in known.values() for t in ts]):
+        raise UserError("trained without a dev split; name tasks with --data")
+    return solver, list(known), tasks
+
+
 def gallery(folder: Path, places: Sequence[str]) -> dict[str, Any]:
     """What the weights make of tasks (the dev split by default), and the queries of them that are
     in predictions.jsonl, with the votes of these weights, or else of the last voter."""
-    solver, file = solve.opened(folder), folder / "predictions.jsonl"
-    chosen = solver.cfg.data
-    known = score.load_by_source(places or chosen.dev, 0 if places else chosen.max_eval_tasks)
-    tasks = [t for ts in known.values() for t in ts]
-    if not tasks:
-        raise UserError("trained without a dev split; name tasks with --data")
+    (solver, sources, tasks), file = asked_by(folder, places), folder / "predictions.jsonl"
     lines = score.read(file) if file.exists() else []
     voters = [p.source for p in lines]
     voter = solver.source if solver.source in voters else "".join(voters[-1:])
@@ -183,7 +190,7 @@ def gallery(folder: Path, places: Sequence[str]) -> dict[str, Any]:
     shown = show.timelines(solver, tasks)
     asked = zip(votes, shown, strict=True)
     entries = [entry(p, t) for p, t in asked if p.votes]
-    note = f"{len(entries)} queries of {', '.join(known)} have votes of {voter or 'any solver'}"
+    note = f"{len(entries)} queries of {', '.join(sources)} have votes of {voter or 'any solver'}"
     note += " (not these weights, or adapted)" if voter not in ("", solver.source) else ""
     note += "" if score.held_out(solver.pairs, tasks) else "; NOT held out"
     return {
@@ -268,10 +275,7 @@ def columns(table: Sequence[dict[str, Any]]) -> list[str]:
 def dev_contexts(run: Run) -> dict[str, list[dict[str, Any]]]:
     """The contexts of the run's dev tasks, `embedded`; {} where its checkpoint shows none."""
     try:
-        solver = solve.opened(run.folder)
-        chosen = solver.cfg.data
-        known = score.load_by_source(chosen.dev, chosen.max_eval_tasks)
-        tasks = [t for ts in known.values() for t in ts]
+        solver, _, tasks = asked_by(run.folder)
         return {k: x for k, x in embedded(contexts_of(show.timelines(solver, tasks))).items() if x}
     except UserError:
         return {}

@@ -126,7 +126,7 @@ class World:
 
     def noise(self, step):
         lanes, zeros = encoders.latent_of(self.cfg), torch.zeros(SLOTS, dtype=torch.int64)
-        most, slots = self.batch.demos.most + 1, torch.arange(SLOTS)
+        most, slots = self.batch.demos.most, torch.arange(SLOTS)
         return None if lanes is None else train.noise(lanes, most, 7, slots, zeros, zeros + step)
 
     def owner(self, batch=None):

@@ -87,8 +87,7 @@ def test_evaluation_scores_with_intervals_and_submits(run, tmp_path):
     tasks, sent = write(tmp_path / "arc_challenges.json", raw), tmp_path / "submission.json"
     votes = tmp_path / "votes.jsonl"
     words = ["eval", run, "--data", tasks, "--views", 2, "--predictions", votes]
-    result = call(*words, "--submission", sent, "--json")
-    scores = last_json(result)
+    scores = last_json(result := call(*words, "--submission", sent, "--json"))
     assert scores["n_tasks"] == 6 and not scores["held_out"] and "NOT held out" in result.stdout
     for k in (1, 2, 5, 10, 100, 1000):
         assert re.search(f"^pass@{k} {SCORE}$", result.stdout, re.M)
@@ -110,10 +109,11 @@ def test_solve_shows_and_returns_an_answer(run, tmp_path):
 
 def test_overfit_reports_exact_match_and_cells(tmp_path):
     words = ["overfit", "--groups", 2, *sets(), "--set", f"run.dir={tmp_path / 'r'}"]
-    result = call(*words, "--json")
-    facts = last_json(result)
+    facts = last_json(result := call(*words, "--json"))
     assert 0 <= facts["exact_match"] <= facts["cell_accuracy"] <= 1 and facts["steps"] == 3
     assert re.search(f"exact match {SCORE}", result.stdout)
+    with mock.patch("etrm_arc.train.fit", lambda *_, **__: {"step": 1}):  # an interrupt
+        assert "before its first evaluation" in call(*words, code=2).stderr
 
 
 def test_show_and_report_write_where_they_are_told(run, tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from etrm_arc import data, score
+from etrm_arc import data, score, solve
 from etrm_arc.data import FIRST_COLOUR, Task
 from etrm_arc.extras import compose, experts, grids
 from etrm_arc.tests import puzzles
@@ -82,6 +82,9 @@ def test_votes_know_neither_outputs_of_queries_nor_other_tasks_and_views(g):
         parts = experts.predict(tasks, views)
         return [[score.to_line(p._replace(seconds=0, canvas=None)) for p in part] for part in parts]
 
+    first = [p for part in experts.predict([task], [0]) for p in part]
+    rest = solve.answer(solve.solver_of("experts"), [task], range(2), first, 1e18)
+    assert {v.view for part in rest for p in part for v in p.votes} == {1}
     both = votes([other, task], [0, 2])
     assert both[len(other.queries) :] == votes([spoilt], [0, 2]) != votes([task], [1, 2])
 

@@ -197,6 +197,8 @@ def test_runs_side_by_side(run, copy, tmp_path, monkeypatch):
     assert [a.get_title() for a in report.plotted(runs).axes] == titles
     report.plotted([runs[0]._replace(folder=Path("$\\frac$"))]).draw_without_rendering()
     assert not report.plotted([runs[0]._replace(rows=[])]).axes
+    monkeypatch.setattr(score, "load_by_source", lambda *_: {})  # trained without a dev split
+    assert len(report.plotted(runs).axes) == len(titles)
     monkeypatch.setattr(score, "load_by_source", lambda *_: {"all": tasks_of_all()})
     fake = SimpleNamespace(TSNE=lambda **_: SimpleNamespace(fit_transform=lambda x: x[:, :2]))
     monkeypatch.setitem(sys.modules, "sklearn.manifold", fake)

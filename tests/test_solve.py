@@ -322,7 +322,7 @@ def test_a_query_larger_than_every_canvas_is_wrong(run, tmp_path):
 def questions(s, tasks):
     """All demos of the tasks as they are, each asked from the others."""
     packed = data.pack([t._replace(queries=[]) for t in tasks])
-    lots = torch.arange(1 + int(packed.n_demos.max())).expand(len(tasks), -1) / 9
+    lots = torch.arange(int(packed.n_demos.max())).expand(len(tasks), -1) / 9
     task, view = torch.arange(len(tasks)), data.identity(len(tasks))
     return solve.ask_demos(packed, s.cfg, task, view, lots)
 
