@@ -12,7 +12,7 @@ demo: $(INSTALLED)
 	$(VENV)/bin/etrm solve runs/demo tests/data/task.json
 
 test: $(INSTALLED)
-	$(VENV)/bin/pytest -q -n 2
+	$(VENV)/bin/pytest -q -n 2 --dist worksteal
 
 # mypy names a module after its folder, so it gets to see this one under the name of the package.
 check: $(INSTALLED)
