@@ -303,9 +303,7 @@ def show(
     from . import solve as solver
 
     s = solver.opened(checkpoint)
-    trained = [*s.cfg.data.dev, *s.cfg.data.train]
-    real = [p for p in trained if ":" not in p or p.startswith("arc")]  # not generated
-    chosen = pictures.find_task(sources or real, task)
+    chosen = pictures.find_task(sources or pictures.places(s.cfg.data), task)
     timeline = pictures.timeline(s, chosen, query)
     path, n = output or f"{chosen.name.replace('/', '-')}.png", len(timeline.steps)
     caption = f"{checkpoint}, step {s.meta['step']}, weights {s.source}"

@@ -79,9 +79,7 @@ class EncoderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     layer_scale: NonNegative = 0.0  # 0: none
     cached: bool = False  # published: read at an episode's first step alone, which starves it
     H_cycles: Count = 2  # of trm_style; refinements in each forward of recurrent
-    latent: CountOrZero = (
-        0  # numbers drawn by a variational encoder, or in a row of a table; 0: width
-    )
+    latent: CountOrZero = 0  # numbers that a variational encoder draws, or of a table's row
     kl_weight: NonNegative = 1e-3
 
 

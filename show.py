@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from . import checkpoint, data, encoders, etrm, optim, solve, sources, train
-from .config import Config, UserError, nearest
+from .config import Config, DataConfig, UserError, nearest
 from .data import EOS, FIRST_COLOUR, PAD, PALETTE, Task, tokenise
 
 # ---------------------------------------------------------------- timelines
@@ -80,6 +80,12 @@ def timeline(solver: solve.Solver, task: Task, query: int) -> Timeline:
     if not shown.steps:
         raise UserError(f"task {task.name}: needs a canvas larger than any trained on")
     return shown
+
+
+def places(cfg: DataConfig) -> list[str]:
+    """The sources of the dev split and of the training set that hold tasks, not generators."""
+    named = (*cfg.dev, *cfg.train)
+    return [s for s in named if s.partition(":")[0] not in sources.GENERATORS]
 
 
 def find_task(places: Sequence[str], name: str) -> Task:

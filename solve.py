@@ -458,7 +458,7 @@ def overfit(cfg: Config, fit: Callable[[Config], dict[str, Any]]) -> dict[str, A
         folder = f"{cfg.run.dir}-{again}"
     run = msgspec.structs.replace(cfg.run, dir=folder)
     row, weights = fit(msgspec.structs.replace(cfg, run=run)), cfg.eval.weights[0]
-    if len(row) < 5:
+    if f"train/{weights}/own/exact" not in row:
         raise UserError(f"{folder}: stopped before its first evaluation")
     exact, cells, n = (row[f"train/{weights}/own/{k}"] for k in ("exact", "cell_accuracy", "n"))
     text = f"{row['step']} steps, {row['samples']:,} sample-steps, {row['seconds']:.0f} s\n"

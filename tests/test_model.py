@@ -114,7 +114,7 @@ def test_a_halted_slot_forgets(g, garbage, encoder):
 
 
 @given(generators, st.sampled_from(SOME), st.sampled_from(["never", "q"]))
-@settings(max_examples=15)
+@settings(max_examples=30)
 def test_evaluation_is_the_same_steps_with_the_demos_read_once(g, encoder, leave):
     """Each slot's output is that of the step at which it left, whoever left before."""
     positions = "both" if "matching" in encoder else "rope2d"
@@ -170,7 +170,7 @@ def test_a_slot_that_goes_on_keeps_its_states_on_whatever_the_others_get(g):
 
 
 @given(generators, st.booleans(), st.booleans())
-@settings(max_examples=15)
+@settings(max_examples=30)
 def test_halting(g, exploring, fixed):
     """By steps always; by q only when training, after `min_steps`, unless steps are fixed (FCT)."""
     cfg = config(halt_max_steps=puzzles.integer(g, 1, 4), fixed_steps=fixed)

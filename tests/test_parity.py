@@ -38,9 +38,8 @@ def all_demos(inputs, outputs, mask):
     owner, number = torch.nonzero(mask, as_tuple=True)
     n, cells = len(owner), inputs.shape[-1]
     x, y = (t[owner, number].long().flatten() for t in (inputs, outputs))
-    slot_cells = tuple((mask.sum(1) * cells).tolist())
     return Demos(x, y, places(n, cells), (cells,) * n, owner, number, mask.shape[1],
-                 torch.arange(len(x)), slot_cells)  # fmt: skip
+                 torch.arange(len(x)), tuple((mask.sum(1) * cells).tolist()))  # fmt: skip
 
 
 def rows_loss(cfg, logits, q, labels, kl=None):
