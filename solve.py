@@ -110,7 +110,7 @@ def adaptation_config(cfg: Config) -> Config:
     if cfg.model.encoder.kind == "table":
         raise UserError("solve.adapt: a table's rows are its tasks': there is nothing to adapt")
     replace, solve = msgspec.structs.replace, cfg.solve
-    shards = 1 if train.undivided(cfg.model) else 4
+    shards = 1 if train.undivided(cfg.model) else 2
     steps = replace(cfg.train, batch=16, shards=shards, steps=solve.adapt_steps)
     frozen = {k: n for k, n in cfg.optimizer.freeze.items() if n == 0}  # for ever
     rate = {"lr": solve.adapt_lr or 1e-3, "warmup": 0, "final_lr": 0.1}
