@@ -101,7 +101,7 @@ def set_block(p: SetBlock, cfg: ModelConfig, t: Packed, keys: Packed) -> Packed:
     """The tokens of a slot attend to its keys."""
 
     def attend(x: Tensor) -> Tensor:
-        return cross_attention((p.q, p.k, p.v), cfg.heads, t._replace(x=x), keys) @ p.o.T
+        return etrm.linear(cross_attention((p.q, p.k, p.v), cfg.heads, t._replace(x=x), keys), p.o)
 
     return t._replace(x=block(p, cfg, t.x, attend))
 
@@ -113,13 +113,13 @@ def cross_attention(
     weights (D, D) of queries, keys, values; values: given ones. To have no key gives 0."""
 
     def turned(x: Tensor, weight: Tensor, rotary: Rotary, which: int) -> Tensor:
-        y = (x @ weight.T).unflatten(-1, (heads, -1))
+        y = etrm.linear(x, weight).unflatten(-1, (heads, -1))
         if rotary is None:
             return y if which else y * y.shape[-1] ** -0.5
         cos, sin = (table[:, which : which + 1] for table in rotary)
         return etrm.rotate(y[:, None], (cos, sin)).squeeze(1)
 
-    values = keys.x @ weights[2].T if values is None else values
+    values = etrm.linear(keys.x, weights[2]) if values is None else values
     q, k = turned(t.x, weights[0], t.rotary, 0), turned(keys.x, weights[1], keys.rotary, 1)
     return etrm.attend(q, k, values.unflatten(-1, (heads, -1)), t.sizes, keys.sizes, keys.seen)
 

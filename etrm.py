@@ -1,7 +1,7 @@
 """The recursive core and its ACT step: pure functions of parameters, config and data.
 
 Axes: N tokens of all slots (packed: slot after slot), B slots, M cells of all canvases, T context
-tokens, D hidden, F inner width, V tokens, h heads. A run is b consecutive slots of s tokens each.
+tokens, D hidden, F inner width, V tokens, h heads. A chunk is b slots of s tokens and m keys each.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -21,7 +22,19 @@ from .config import ModelConfig
 from .data import Batch
 
 Rotary = tuple[Tensor, Tensor] | None  # cos, sin (N, 2, h, head) of queries and keys
-RUN = 512  # tokens or keys of a run, about, whose scores stay in cache
+RUN = 512  # tokens or keys of a chunk, about, whose scores stay in cache
+ROWS, STEP = 512, 32  # multiples to which tokens of all slots and of each are filled up, see below
+
+
+def step_of(x: Tensor) -> int:
+    """STEP where each new shape costs a compilation, 0 where each call costs a launch, else 1."""
+    return 0 if x.device.type != "cpu" else STEP if x.dtype == torch.bfloat16 else 1
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """(N, D) by (F, D) gives (N, F)."""
+    more = -len(x) % ROWS if step_of(x) > 1 else 0
+    return (F.pad(x, (0, 0, 0, more)) @ weight.T)[: len(x)] if more else x @ weight.T
 
 
 class _Rms(torch.autograd.Function):
@@ -66,7 +79,7 @@ class _Gate(torch.autograd.Function):
 def swiglu(gate_up: Tensor, down: Tensor, x: Tensor) -> Tensor:
     """(..., D) through gate_up (2 F, D) and down (D, F)."""
     gate, up = gate_up.chunk(2)
-    return _Gate.apply(x @ gate.T, x @ up.T) @ down.T
+    return linear(_Gate.apply(linear(x, gate), linear(x, up)), down)
 
 
 @functools.lru_cache(maxsize=16)
@@ -109,72 +122,68 @@ def rotate(qk: Tensor, rotary: Rotary) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def runs_of(slots: tuple[Any, ...]) -> list[tuple[int, Any]]:
-    """(number, slot) of neighbours with equal tokens, keys ...; few if they are large, in powers of
-    two: on CPU a new shape costs a kernel's compilation (bf16, each canvas new: 3.0 for 2.5 s)."""
-    runs: list[tuple[int, Any]] = []
-    for slot, group in itertools.groupby(slots):
-        left, most = len(list(group)), 1 << (RUN // max(1, *slot)).bit_length() >> 1
-        while left:
-            b = min(max(1, most), 1 << left.bit_length() >> 1)
-            runs.append((b, slot))
-            left -= b
-    return runs
+@torch.inference_mode(False)  # what is made while evaluating must serve training too
+def chunks_of(slots: tuple[Any, ...], heads: int, step: int, device: str) -> list[Any]:
+    """[chunks (b, s, m); moves of tokens there; of keys]: slots are filled up to multiples of step,
+    few to a chunk if large, in powers of two; step 0: to the largest, in one. A move of rows (N h):
+    (P,) the row in each place, any where none is; (N h,) a row's place; (P, 1) is there a row."""
+    sizes = np.array(slots, np.int64).reshape(-1, 2).T
+    room = -(-sizes // step) * step if step else np.full_like(sizes, sizes.max(1, keepdims=True))
+    order, chunks, moves = np.lexsort(room), list[Any](), list[Any]()
+    for slot, group in itertools.groupby(room.T[order].tolist()):
+        n, most = len(list(group)), max(1, 1 << (RUN // max(1, *slot)).bit_length() >> 1)
+        rest = [1 << i for i in range(most.bit_length()) if n % most >> i & 1]
+        chunks += [(b, *slot) for b in ([most] * (n // most) + rest if step else [n])]
+    slot, head = order.repeat(heads), np.tile(np.arange(heads), len(order))
+    for size, each in zip(sizes, room[:, slot], strict=True):
+        unit = np.arange(len(slot)).repeat(each)
+        at = np.arange(len(unit)) - (each.cumsum() - each)[unit]
+        real = at < size[slot][unit]
+        row = np.where(real, ((size.cumsum() - size)[slot][unit] + at) * heads + head[unit], 0)
+        move = row, real.nonzero()[0][row[real].argsort()], real[:, None]
+        moves.append([torch.from_numpy(x).to(device) for x in move])
+    return [chunks, *moves]
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Of scaled queries, (b, h, s, head) each; mask (b, 1, 1, m): the keys seen, none gives 0.
-    On CPU in bf16 2 to 5 times as fast as torch's fused kernel."""
-    score = q @ k.transpose(-1, -2)
-    if mask is not None:
-        score = score.masked_fill(~mask, torch.finfo(score.dtype).min)
-        v = v * mask.transpose(-1, -2).to(v.dtype)
-    return torch.softmax(score, -1) @ v
+class _Moved(torch.autograd.Function):
+    """x[there], whose gradient is read at `back` (0 where that is not real) instead of added up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, there: Tensor, back: Tensor, real: Tensor | None) -> Tensor:
+        ctx.save_for_backward(back, real)
+        return x.index_select(0, there)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        back, real = ctx.saved_tensors
+        g = grads[0].index_select(0, back)
+        return g if real is None else g.mul_(real), None, None, None
 
 
-@functools.lru_cache(maxsize=64)
-@torch.inference_mode(False)
-def places(sizes: tuple[int, ...], device: str) -> Tensor:
-    """(N,) where the tokens of slots stand among those of slots that are all as large."""
-    real = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
-    return real.flatten().nonzero().flatten().to(device)
-
-
-def padded_attention(
-    q: Tensor, k: Tensor, v: Tensor, sizes: Sequence[int], keys: Sequence[int], seen: Tensor | None
-) -> Tensor:
-    """`attend` in one call of torch's kernel, for devices on which each call costs a launch."""
-
-    def padded(x: Tensor, sizes: Sequence[int]) -> Tensor:
-        room = x.new_zeros(len(sizes) * max(sizes), *x.shape[1:])
-        room = room.index_copy(0, places(tuple(sizes), str(x.device)), x)
-        return rearrange(room, "(b s) ... -> b s ...", b=len(sizes))
-
-    seen = torch.ones_like(k[:, 0, 0], dtype=torch.bool) if seen is None else seen
-    mask, v = padded(seen, keys), v * seen[:, None, None].to(v.dtype)
-    mask = (mask | ~mask.any(-1, keepdim=True))[:, None, None]  # no slot without a key: it adds 0
-    q, k, v = (padded(x, n).transpose(1, 2) for x, n in ((q, sizes), (k, keys), (v, keys)))
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
-    y = rearrange(y, "b h s d -> (b s) (h d)")
-    return y.index_select(0, places(tuple(sizes), str(y.device)))
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Of scaled queries, (b, h, s, head) each; bias (b, h, m, 1) of the keys."""
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.mT, scale=1.0)
+    q, k, v, bias = (x.flatten(0, 1) for x in (q, k, v, bias))  # bf16: 2 to 5 times as fast
+    return torch.softmax(q.bmm(k.mT).add_(bias.mT), -1).bmm(v)
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, sizes: Sequence[int], keys: Sequence[int], seen: Tensor | None
 ) -> Tensor:
     """(N, D): scaled queries (N, h, head) of each slot attend to its keys and values (M, h, head),
-    of those that are seen (M,)."""
-    if q.device.type != "cpu" and len(q) and len(k):
-        return padded_attention(q, k, v, sizes, keys, seen)
-    runs, out = runs_of(tuple(zip(sizes, keys, strict=True))), [v[:0].flatten(1)]
-    lengths = [b * m for b, (_, m) in runs]
-    masks = [None] * len(runs) if seen is None else seen.split(lengths)
-    parts = q.split([b * s for b, (s, _) in runs]), k.split(lengths), v.split(lengths), masks
-    for (b, _), *qkv, mask in zip(runs, *parts, strict=True):
-        mask = None if mask is None or bool(mask.all()) else mask.view(b, 1, 1, -1)
-        q, k, v = (rearrange(x, "(b s) h d -> b h s d", b=b) for x in qkv)
-        out.append(rearrange(attention(q, k, v, mask), "b h s d -> (b s) (h d)"))
-    return torch.cat(out)
+    of those that are seen (M,). To have no key gives 0."""
+    h, slots = q.shape[1], tuple(zip(sizes, keys, strict=True))
+    chunks, (row, place, token), move = chunks_of(slots, h, step_of(q), str(q.device))
+    q = _Moved.apply(q.flatten(0, 1), row, place, None)
+    k, v = (_Moved.apply(x.flatten(0, 1), *move[:2], None) for x in (k, v))
+    real = move[2] if seen is None else move[2] & seen.repeat_interleave(h)[move[0], None]
+    v, bias = v * real, torch.where(real, 0.0, -1e30).to(q.dtype)
+    lengths, out = [b * h * m for b, _, m in chunks], [v[:0]]
+    parts = q.split([b * h * s for b, s, _ in chunks]), *(x.split(lengths) for x in (k, v, bias))
+    for (b, _, _), *rows in zip(chunks, *parts, strict=True):
+        out.append(attention(*(x.unflatten(0, (b, h, -1)) for x in rows)).flatten(0, -2))
+    return rearrange(_Moved.apply(torch.cat(out), place, row, token), "(n h) d -> n (h d)", h=h)
 
 
 def self_attention(
@@ -182,9 +191,9 @@ def self_attention(
 ) -> Tensor:
     """Tokens (N, D) of each slot attend to each other, see `attend`; p: a block with qkv and o."""
     d = x.shape[1]
-    q, k = rotate((x @ p.qkv[: 2 * d].T).unflatten(-1, (2, heads, -1)), rotary).unbind(1)
-    v = (x @ p.qkv[2 * d :].T).unflatten(-1, (heads, -1))
-    return attend(q, k, v, sizes, sizes, seen) @ p.o.T
+    q, k = rotate(linear(x, p.qkv[: 2 * d]).unflatten(-1, (2, heads, -1)), rotary).unbind(1)
+    v = linear(x, p.qkv[2 * d :]).unflatten(-1, (heads, -1))
+    return linear(attend(q, k, v, sizes, sizes, seen), p.o)
 
 
 # ---------------------------------------------------------------- parameters
@@ -550,8 +559,7 @@ def select_slots(
         return x[next(mask for mask in masks if len(mask) == len(x))]
 
     cells, tokens = (tuple(n[i] for i in slots) for n in sizes[1:])
-    names = ("inputs", "labels", "at")
-    fields: dict[str, Any] = {k: kept(getattr(batch, k)) for k in names}
+    fields: dict[str, Any] = {k: kept(getattr(batch, k)) for k in ("inputs", "labels", "at")}
     carry = tree_map(kept, carry)._replace(tokens=tokens)
     return batch._replace(**fields, cells=cells), tree_map(kept, read), carry
 

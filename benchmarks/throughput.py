@@ -112,9 +112,9 @@ def ten_demos(d: data.Demos) -> data.Demos:
 
 
 def plain_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor
 ) -> torch.Tensor:
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+    return F.scaled_dot_product_attention(q, k, v, scale=1.0)  # nothing is masked
 
 
 def plain_swiglu(gate_up: torch.Tensor, down: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -160,8 +160,9 @@ def published_layout() -> Iterator[None]:
                 if hasattr(module, name):
                     stack.enter_context(mock.patch.object(module, name, function))
         stack.enter_context(mock.patch.object(etrm, "RUN", 1 << 40))
-        stack.callback(etrm.runs_of.cache_clear)  # runs depend on RUN
-        etrm.runs_of.cache_clear()
+        stack.enter_context(mock.patch.object(etrm, "step_of", lambda x: 1))
+        stack.callback(etrm.chunks_of.cache_clear)  # chunks depend on RUN
+        etrm.chunks_of.cache_clear()
         stack.enter_context(mock.patch.object(data, "batch", padded))
         stack.enter_context(mock.patch.object(train, "rebuild", cast_late))
         yield

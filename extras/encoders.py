@@ -16,6 +16,7 @@ import msgspec
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .. import etrm
 from ..config import ModelConfig
@@ -37,7 +38,7 @@ from ..encoders import (
     rotary_in,
     set_block,
 )
-from ..etrm import Context, normal, rms, runs_of
+from ..etrm import Context, normal, rms
 
 
 class DemoVectors(NamedTuple):
@@ -125,24 +126,21 @@ def init_standard(cfg: ModelConfig, g: torch.Generator, parts: Sequence[str]) ->
 
 def pooled(p: Standard, cfg: ModelConfig, t: Packed, seen: Tensor) -> Tensor:
     """A vector (n, D) for the cells of each of n demos or grids, of those that are seen (M,)."""
-    kind, n, vectors = cfg.encoder.pooling, len(t.sizes), [t.x[:0]]
+    kind, n = cfg.encoder.pooling, len(t.sizes)
     if kind == "attention":
         query, q, k, v, o = p.pool
         asking = Packed(query.expand(n, -1), (1,) * n)
         return cross_attention((q, k, v), cfg.heads, asking, Packed(t.x, t.sizes, seen)) @ o.T
-    runs = runs_of(tuple((s,) for s in t.sizes))
-    lengths = [b * s for b, (s,) in runs]
-    for (b, (s,)), x, mask in zip(runs, t.x.split(lengths), seen.split(lengths), strict=True):
-        x, mask = x.view(b, s, -1), mask.view(b, s)
-        if kind == "max":
-            vectors.append(x.masked_fill(~mask[..., None], -torch.inf).amax(1))
-            continue
-        weight = mask / mask.sum(1, keepdim=True).clamp(min=1)
-        if kind == "weighted":
-            score = (x @ p.pool[0].T).squeeze(-1).float()
-            weight = torch.softmax(score.masked_fill(~mask, -torch.inf), -1)
-        vectors.append(torch.einsum("bs,bsd->bd", weight.to(x.dtype), x))
-    return torch.cat(vectors)
+    if n == 0:
+        return t.x
+    x, mask = (pad_sequence(y.split(t.sizes), batch_first=True) for y in (t.x, seen))
+    if kind == "max":
+        return x.masked_fill(~mask[..., None], -torch.inf).amax(1)
+    weight = mask / mask.sum(1, keepdim=True).clamp(min=1)
+    if kind == "weighted":
+        score = (x @ p.pool[0].T).squeeze(-1).float()
+        weight = torch.softmax(score.masked_fill(~mask, -torch.inf), -1)
+    return torch.einsum("bs,bsd->bd", weight.to(x.dtype), x)
 
 
 def in_pairs(demos: Demos, lead: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Laws of the model: the carry, the slots' independence, halting, the loss, layers, parameters."""
 
 import math
+from unittest import mock
 
 import hypothesis.strategies as st
 import msgspec
@@ -241,34 +242,32 @@ def test_rotation_keeps_lengths_and_sees_distances_only(g, kind):
     assert (dot[0, 0] - dot[0, 0, 0, 0]).flatten()[1:].abs().min() > 0  # no two cells look alike
 
 
-@given(generators, st.integers(1, 5), st.integers(1, 40))
-@settings(max_examples=50)
-def test_attention_is_a_mean_over_what_may_be_seen(g, queries, keys):
-    """Where no key may be seen it is 0."""
-    q = torch.randn(3, 2, queries, 8, generator=g)
-    k, v = torch.randn(2, 3, 2, keys, 8, generator=g)
-    mask = torch.rand(3, 1, 1, keys, generator=g) < 0.5
-    mask[0] = False
-    got = etrm.attention(q, k, v, mask)
-    assert not got[0].any()
-    for b in (1, 2):
-        seen, one = mask[b, 0, 0], slice(b, b + 1)
-        if seen.any():
-            puzzles.close([got[one]], [etrm.attention(q[one], k[one, :, seen], v[one, :, seen])])
-    puzzles.close([etrm.attention(q, k, v)], [F.scaled_dot_product_attention(q, k, v, scale=1.0)])
-
-
-@given(generators, st.lists(st.tuples(st.integers(1, 5), st.integers(0, 5)), min_size=1))
-def test_slots_attend_to_their_own_keys_alone_run_by_run_or_padded(g, slots):
+@given(
+    generators,
+    st.lists(st.tuples(st.integers(1, 5), st.integers(0, 40)), min_size=1, max_size=6),
+    st.sampled_from([0, 1, 4]),
+)
+def test_slots_attend_to_their_own_keys_that_are_seen_however_filled_up(g, slots, step):
     sizes, keys = zip(*slots, strict=True)
-    q, k, v = (torch.randn(sum(n), 2, 8, generator=g) for n in (sizes, keys, keys))
+    qkv = [torch.randn(sum(n), 2, 8, generator=g, dtype=torch.float64) for n in (sizes, keys, keys)]
+    q, k, v = (x.requires_grad_() for x in qkv)
     seen, alone = torch.rand(sum(keys), generator=g) < 0.7, []
     parts = q.split(sizes), k.split(keys), v.split(keys), seen.split(keys)
-    for *qkv, mask in zip(*parts, strict=True):
-        one = etrm.attention(*(x.transpose(0, 1)[None] for x in qkv), mask.view(1, 1, 1, -1))
-        alone.append(one[0].transpose(0, 1).flatten(1))
-    for attend in (etrm.attend, etrm.padded_attention)[: 1 + bool(len(k))]:
-        puzzles.close([attend(q, k, v, sizes, keys, seen)], [torch.cat(alone)])
+    for q1, k1, v1, mask in zip(*parts, strict=True):
+        x = [y.transpose(0, 1)[None] for y in (q1, k1[mask], v1[mask])]
+        alone.append(F.scaled_dot_product_attention(*x, scale=1.0)[0].transpose(0, 1).flatten(1))
+    with mock.patch.object(etrm, "step_of", lambda x: step):
+        got = etrm.attend(q, k, v, sizes, keys, seen)
+    wanted, weight = torch.cat(alone), torch.randn(got.shape, generator=g, dtype=torch.float64)
+    puzzles.close([got], [wanted], 1e-9)
+    both = (torch.autograd.grad(y, (q, k, v), weight) for y in (got, wanted))
+    puzzles.close(*([torch.cat([x.flatten() for x in gs])] for gs in both), 1e-9)
+
+
+@given(generators, st.integers(1, 1100))
+def test_products_of_rows_that_are_filled_up_are_those_of_the_rows(g, n):
+    x, weight = (torch.randn(m, 8, generator=g).bfloat16() for m in (n, 3))
+    puzzles.close([etrm.linear(x, weight).float()], [x.float() @ weight.float().T], 0.01)
 
 
 @given(generators, st.sampled_from([1e-3, 1.0, 1e4]))
