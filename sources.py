@@ -27,9 +27,7 @@ QUERY_SIDE = 255  # a query of more than MAX_SIDE is counted as unanswered; a si
 MIN_SHARED_CELLS = 20  # pairs that two tasks share with fewer cells together are taken for chance
 LONG, PART = 10, 5  # more than LONG demos without a query are read as tasks of about PART demos
 GENERATORS = {  # source: its module in extras
-    "composed": "compose",
-    "composed-held-out": "compose",
-    "one-rule": "compose",
+    **dict.fromkeys(("composed", "composed-held-out", "one-rule", "object-rule"), "compose"),
     "rearc": "rearc",
 }
 EMBEDDED = ("arc1:training", "arc1:evaluation", "arc1:dev", "arc2:training", "arc2:evaluation")

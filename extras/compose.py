@@ -14,9 +14,10 @@ from typing import NamedTuple
 import numpy as np
 
 from ..data import INVERSE, MAX_SIDE, Task, turn
+from . import object_rules, rules, scenes
 from .grids import Fn, Grid
-from .rules import RULES, recoloured
-from .scenes import SCENES, Dice, Scene, World
+from .rules import recoloured
+from .scenes import Dice, Scene, World
 
 MOST = 1_000_000  # tasks of a source
 TRIES = 400  # compositions drawn for one task before giving up
@@ -31,9 +32,12 @@ class Made(NamedTuple):
     task: Task
 
 
-NAMES, AFTER = list(RULES), [n for n, r in RULES.items() if r.after]
+RULES, SCENES = rules.RULES | object_rules.RULES, scenes.SCENES | object_rules.SCENES
+NAMES, AFTER = list(rules.RULES), [n for n, r in rules.RULES.items() if r.after]
 WHOLE = NAMES[: NAMES.index("permute colours")]  # rules of the grid as a whole
-KINDS = ("composed", "composed-held-out", "one-rule")  # one-rule: half of the tasks of WHOLE
+OBJECTS = list(object_rules.RULES)
+# one-rule: half of the tasks of WHOLE; object-rule: of rules that no other kind has
+KINDS = ("composed", "composed-held-out", "one-rule", "object-rule")
 
 
 def is_held_out(names: Sequence[str]) -> bool:
@@ -46,6 +50,8 @@ def is_held_out(names: Sequence[str]) -> bool:
 def composition(d: Dice, kind: str) -> tuple[str, ...]:
     if kind == "one-rule":
         return (d.pick(WHOLE if d.chance() < 0.5 else NAMES),)
+    if kind == "object-rule":
+        return (d.pick(OBJECTS),)
     held_out = kind == "composed-held-out"
     while True:
         names = [d.pick(NAMES)]
@@ -151,4 +157,7 @@ def tasks(n: int, kind: str = "composed", seed: int = 0) -> list[Task]:
 
 def code() -> list[Path]:
     """The files that decide what the tasks are."""
-    return [Path(__file__).with_name(f"{x}.py") for x in ("compose", "rules", "scenes", "grids")]
+    return [
+        Path(__file__).with_name(f"{x}.py")
+        for x in ("compose", "rules", "object_rules", "scenes", "grids")
+    ]

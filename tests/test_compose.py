@@ -38,7 +38,7 @@ def test_a_task_is_a_pure_function_of_seed_and_index(seed, n, more, kind):
 
 def test_every_task_is_a_valid_one_whose_demos_can_show_what_is_asked(made, held_out):
     assert len({*digests(m.task for m in made)}) == len({m.task.name for m in made}) == 1000
-    for m in (*made, *held_out):
+    for m in (*made, *held_out, *(compose.make(0, i, "object-rule") for i in range(300))):
         every = pairs(m.task)
         assert digests([sources.check(m.task)]) == digests([m.task])
         assert all(g.dtype == np.uint8 for pair in every for g in pair)
@@ -57,16 +57,17 @@ def test_held_out_combinations_are_never_drawn_for_training(made, held_out):
     trained, asked = ({frozenset(m.names) for m in ms} for ms in (made, held_out))
     assert not trained & asked and all(len(names) > 1 for names in asked)
     assert all(compose.is_held_out(m.names) == (m in held_out) for m in (*made[:200], *held_out))
-    two = [(a, b) for a in compose.RULES for b in compose.AFTER if a != b]
+    two = [(a, b) for a in compose.NAMES for b in compose.AFTER if a != b]
     assert 0.08 < np.mean([compose.is_held_out(names) for names in two]) < 0.12
     (single,) = zip(*(compose.make(0, i, "one-rule").names for i in range(200)), strict=True)
     assert 0.5 < np.mean([name in compose.WHOLE for name in single]) < 0.8
 
 
 def test_every_rule_and_scene_occurs_and_none_rules(made):
-    count = {name: sum(name in m.names for m in made) for name in compose.RULES}
+    count = {name: sum(name in m.names for m in made) for name in compose.NAMES}
     assert min(count.values()) > 0 and max(count.values()) < 0.06 * len(made)
     assert {m.scene for m in made} == set(scenes.SCENES)
+    assert {compose.make(0, i, "object-rule").names[0] for i in range(900)} == {*compose.OBJECTS}
     assert 0.35 < np.mean([len(m.names) > 1 for m in made]) < 0.5
     assert 0.55 < np.mean([len({x.shape for x, _ in pairs(m.task)}) > 1 for m in made]) < 0.75
 
