@@ -26,10 +26,8 @@ DEV_TASKS = 80
 QUERY_SIDE = 255  # a query of more than MAX_SIDE is counted as unanswered; a side is one byte
 MIN_SHARED_CELLS = 20  # pairs that two tasks share with fewer cells together are taken for chance
 LONG, PART = 10, 5  # more than LONG demos without a query are read as tasks of about PART demos
-GENERATORS = {  # source: its module in extras
-    **dict.fromkeys(("composed", "composed-held-out", "one-rule", "object-rule"), "compose"),
-    "rearc": "rearc",
-}
+GENERATORS = dict.fromkeys(("composed", "composed-held-out", "one-rule", "object-rule"), "compose")
+GENERATORS["rearc"] = "rearc"  # source: its module in extras
 EMBEDDED = ("arc1:training", "arc1:evaluation", "arc1:dev", "arc2:training", "arc2:evaluation")
 # names of files that lie beside tasks in a folder
 BESIDE = re.compile(r"^predictions|(^|[_-])(solutions|submission|predictions|looks|metadata)$")
