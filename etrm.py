@@ -173,13 +173,14 @@ def attend(
 ) -> Tensor:
     """(N, D): scaled queries (N, h, head) of each slot attend to its keys and values (M, h, head),
     of those that are seen (M,). To have no key gives 0."""
-    h, slots = q.shape[1], tuple(zip(sizes, keys, strict=True))
-    chunks, (row, place, token), move = chunks_of(slots, h, step_of(q), str(q.device))
+    h, step, slots = q.shape[1], step_of(q), tuple(zip(sizes, keys, strict=True))
+    chunks, (row, place, token), move = chunks_of(slots, h, step, str(q.device))
     q = _Moved.apply(q.flatten(0, 1), row, place, None)
     k, v = (_Moved.apply(x.flatten(0, 1), *move[:2], None) for x in (k, v))
-    real = move[2] if seen is None else move[2] & seen.repeat_interleave(h)[move[0], None]
-    v, bias = v * real, torch.where(real, 0.0, -1e30).to(q.dtype)
-    bias = bias[:, :0] if seen is None and step_of(q) == 1 else bias  # all are seen
+    real, bias = move[2], v[:, :0]
+    if seen is not None or step != 1:  # else all are real and seen
+        real = real if seen is None else real & seen.repeat_interleave(h)[move[0], None]
+        v, bias = v * real, torch.where(real, 0.0, -1e30).to(q.dtype)
     lengths, out = [b * h * m for b, _, m in chunks], [v[:0]]
     parts = q.split([b * h * s for b, s, _ in chunks]), *(x.split(lengths) for x in (k, v, bias))
     for (b, _, _), *rows in zip(chunks, *parts, strict=True):
@@ -291,8 +292,7 @@ def rebuild(tree: Any, new: dict[str, Any]) -> Any:
 
 def ragged(sizes: Tensor, total: int) -> tuple[Tensor, Tensor]:
     """(total,) the owner of each item of owners of these sizes, and the item's number in it."""
-    owner = torch.arange(len(sizes), device=sizes.device)
-    owner = owner.repeat_interleave(sizes, output_size=total)
+    owner = torch.repeat_interleave(sizes, output_size=total)
     return owner, torch.arange(total, device=sizes.device) - (sizes.cumsum(0) - sizes)[owner]
 
 

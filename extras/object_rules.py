@@ -5,7 +5,7 @@ They are a table of their own, so that composed tasks stay the ones checkpoints 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -18,14 +18,15 @@ from .rules import (
     cells_fall,
     has_hole,
     inside,
+    listed,
     neighbours,
     objects_fall,
     of,
     on_border,
     outline,
     plain,
-    ranked,
     rays,
+    recoloured,
     single,
 )
 from .scenes import (
@@ -37,18 +38,13 @@ from .scenes import (
     laid,
     panels_of,
     place,
+    placed,
     row_of,
     scatter,
     several,
 )
 
 # ---------------------------------------------------------------- scenes
-
-
-def placed_on(d: Dice, x: Grid, things: Sequence[Grid]) -> Grid:
-    for thing in things:
-        place(d, x, thing)
-    return x
 
 
 def cored(d: Dice, w: World) -> Grid:
@@ -85,11 +81,11 @@ def specks(d: Dice, w: World) -> Grid:
 
 def middle_wall(d: Dice, w: World) -> Grid:
     """Objects above and below a wall."""
-    x, at = np.zeros(w.size(d, 8), np.uint8), 0
+    x = np.zeros(w.size(d, 8), np.uint8)
     at = d.between(3, len(x) - 4)
     x[at] = w.mark
     for half in (x[: at - 1], x[at + 2 :]):
-        placed_on(d, half, [blob(d, d.between(1, 4), c, 3) for c in w.colours(d)[:2]])
+        placed(d, half, [blob(d, d.between(1, 4), c, 3) for c in w.colours(d)[:2]])
     return x
 
 
@@ -124,7 +120,7 @@ def legend(d: Dice, w: World) -> Grid:
     """Objects, and in the first two columns what their colours become."""
     ink = w.colours(d)
     x = np.zeros(w.size(d, 7), np.uint8)
-    placed_on(d, x[:, 3:], [blob(d, d.between(2, 8), d.pick(ink)) for _ in range(d.between(2, 5))])
+    placed(d, x[:, 3:], [blob(d, d.between(2, 8), d.pick(ink)) for _ in range(d.between(2, 5))])
     free = [c for c in range(1, 10) if c not in ink and c != w.mark]
     to = d.some(free, len(ink)) if len(free) >= len(ink) else ink[1:] + ink[:1]
     x[: len(ink), 0], x[: len(ink), 1] = ink, to
@@ -135,7 +131,7 @@ def legend(d: Dice, w: World) -> Grid:
 def lone_key(d: Dice, w: World) -> Grid:
     """Objects of the mark and one cell of another colour."""
     x = laid(d, w, [blob(d, d.between(4, 9), w.mark) for _ in range(d.between(1, 4))], 6)
-    return placed_on(d, x, [np.array([[d.pick(w.colours(d))]], np.uint8)])
+    return placed(d, x, [np.array([[d.pick(w.colours(d))]], np.uint8)])
 
 
 def target(d: Dice, w: World) -> Grid:
@@ -146,7 +142,7 @@ def target(d: Dice, w: World) -> Grid:
     place(d, x[:, : x.shape[1] // 2], figure)
     spot = np.full((3, 3), 10, np.uint8)
     spot[1, 1] = w.mark
-    return where((y := placed_on(d, x, [spot])) == 10, 0, y)
+    return where((y := placed(d, x, [spot])) == 10, 0, y)
 
 
 def two_dots(d: Dice, w: World) -> Grid:
@@ -304,7 +300,7 @@ def attracted(x: Grid) -> Grid:
     return np.vstack([above, x[wall[0]][None], below[::-1]]) if ok else NONE
 
 
-def reaching(w: World, stops: bool, x: Grid) -> Grid:
+def reaching(stops: bool, w: World, x: Grid) -> Grid:
     """To the right of each cell up to the mark, or only where there is one."""
     y = x.copy()
     for r, row in enumerate(x.tolist()):
@@ -315,13 +311,13 @@ def reaching(w: World, stops: bool, x: Grid) -> Grid:
     return y
 
 
-def in_line(w: World, across: bool, x: Grid) -> Grid:
+def in_line(across: bool, w: World, x: Grid) -> Grid:
     """The coloured cells of the mark's rows (or columns)."""
     row = (x == w.mark).any(int(not across), keepdims=True)
     return where((x > 0) & (x != w.mark) & row, w.new[0], x)
 
 
-def between_marks(w: World, do: str, x: Grid) -> Grid:
+def between_marks(do: str, w: World, x: Grid) -> Grid:
     r, c = np.nonzero(x == w.mark)
     if len(r) != 4 or r[-1] - r[0] < 2 or c.max() - c.min() < 2:
         return NONE
@@ -333,32 +329,20 @@ def between_marks(w: World, do: str, x: Grid) -> Grid:
     return y
 
 
-def by_legend(x: Grid, keep: bool) -> Grid:
-    table = np.arange(10, dtype=np.uint8)
-    pairs = [(int(a), int(b)) for a, b in x[:, :2] if a]
-    for a, b in pairs:
-        table[a] = b
-    y = x.copy()
-    y[:, 3:] = table[x[:, 3:]]
-    return y if keep else y[:, 3:]
-
-
-def lone(x: Grid) -> tuple[int, int]:
-    """Where the only object of one cell is and its colour; -1, 0 without."""
-    found = [p[0] for p in parts(x) if len(p) == 1]
-    return (found[0], int(x.flat[found[0]])) if len(found) == 1 else (-1, 0)
+def by_legend(keep: bool, x: Grid) -> Grid:
+    """The objects in the legend's colours, beside it or alone."""
+    old, new = x[x[:, 0] > 0, :2].T
+    y = recoloured(old, new)(x[:, 3:])
+    return np.hstack([x[:, :3], y]) if keep else y
 
 
 def recoloured_by_lone(x: Grid) -> Grid:
-    i, colour = lone(x)
-    if i < 0:
-        return NONE
-    y = where(x > 0, colour, x)
-    y.flat[i] = 0
-    return y
+    """All objects in the colour of the only one of one cell, which goes."""
+    lone = [p for p in parts(x) if len(p) == 1]
+    return painted(where(x > 0, int(x.flat[lone[0][0]]), x), lone, [0]) if len(lone) == 1 else NONE
 
 
-def moved_to_mark(w: World, stays: bool, x: Grid) -> Grid:
+def moved_to_mark(stays: bool, w: World, x: Grid) -> Grid:
     marks, cells = np.argwhere(x == w.mark), (x > 0) & (x != w.mark)
     figure = crop(x, cells)
     if len(marks) != 1 or figure.shape != (3, 3):
@@ -371,7 +355,7 @@ def moved_to_mark(w: World, stays: bool, x: Grid) -> Grid:
     return y
 
 
-def path(w: World, first: int, x: Grid) -> Grid:
+def path(first: int, w: World, x: Grid) -> Grid:
     """From the cell to the mark, along the row and then the column, or the other way."""
     (r, c), (i, j) = np.argwhere((x > 0) & (x != w.mark))[0], np.argwhere(x == w.mark)[0]
     y, corner = x.copy(), ((r, j), (i, c))[first]
@@ -384,7 +368,7 @@ def path(w: World, first: int, x: Grid) -> Grid:
     return y
 
 
-def reflected(w: World, turned: bool, x: Grid) -> Grid:
+def reflected(turned: bool, x: Grid) -> Grid:
     """What is on the one side of a line appears on the other."""
     n = (x.shape[1] - 1) // 2
     left = x[:, :n]
@@ -413,7 +397,7 @@ def framed_objects(w: World, x: Grid) -> Grid:
 
 
 def crossed_objects(w: World, x: Grid) -> Grid:
-    """Lines along the rows (and columns) of every object of one cell."""
+    """Lines along the rows of every object of one cell."""
     y = x.copy()
     for p in parts(x):
         if len(p) == 1:
@@ -449,7 +433,7 @@ def one_colour_shifted(w: World, x: Grid) -> Grid:
     return NONE if ((rest > 0) & (y > 0)).any() or (x[:, -1] == w.ink[0]).any() else rest + y
 
 
-def tallest(w: World, best: Callable[[list[int]], int], x: Grid) -> Grid:
+def tallest(best: Callable[[list[int]], int], w: World, x: Grid) -> Grid:
     i = single(np.count_nonzero(x, 0).tolist(), best)
     y = x.copy()
     y[:, i] = where(x[:, i] > 0, w.new[0], x[:, i])
@@ -482,7 +466,7 @@ def staircase(x: Grid) -> Grid:
     return where(np.arange(n) >= k + np.arange(n - k + 1)[:, None], 0, x[:, :1].repeat(n, 1))
 
 
-def largest_fits(x: Grid) -> Grid:
+def bars_of_sizes(x: Grid) -> Grid:
     """The objects in the order of their sizes, as bars."""
     objects = sorted(parts(x), key=len, reverse=True)
     sizes = [len(p) for p in objects]
@@ -490,12 +474,6 @@ def largest_fits(x: Grid) -> Grid:
         return NONE
     colours = np.array([x.flat[p[0]] for p in objects], np.uint8)[:, None]
     return where(np.arange(sizes[0]) >= np.array(sizes)[:, None], 0, colours)
-
-
-def in_order(x: Grid) -> Grid:
-    """A column of the colours, from the most cells to the fewest."""
-    order = ranked(x)
-    return np.array([order], np.uint8).T if len(order) > 1 else NONE
 
 
 def tiled_turned(x: Grid) -> Grid:
@@ -506,7 +484,7 @@ def tiled_turned(x: Grid) -> Grid:
     return np.vstack([np.hstack(above), np.hstack(below)])
 
 
-def continued(w: World, x: Grid) -> Grid:
+def tile_continued(w: World, x: Grid) -> Grid:
     (a, b), (h, n) = w.period, x.shape
     return np.tile(x[:a, :b], (h, n))[:h, :n]
 
@@ -533,8 +511,7 @@ def in_cells(fn: Fn) -> Rule:
     """In the cells of a lattice as if they were cells of a grid."""
 
     def lattice(w: World, x: Grid) -> Grid:
-        y = fn(to_cells(w, x))
-        return from_cells(w, y) if y.size and y.shape == to_cells(w, x).shape else NONE
+        return from_cells(w, y) if (y := fn(to_cells(w, x))).size else y
 
     return of("coarse_lattice", lattice)
 
@@ -578,30 +555,30 @@ RULES: dict[str, Rule] = {
     "colours by border": of(ANY, by(on_border)),
     "fill holes by size": of("boxes mixed_boxes", holes_by_size),
     "recolour by lone": plain("lone_key", recoloured_by_lone),
-    "by legend": plain("legend", lambda x: by_legend(x, True)),
-    "by legend, cropped": plain("legend", lambda x: by_legend(x, False)),
-    "mark's rows": of("marked_noise", lambda w, x: in_line(w, True, x)),
-    "mark's columns": of("marked_noise", lambda w, x: in_line(w, False, x)),
-    "tallest to new": of("bars", lambda w, x: tallest(w, max, x)),
-    "shortest to new": of("bars", lambda w, x: tallest(w, min, x)),
+    "by legend": plain("legend", partial(by_legend, True)),
+    "by legend, cropped": plain("legend", partial(by_legend, False)),
+    "mark's rows": of("marked_noise", partial(in_line, True)),
+    "mark's columns": of("marked_noise", partial(in_line, False)),
+    "tallest to new": of("bars", partial(tallest, max)),
+    "shortest to new": of("bars", partial(tallest, min)),
     "halo by colour": of("dots", halo_by_colour, colours=True),
     # motion
     "fall to the wall": plain("middle_wall", attracted),
-    "move to the mark": of("target", lambda w, x: moved_to_mark(w, False, x)),
-    "copy to the mark": of("target", lambda w, x: moved_to_mark(w, True, x)),
+    "move to the mark": of("target", partial(moved_to_mark, False)),
+    "copy to the mark": of("target", partial(moved_to_mark, True)),
     "shift one colour": of("noise shapes blocks", one_colour_shifted, colours=True),
     "repeat the object": of("sprite", repeated),
-    "reflect": of("beside_line", lambda w, x: reflected(w, False, x)),
-    "turn across": of("beside_line", lambda w, x: reflected(w, True, x)),
+    "reflect": plain("beside_line", partial(reflected, False)),
+    "turn across": plain("beside_line", partial(reflected, True)),
     # lines
-    "reach the obstacle": of("facing", lambda w, x: reaching(w, False, x)),
-    "reach obstacles only": of("facing", lambda w, x: reaching(w, True, x)),
-    "path along the row": of("two_dots", lambda w, x: path(w, 0, x)),
-    "path along the column": of("two_dots", lambda w, x: path(w, 1, x)),
+    "reach the obstacle": of("facing", partial(reaching, False)),
+    "reach obstacles only": of("facing", partial(reaching, True)),
+    "path along the row": of("two_dots", partial(path, 0)),
+    "path along the column": of("two_dots", partial(path, 1)),
     # crops
     "crop the holed": plain("mixed_boxes", cropped_if(has_hole)),
     "crop the rectangle": plain("mixed_blocks", cropped_if(is_rectangle), last=True),
-    **{f"{do} between marks": of("cornered", partial(lambda do, w, x: between_marks(w, do, x), do))
+    **{f"{do} between marks": of("cornered", partial(between_marks, do))
         for do in ("crop", "keep", "paint")},
     # coarse cells
     **{f"coarse {name}": coarse(fn) for name, fn in SMALL.items()},
@@ -611,9 +588,9 @@ RULES: dict[str, Rule] = {
     "fold halves": plain("noise shapes dots", halves_folded),
     "tile turned": plain("full noise", tiled_turned, top=8),
     "shown by mask": of("masked", shown_by_mask),
-    "continue the tile": of("started", continued),
+    "continue the tile": of("started", tile_continued),
     "rings": plain("first_row", rings),
     "staircase": plain("first_row", staircase),
-    "bars of sizes": plain("shapes blocks", largest_fits, last=True),
-    "colours in order": plain("noise shapes", in_order, last=True),
+    "bars of sizes": plain("shapes blocks", bars_of_sizes, last=True),
+    "colours in order": plain("noise shapes", lambda x: listed(x, slice(9)).T, last=True),
 }  # fmt: skip

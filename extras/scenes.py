@@ -108,12 +108,16 @@ def place(d: Dice, x: Grid, y: Grid) -> None:
             return
 
 
-def laid(d: Dice, w: World, things: Sequence[Grid], low: int = 6) -> Grid:
-    """The things on an empty grid, as many as find room."""
-    x = np.zeros(w.size(d, low), np.uint8)
+def placed(d: Dice, x: Grid, things: Sequence[Grid]) -> Grid:
+    """x, on which as many of the things are laid as find room."""
     for thing in things:
         place(d, x, thing)
     return x
+
+
+def laid(d: Dice, w: World, things: Sequence[Grid], low: int = 6) -> Grid:
+    """The things on an empty grid."""
+    return placed(d, np.zeros(w.size(d, low), np.uint8), things)
 
 
 def several(
