@@ -378,10 +378,11 @@ def apply_pointer(p: Pointer, cfg: ModelConfig, batch: Batch) -> Context:
     d, k, demos = batch.demos, len(FRAMES), with_queries(batch)
     views = views_of(demos.inputs, demos.at, demos.cells)
     dtype, known = p.seen_embed.dtype, (demos.outputs != PAD) & (demos.outputs != ASKED)
-    match_bits = (views.seen == demos.outputs[:, None]) & known[:, None]
-    extra = F.one_hot(views.seen, 12).flatten(1).to(dtype) @ (p.seen_embed * k**-0.5)
-    extra = extra + views.facts.to(dtype) @ (p.fact_embed * 8**-0.5)
-    extra = extra + match_bits.to(dtype) @ (p.match_embed * (2 * k**-0.5))
+    matches = ((views.seen == demos.outputs[:, None]) & known[:, None]).to(dtype)
+    place = views.seen + 12 * torch.arange(k, device=views.seen.device)
+    seen = p.seen_embed.new_zeros(len(place), 12 * k).scatter_(1, place, 1.0)
+    extra = seen @ (p.seen_embed * k**-0.5) + views.facts.to(dtype) @ (p.fact_embed * 8**-0.5)
+    extra = extra + matches @ (p.match_embed * (2 * k**-0.5))
     context, keys = match(p.matching, cfg, batch, aligned(p.matching, cfg, demos, extra))
     outputs = d.outputs[d.by_slot]
     keys = keys._replace(seen=outputs != PAD, rotary=None)

@@ -114,8 +114,9 @@ def ten_demos(d: data.Demos) -> data.Demos:
 def plain_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor
 ) -> torch.Tensor:
-    mask = bias.mT if bool(bias.any()) else None
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+    mask = bias.mT[None] if bool(bias.any()) else None
+    q, k, v = (x[None] for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)[0]
 
 
 def plain_swiglu(gate_up: torch.Tensor, down: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
