@@ -469,7 +469,7 @@ def meaning(cfg: ModelConfig) -> dict[str, Any]:
 def source_of(path: str, cfg: ModelConfig, like: dict[str, Tensor]) -> Source:
     """A checkpoint of ours (the average of its weights) or a published one (any other suffix)."""
     file = find(path)
-    if file.suffix != ".safetensors":
+    if file.exists() and file.suffix != ".safetensors":
         published = importlib.import_module(f"{__package__}.extras.published")
         tensors, stated, started = published.read(file, cfg.encoder.kind, like)
         return Source(file, tensors, stated, started, torch.zeros(0, 16, dtype=torch.uint8))

@@ -229,10 +229,10 @@ def set_item(raw: dict[str, Any], item: str) -> None:
         raise UserError(f"--set {item}: must be key=value, for instance train.steps=100")
     try:
         value = tomli.loads(f"x = {text}")["x"]
-    except tomli.TOMLDecodeError:
+    except (tomli.TOMLDecodeError, RecursionError) as e:
+        if text.lstrip().startswith(("[", "{", '"', "'")):
+            raise UserError(f"--set {key}: broken TOML: {e}") from None
         value = text
-    except RecursionError as e:
-        raise UserError(f"--set {key}: {e}") from None
     override(raw, key.strip(), value, f"--set {key}")
 
 
