@@ -442,7 +442,7 @@ def sure(cfg: ModelConfig, q: Tensor) -> Tensor:
 
 
 def halts(cfg: ModelConfig, q: Tensor, steps: Tensor, min_steps: Tensor | None) -> Tensor:
-    """(B,) slots that end: at halt_max_steps or, in training that may, sure from min_steps on."""
+    """(B,) slots that end: at the last step or, in training without fixed_steps, when sure."""
     last = steps >= cfg.halt_max_steps
     if min_steps is None or cfg.fixed_steps:
         return last
