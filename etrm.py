@@ -30,15 +30,16 @@ def step_of(x: Tensor) -> int:
     return 0 if x.device.type != "cpu" else STEP if x.dtype == torch.bfloat16 else 1
 
 
-def filled(x: Tensor) -> Tensor:
-    """(N, D) with zeros below, at most an eighth more rows, where shapes cost."""
+def filled(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """f of rows (N, D); where shapes cost, of at most an eighth more of them, which are cut off."""
     more = -len(x) % (1 << max(0, len(x).bit_length() - 4)) if step_of(x) > 1 else 0
-    return torch.cat((x, x.new_zeros(more, x.shape[1]))) if more else x
+    y = f(torch.cat((x, x.new_zeros(more, x.shape[1]))) if more else x)
+    return y[: len(x)] if more else y
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """(N, D) by (F, D) gives (N, F)."""
-    return (filled(x) @ weight.T)[: len(x)]
+    return filled(lambda rows: rows @ weight.T, x)
 
 
 class _Rms(torch.autograd.Function):
@@ -82,8 +83,8 @@ class _Gate(torch.autograd.Function):
 
 def swiglu(gate_up: Tensor, down: Tensor, x: Tensor) -> Tensor:
     """(N, D) through gate_up (2 F, D) and down (D, F)."""
-    rows, (gate, up) = filled(x), gate_up.chunk(2)
-    return (_Gate.apply(rows @ gate.T, rows @ up.T) @ down.T)[: len(x)]
+    gate, up = gate_up.chunk(2)
+    return filled(lambda rows: _Gate.apply(rows @ gate.T, rows @ up.T) @ down.T, x)
 
 
 @functools.lru_cache(maxsize=16)
@@ -442,7 +443,7 @@ def sure(cfg: ModelConfig, q: Tensor) -> Tensor:
 
 
 def halts(cfg: ModelConfig, q: Tensor, steps: Tensor, min_steps: Tensor | None) -> Tensor:
-    """(B,) slots that end: at the last step or, in training without fixed_steps, when sure."""
+    """(B,) slots that end: at halt_max_steps or, unless fixed_steps, sure from min_steps on."""
     last = steps >= cfg.halt_max_steps
     if min_steps is None or cfg.fixed_steps:
         return last
@@ -534,13 +535,12 @@ def act_loss(cfg: ModelConfig, out: Output, labels: Tensor, cells: Sequence[int]
     lm = per_slot(torch.where(valid, ce, 0.0), cells) / asked.clamp(min=1)
     exact, labelled = hits == asked, asked > 0
     q = F.binary_cross_entropy_with_logits(out.q_halt, exact.float(), reduction="none")
-    if not cfg.published_faults:
-        q = torch.where(labelled, q, 0.0)
+    q = q if cfg.published_faults else torch.where(labelled, q, 0.0)
     kl = torch.zeros_like(lm) if out.kl is None else out.kl
     kl_weight = cfg.encoder.kl_weight / (len(cells) if cfg.published_faults else 1)
     total, accuracy = lm + cfg.q_weight * q + kl_weight * kl, hits / asked.clamp(min=1)
-    q_right = ((out.q_halt >= 0) == exact) & labelled
     lm, q, kl = lm.detach(), q.detach(), kl.detach()
+    q_right = ((out.q_halt >= 0) == exact) & labelled
     return Loss(total, lm, q, accuracy, exact & labelled, q_right, labelled, kl)
 
 
