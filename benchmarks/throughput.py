@@ -316,6 +316,7 @@ def one_dtype(dtype: str, sets: list[str], repeats: int, stand_in: bool) -> dict
     bare.s = bare.s._replace(encode=etrm.Encode(lambda *_: context))
     result["full_canvas_without_encoder"] = bare.rate(repeats, 1)
     if stand_in:
+        fields["train__shards"] = 4  # four slots at a time take 4 GB in fp32, sixteen over 22
         with published_layout():
             slow = Trainer(recipe(sets, **fields, **LAYOUT))
             result["stand_in"] = slow.rate(repeats, 1)
