@@ -76,7 +76,7 @@ class EncoderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     set_layers: Count = 1  # blocks in which context tokens attend to demos, or demos to each other
     pooling: Literal["mean", "max", "attention", "weighted"] = "mean"  # cells to a vector
     norm: Literal["post", "pre"] = "post"  # where a class token is read, cells are always "pre"
-    layer_scale: NonNegative = 0.0  # 0: none
+    layer_scale: NonNegative = 0.0  # initial value of a branch's learned gain; 0: none
     cached: bool = False  # published: read at an episode's first step alone, which starves it
     H_cycles: Count = 2  # of trm_style; refinements in each forward of recurrent
     latent: CountOrZero = 0  # numbers that a variational encoder draws, or of a table's row

@@ -15,7 +15,7 @@ from etrm_arc.tests.puzzles import SET
 SHIPPED = sorted(
     p.relative_to(config.SHIPPED).with_suffix("").as_posix() for p in config.SHIPPED.rglob("*.toml")
 )
-OURS = {"cpu", "cpu-plain", "cpu-best", "questions", "overfit", "overfit-augment"}
+OURS = {"cpu", "cpu-plain", "cpu-best", "joint", "questions", "overfit", "overfit-augment"}
 
 # The settings of the published work, as its authors describe them.
 # fmt: off
@@ -172,7 +172,7 @@ SYSTEMS += [f"experiments/{row}" for row in ("combined", "E11", "frozen")]  # ot
 def test_every_system_takes_three_steps(name, tmp_path, decoder):
     sets = [f"init_from.path={decoder}"] if config.load_config(name).init_from.path else []
     sets += ["init_from.force=true"] * (name == "overfit-augment")  # positions are not a decoder's
-    if name in ("cpu-plain", "cpu-best", "questions"):  # rearc needs a package of its own
+    if name in ("cpu-plain", "cpu-best", "joint", "questions"):  # rearc needs a package of its own
         sets = [f'data.train=["{SET}", "composed:5"]', "data.share={ composed = 0.5 }"]
         sets.append("init_from.path=")
     assert train.fit(small(name, tmp_path, *sets))["step"] == 3
