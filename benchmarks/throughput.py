@@ -296,6 +296,15 @@ def plot(result: dict[str, Any], path: Path) -> None:
 # ---------------------------------------------------------------- the run
 
 
+def without_encoder(cfg: config.Config) -> Trainer:
+    """A run of TRM's work alone: its context is given, not read from the demos."""
+    t = Trainer(cfg)
+    size = cfg.train.batch, cfg.model.context_tokens, cfg.model.hidden
+    context = etrm.Context(torch.zeros(size, dtype=t.s.dtype))
+    t.s = t.s._replace(encode=etrm.Encode(lambda *_: context))
+    return t
+
+
 def one_dtype(dtype: str, sets: list[str], repeats: int, stand_in: bool) -> dict[str, Any]:
     """All rates in samples/s, start and parts in seconds."""
     t = Trainer(recipe(sets, train__dtype=dtype))
@@ -310,17 +319,17 @@ def one_dtype(dtype: str, sets: list[str], repeats: int, stand_in: bool) -> dict
         "parts": parts(whole, repeats),
     }
     fields = {"train__dtype": dtype, "train__shards": 1}
-    bare = Trainer(recipe(sets, **fields, data__canvas=30, model__positions="rope"))
-    size = bare.cfg.train.batch, bare.cfg.model.context_tokens, bare.cfg.model.hidden
-    context = etrm.Context(torch.zeros(size, dtype=bare.s.dtype))
-    bare.s = bare.s._replace(encode=etrm.Encode(lambda *_: context))
+    bare = without_encoder(recipe(sets, **fields, data__canvas=30, model__positions="rope"))
     result["full_canvas_without_encoder"] = bare.rate(repeats, 1)
     if stand_in:
-        fields["train__shards"] = 4  # four slots at a time take 4 GB in fp32, sixteen over 22
+        parted = {**fields, "train__shards": 4}  # four slots at once take 4 GB, sixteen over 22
         with published_layout():
-            slow = Trainer(recipe(sets, **fields, **LAYOUT))
-            result["stand_in"] = slow.rate(repeats, 1)
-        result["ratio"] = rate / result["stand_in"]
+            slow = Trainer(recipe(sets, **parted, **LAYOUT)).rate(repeats, 1)
+            bare = without_encoder(recipe(sets, **fields, **LAYOUT))
+            result |= {"stand_in": slow, "stand_in_without_encoder": bare.rate(repeats, 1)}
+        result["ratio"] = rate / slow
+        alone = result["full_canvas_without_encoder"] / result["stand_in_without_encoder"]
+        result["ratio_without_encoder"] = alone
     return result
 
 
