@@ -99,7 +99,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     positions: Literal["rope", "rope2d", "learned", "both", "none"] = "rope2d"
     raster: Annotated[int, msgspec.Meta(ge=1, le=50)] = 30  # side of the field that positions count
     tied_head: bool = True  # logits from the query's own token embedding
-    published: bool = False  # the context enters sqrt(hidden) times as large, without a gain
+    published: bool = False  # the context enters sqrt(hidden) times as large; grids vote as wholes
     published_faults: bool = False
     halt_max_steps: Count = 16
     exploration: Share = 0.1
@@ -247,11 +247,8 @@ def joined(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def is_set(raw: Any, key: str) -> bool:
     """Whether the tables of a recipe set the dotted key."""
-    for name in key.split("."):
-        if not isinstance(raw, dict) or name not in raw:
-            return False
-        raw = raw[name]
-    return True
+    name, _, rest = key.partition(".")
+    return isinstance(raw, dict) and name in raw and (not rest or is_set(raw[name], rest))
 
 
 def read_recipe(path: Path, names: Sequence[str], above: tuple[Path, ...] = ()) -> dict[str, Any]:

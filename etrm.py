@@ -495,15 +495,13 @@ def act_step(
     return new, Output(logits, q[:, 0], context.kl, context.tokens.detach())
 
 
-def log_stable(x: Tensor) -> Tensor:
-    """log s(x): s(x) = x + 1 for x >= 0, 1 / (1 - x) below (stablemax, Prieto et al. 2025)."""
-    return torch.where(x < 0, -torch.log1p(-x.clamp(max=0)), torch.log1p(x.clamp(min=0)))
-
-
 def log_prob(cfg: ModelConfig, logits: Tensor) -> Tensor:
-    """Log-probabilities of tokens, in float32."""
+    """Log-probabilities of tokens, in float32: shares of e^x, or of stablemax's s(x) = x + 1 for
+    x >= 0, 1 / (1 - x) below (Prieto et al. 2025)."""
     x = logits.float()
-    return torch.log_softmax(log_stable(x) if cfg.loss == "stablemax" else x, -1)
+    if cfg.loss == "stablemax":  # log s(x)
+        x = torch.where(x < 0, -torch.log1p(-x.clamp(max=0)), torch.log1p(x.clamp(min=0)))
+    return torch.log_softmax(x, -1)
 
 
 class Loss(NamedTuple):

@@ -206,9 +206,7 @@ def check_patterns(cfg: OptimizerConfig, params: Collection[str]) -> None:
 
 # ---------------------------------------------------------------- a step of all optimizers
 
-
-# matrices that are lists of vectors
-VECTORS = r"embed|queries|head|halt|q_weight|position|pool\.0$"
+VECTORS = r"embed|queries|head|halt|q_weight|position|pool\.0$"  # matrices made of vectors
 
 
 def optimizers(

@@ -53,23 +53,18 @@ def ask_demos(
     return data.batch(packed, episodes, cfg.model.raster), row.to(packed.cells.device)
 
 
-def constant(context: Context) -> Encode:
-    """An encoder that gives this context whatever it reads."""
-    return Encode(lambda *_: context)
-
-
 def likelihood(
     params: Params, cfg: Config, demos: Asked, context: Context, rows: int
 ) -> tuple[Tensor, Tensor]:
     """(gradient (R, T, D) of the summed loss of all ACT steps by the context tokens, zeros where
     they need none; (rows,) mean log-probability of a demo's cell at last, 0 without demos)."""
-    tokens, (batch, row) = context.tokens, demos
+    tokens, (batch, row), encode = context.tokens, demos, Encode(lambda *_: context)
     model = msgspec.structs.replace(cfg.model, q_weight=0.0)
     grad = torch.zeros(tokens.shape, device=tokens.device)
     carry = etrm.fresh_carry(model, batch.cells, tokens.dtype, tokens.device)
     scale = 2.0**12 if tokens.dtype == torch.float16 else 1.0  # gradients in fp16 would vanish
     for _ in range(cfg.model.halt_max_steps):
-        carry, out = etrm.act_step(params, model, constant(context), carry, batch, None)
+        carry, out = etrm.act_step(params, model, encode, carry, batch, None)
         loss = etrm.act_loss(model, out, batch.labels, batch.cells)
         if tokens.requires_grad:
             grad += torch.autograd.grad(loss.total.sum() * scale, [tokens])[0].float() / scale
@@ -230,7 +225,7 @@ def answer_batch(
         task = questions.queries.task[[r for r, _ in units]]
         if demos := ask_demos(questions.packed, cfg, task, posed.symmetry, posed.lots):
             context = search_context(params, cfg, encode, demos, context, deadline)
-        encode = constant(context)
+        encode = Encode(lambda *_: context)  # whatever it reads
     steps, dtype = cfg.solve.act_steps or cfg.model.halt_max_steps, optim.hardware(cfg)[1]
     out, spent = etrm.think(params, cfg.model, encode, posed.batch, dtype, steps, cfg.solve.leave)
     back, answers = data.inverse(posed.symmetry), []
@@ -242,7 +237,7 @@ def answer_batch(
         grid = data.untokenise(canvas) if finite else None
         if grid is not None:
             grid = data.apply(Symmetry(back.dihedral[b], back.colours[b]), grid)
-        vote = Vote(grid, q[b], view, int(spent[b]), p.source)
+        vote = Vote(grid, q[b], view, int(spent[b]), p.source, not cfg.model.published)
         answers.append(p._replace(votes=[vote], canvas=None if view else canvas))
     return answers
 
@@ -363,9 +358,8 @@ def predict(
 def predictions_path(solver: Solver) -> Path:
     """predictions.jsonl in the solver's run folder; runs/<name> here where it has none."""
     folder = solver.path.parent
-    if not ((folder / "run.json").is_file() and os.access(folder, os.W_OK)):
-        folder = Path("runs") / solver.path.stem
-    return folder / "predictions.jsonl"
+    is_run = (folder / "run.json").is_file() and os.access(folder, os.W_OK)
+    return (folder if is_run else Path("runs") / solver.path.stem) / "predictions.jsonl"
 
 
 def joint(

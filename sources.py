@@ -403,6 +403,5 @@ def prepare(cfg: DataConfig) -> tuple[list[Task], list[Task], Finding]:
 
 def within_reach(task: Task) -> Task:
     """Without the queries beyond 30 x 30, which evaluation counts as unanswered."""
-    shapes = [x.shape + (() if y is None else y.shape) for x, y in task.queries]
-    fitting = [q for q, sides in zip(task.queries, shapes, strict=True) if max(sides) <= MAX_SIDE]
+    fitting = [q for q in task.queries if all(x is None or max(x.shape) <= MAX_SIDE for x in q)]
     return task._replace(queries=fitting)

@@ -95,9 +95,8 @@ def test_a_demo_is_predicted_from_the_other_demos_alone(g):
     own, y, other = drawn.integers(0, experts.TOKENS, (3, 30), dtype=np.uint8)
     seen, worth = drawn.integers(0, experts.TOKENS, (30, 2), dtype=np.uint8), drawn.random(10)
     changed = np.where(demo == 0, other, y)
-    tables = [
-        [experts.learn(r, own, seen, demo, z) for r in experts.RULES.values()] for z in (y, changed)
-    ]
+    rules, learn = experts.RULES.values(), experts.learn
+    tables = [[learn(r, own, seen, demo, z) for r in rules] for z in (y, changed)]
     p, q = (experts.mixture([c for c, _ in t], worth, own, seen, demo) for t in tables)
     assert np.allclose(p[demo == 0], q[demo == 0])
 

@@ -15,11 +15,8 @@ from etrm_arc.show import Step, Timeline
 from etrm_arc.tests import puzzles
 from etrm_arc.tests.test_train import tiny
 
-TASK = Task(
-    "t",
-    [(np.full((3, 4), c, np.uint8), np.full((3, 4), c + 1, np.uint8)) for c in (1, 3)],
-    [(np.eye(4, 5, dtype=np.uint8), None)],
-)
+DEMOS = [(np.full((3, 4), c, np.uint8), np.full((3, 4), c + 1, np.uint8)) for c in (1, 3)]
+TASK = Task("t", DEMOS, [(np.eye(4, 5, dtype=np.uint8), None)])
 
 
 def solver_of(**fields):

@@ -157,12 +157,10 @@ def test_patterns_freeze_for_a_while_or_for_ever_and_scale(tmp_path):
             assert torch.equal(v, before[k]) == any(name in k for name in frozen), k
 
 
-@pytest.mark.parametrize(
-    ("pattern", "words"), [("a", "no parameter"), (".*", "nothing is left"), ("(.*)*x", "too many")]
-)
-def test_a_pattern_that_means_nothing_is_refused(tmp_path, pattern, words):
-    with pytest.raises(UserError, match=words):
-        train.setup(tiny(tmp_path, optimizer__freeze={pattern: 0}))
+def test_a_pattern_that_means_nothing_is_refused(tmp_path):
+    for key, words in {"a": "no parameter", ".*": "nothing is left", "(.*)*x": "too many"}.items():
+        with pytest.raises(UserError, match=words):
+            train.setup(tiny(tmp_path, optimizer__freeze={key: 0}))
 
 
 def test_clipping_bounds_the_step_and_reports_the_norm_before():
