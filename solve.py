@@ -268,7 +268,7 @@ NO_WEIGHTS = Params((), ())  # type: ignore[arg-type]
 NO_PAIRS = torch.zeros(0, 16, dtype=torch.uint8)
 SUBMISSIONS = "etrm_arc.extras.submissions"  # the module that writes them
 SOLVERS = {"experts": "etrm_arc.extras.experts"}  # name: a module with `predict`
-FREE = ("train.device", "train.dtype", "solve.")  # of a checkpoint's config
+FREE = ("train.device", "train.dtype", "data.max_side", "solve.")  # of a checkpoint's config
 
 
 def opened(path: str | Path, sets: Sequence[str] = ()) -> Solver:
@@ -280,6 +280,8 @@ def opened(path: str | Path, sets: Sequence[str] = ()) -> Solver:
             raise UserError(f"--set {item}: a checkpoint lets only {', '.join(FREE)}* change")
         config.set_item(raw, item)
     cfg = config.parse_config(raw, str(c.path))
+    if (cfg.data.canvas or cfg.data.max_side) > (largest := cfg.model.raster):
+        raise UserError(f"data.max_side: must be at most model.raster = {largest}")
     how = {k: v for k, v in msgspec.to_builtins(cfg.solve).items() if k != "views"}
     learns = [cfg.optimizer, cfg.run.seed] if cfg.solve.adapt == "full" else []
     dtype = str(optim.hardware(cfg)[1])

@@ -1,6 +1,5 @@
-"""Predictions that depend on nothing they should not see, go on where they stopped, and are scored.
-
-And adaptation to a task: from its demos alone, on a copy of the weights, within its time."""
+"""Predictions depend on nothing that they should not see, go on where they stopped and are scored;
+adaptation learns from a task's demos alone, on a copy of the weights, within its time."""
 
 import os
 import sys
@@ -202,8 +201,8 @@ def test_who_votes_depends_on_all_that_decides_the_answers(run):
     assert plain == source("solve.views=9") == source(optimizer__lr=0.5)
     others = [source("solve.leave=q"), source("solve.act_steps=1"), source("solve.adapt=context")]
     others += [source(model__halt_max_steps=3), source(data__colours="all")]
-    others += [full, source("solve.adapt=full", optimizer__kind="adamw")]
-    assert len({plain, *others}) == 8
+    others += [full, source("solve.adapt=full", optimizer__kind="adamw"), source("data.max_side=9")]
+    assert len({plain, *others}) == 9
     assert evaluate(run)["votes"] == evaluate(run, sets=["solve.leave=q"])["votes"] == 18
     assert len({p.source for p in score.read(Path("p.jsonl"))}) == 2  # kept apart in one file
 
@@ -272,6 +271,7 @@ def test_what_cannot_end_well_is_found_before_a_view_is_asked(run, tmp_path, mon
         "no query": {"sources": [unasked]},
         "NaN": {"name": copy_of(run, "nan.safetensors", lambda x: x * float("nan"))},
         "cannot be written": {"submit": "no/s.json"},
+        "model.raster = 9": {"name": copy_of(run, "raster.safetensors", model__raster=9)},
         "must look like 1/4": {"shard": "3/2"},
         "²/3: must look like": {"shard": "²/3"},
     }.items():
