@@ -99,7 +99,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     positions: Literal["rope", "rope2d", "learned", "both", "none"] = "rope2d"
     raster: Annotated[int, msgspec.Meta(ge=1, le=50)] = 30  # side of the field that positions count
     tied_head: bool = True  # logits from the query's own token embedding
-    published: bool = False  # the context enters sqrt(hidden) times as large; grids vote as wholes
+    published: bool = False  # the context enters sqrt(hidden) times as large, without a gain
     published_faults: bool = False
     halt_max_steps: Count = 16
     exploration: Share = 0.1

@@ -40,7 +40,6 @@ class Vote(NamedTuple):
     view: int = 0
     step: int = 0  # ACT steps taken, 0 for a solver without them
     source: str = ""
-    by_cell: bool = False  # votes on each cell, too
 
 
 class Prediction(NamedTuple):
@@ -75,7 +74,7 @@ def rows_of(text: str, first: int) -> list[list[int]]:
 
 def to_line(p: Prediction) -> str:
     """One prediction as a line of JSON; its votes have one source."""
-    keys = ("view", "step", "q", "by_cell")
+    keys = ("view", "step", "q")
     votes = [{k: getattr(v, k) for k in keys} | {"grid": grid_text(v.grid)} for v in p.votes]
     line = {k: getattr(p, k) for k in ("task", "query", "hash", "source")}
     canvas = None if p.canvas is None else canvas_text(p.canvas)
@@ -90,8 +89,7 @@ def from_line(text: str, where: str) -> Prediction:
         for v in line["votes"]:
             rows = None if v["grid"] is None else rows_of(v["grid"], FIRST_COLOUR)
             grid = None if rows is None else sources.check_grid(rows, where)
-            q, by_cell = float(v["q"]), v.get("by_cell") is True
-            votes.append(Vote(grid, q, int(v["view"]), int(v["step"]), source, by_cell))
+            votes.append(Vote(grid, float(v["q"]), int(v["view"]), int(v["step"]), source))
         text = line.get("canvas")
         canvas = None if text is None else np.array(rows_of(text, 0), np.uint8)
         if not all(map(math.isfinite, [seconds, *(v.q for v in votes)])):
@@ -186,8 +184,7 @@ class Answer(NamedTuple):
 
 def rank(votes: Sequence[Vote]) -> list[Answer]:
     """Different answers by their number of votes, as published; ties by mean sigmoid(q), then by
-    the earliest view, then by content. Votes by cell elect the second, unless it is the first: of
-    its size, each cell in the colour that most of them have there, of ties the lowest."""
+    the earliest view, then by content."""
     groups: dict[Any, list[Vote]] = defaultdict(list)  # by content
     for v in votes:
         if v.grid is not None:
@@ -197,15 +194,7 @@ def rank(votes: Sequence[Vote]) -> list[Answer]:
         q = math.fsum(1 / (1 + math.exp(-max(-500.0, v.q))) for v in group) / len(group)
         order = (-len(group), -q, min(v.view for v in group), content)
         ranked.append((order, Answer(np.asarray(group[0].grid), len(group), q)))
-    answers = [answer for _, answer in sorted(ranked)]
-    size = answers[0].grid.shape if answers else None
-    alike = [v.grid for v in votes if v.by_cell and v.grid is not None and v.grid.shape == size]
-    if alike:
-        elected = np.argmax([sum(g == colour for g in alike) for colour in range(10)], 0)
-        place = next((i for i, a in enumerate(answers) if np.array_equal(a.grid, elected)), -1)
-        answer = answers.pop(place) if place >= 0 else Answer(elected.astype(np.uint8), 0, 0.0)
-        answers.insert(0 if place == 0 else 1, answer)
-    return answers
+    return [answer for _, answer in sorted(ranked)]
 
 
 # ---------------------------------------------------------------- scores

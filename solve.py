@@ -237,7 +237,7 @@ def answer_batch(
         grid = data.untokenise(canvas) if finite else None
         if grid is not None:
             grid = data.apply(Symmetry(back.dihedral[b], back.colours[b]), grid)
-        vote = Vote(grid, q[b], view, int(spent[b]), p.source, not cfg.model.published)
+        vote = Vote(grid, q[b], view, int(spent[b]), p.source)
         answers.append(p._replace(votes=[vote], canvas=None if view else canvas))
     return answers
 

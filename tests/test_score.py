@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 
 from etrm_arc import score, sources
 from etrm_arc.config import UserError
@@ -44,17 +43,6 @@ def test_ranking_goes_by_votes_whatever_their_order(votes, random):
     grids = [None if v.grid is None else v.grid.tolist() for v in votes]
     keys = [(a.votes, a.q, -grids.index(a.grid.tolist())) for a in ranked]
     assert keys == sorted(keys, reverse=True)  # full ties go by the earliest view
-
-
-@given(st.lists(arrays(np.uint8, (2, 2), elements=st.integers(0, 2)), min_size=1, max_size=7))
-def test_votes_by_cell_elect_the_second_answer(grids):
-    votes = [Vote(g, view=i, by_cell=True) for i, g in enumerate([*grids, TWO[:1]])]
-    first, *rest = by_content(score.rank([v._replace(by_cell=False) for v in votes]))
-    elected = np.apply_along_axis(lambda cell: np.bincount(cell).argmax(), 0, grids).tolist()
-    if elected != first[2]:
-        voted = [a for a in rest if a[2] == elected] or [(0, 0.0, elected)]
-        rest = [*voted, *(a for a in rest if a[2] != elected)]
-    assert by_content(score.rank(votes)) == [first, *rest]
 
 
 def test_votes_agree_with_the_published_ones():
@@ -126,7 +114,6 @@ def test_scores_come_with_wilsons_interval_and_are_judged_by_the_published_crite
 
 @given(VOTES, st.none() | st.just(tokenise(ONE, (3, 4))))
 def test_a_line_is_read_back(votes, canvas):
-    votes = [v._replace(by_cell=v.view % 3 == 1) for v in votes]
     p = Prediction('a\n"b', 1, "ff", votes, canvas, 1.5, "s")
     again = score.from_line(score.to_line(p), "x")
     assert "\n" not in score.to_line(p) and score.to_line(again) == score.to_line(p)
