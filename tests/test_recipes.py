@@ -195,7 +195,7 @@ def test_two_refinements_of_etrm2_are_one_refinement_twice():
     assert not torch.allclose(refined(2, states), refined(1, states))
 
 
-@pytest.mark.parametrize("name", ["cpu-plain", "cpu-best"])
+@pytest.mark.parametrize("name", ["cpu-plain", "cpu-best", "joint"])
 def test_a_shipped_checkpoint_is_of_its_recipe_and_answers(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # it is found by name from any folder
     opened, recipe = solve.opened(name), config.load_config(name)
