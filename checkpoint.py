@@ -115,7 +115,8 @@ def save(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
 def opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     """(safetensors file, metadata). Raises UserError when absent, unreadable, cut or not ours."""
     if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint")
+        shipped = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.safetensors")))
+        raise UserError(f"{path}: no such checkpoint; shipped: {shipped}")
     try:
         with open(path, "rb") as raw:
             if raw.read(2) in (b"PK", b"\x80\x02"):
@@ -166,7 +167,8 @@ class Checkpoint(NamedTuple):
 def shapes_of(cfg: ModelConfig, tensors: int) -> Params:
     """The tree of parameters, without memory. Raises UserError on more layers than tensors."""
     layers = max(cfg.layers, cfg.encoder.layers, cfg.encoder.set_layers)
-    if layers > max(tensors, 2) or max(cfg.H_cycles, cfg.L_cycles, cfg.halt_max_steps) > LONGEST:
+    cycles = max(cfg.H_cycles, cfg.L_cycles, cfg.halt_max_steps, cfg.encoder.H_cycles)
+    if layers > max(tensors, 2) or cycles > LONGEST:
         raise UserError("a model of that depth is not in this file")
     with FakeTensorMode():
         return init_params(cfg, 0)
@@ -238,13 +240,6 @@ def states(folder: Path) -> list[Path]:
 
 def step_of(state: Path) -> int:
     return int(state.stem.partition("-")[2])
-
-
-def save_state(folder: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-    """Write the state of facts["step"]; of those before it the last one is kept."""
-    save(folder / f"state-{facts['step']:08d}.safetensors", tensors, facts)
-    for old in states(folder)[:-2]:
-        old.unlink()
 
 
 def carry_tensors(slots: Iterable[Tensor], carries: Iterable[Carry]) -> dict[str, Tensor]:
@@ -422,7 +417,10 @@ class Run(contextlib.ExitStack):
                 save(self.folder / f"{name}.safetensors", weights, facts)
             sync(self.folder / "metrics.jsonl")
             if state:
-                save_state(self.folder, weights | state, facts)
+                file = self.folder / f"state-{facts['step']:08d}.safetensors"
+                save(file, weights | state, facts)
+                for old in states(self.folder)[:-2]:  # of those before it the last one is kept
+                    old.unlink()
 
         self.writing = self.writer.submit(write)
 
@@ -461,7 +459,7 @@ def meaning(cfg: ModelConfig) -> dict[str, Any]:
     """What no tensor says: under another value the same weights are another model."""
     core = {k: getattr(cfg, k) for k in ("H_cycles", "L_cycles", "heads", "layers", "positions")}
     free = {"kl_weight", "cached", "width", "latent"}
-    free |= set() if cfg.encoder.kind == "trm_style" else {"H_cycles", "L_cycles"}
+    free |= set() if cfg.encoder.kind in ("trm_style", "recurrent") else {"H_cycles"}
     encoder = msgspec.structs.asdict(cfg.encoder)
     return core | {f"encoder.{k}": v for k, v in encoder.items() if k not in free}
 
@@ -469,7 +467,9 @@ def meaning(cfg: ModelConfig) -> dict[str, Any]:
 def source_of(path: str, cfg: ModelConfig, like: dict[str, Tensor]) -> Source:
     """A checkpoint of ours (the average of its weights) or a published one (any other suffix)."""
     file = find(path)
-    if file.exists() and file.suffix != ".safetensors":
+    if not file.exists():
+        raise UserError(f"init_from.path: {path}: no such checkpoint; train it first")
+    if file.suffix != ".safetensors":
         published = importlib.import_module(f"{__package__}.extras.published")
         tensors, stated, started = published.read(file, cfg.encoder.kind, like)
         return Source(file, tensors, stated, started, torch.zeros(0, 16, dtype=torch.uint8))
@@ -526,5 +526,5 @@ def start(init: InitConfig, cfg: ModelConfig, like: dict[str, Tensor]) -> tuple[
     if (other := other_meaning(source, cfg, taken)) and not init.force:
         raise UserError(f"init_from: {source.path} {other}; init_from.force takes it all the same")
     skipped, drawn = (grouped(k for k in tree if k not in taken) for tree in (source.tensors, like))
-    text = f"init_from {source.path}: taken {grouped(taken)}; skipped {skipped}"
+    text = f"{source.path}: taken {grouped(taken)}; skipped {skipped}"
     return source._replace(tensors=taken), f"{text}; missing, so drawn anew: {drawn}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import json
 import math
@@ -281,7 +280,7 @@ def solve(checkpoint: str, task: str, sets: Set = [], as_json: Json = False) -> 
                 votes, confidence = ranked[0].votes, f"{100 * ranked[0].q:.1f} %"
                 text = f"{votes} of {len(p.votes)} votes agree, confidence {confidence}"
             else:
-                text = "no answer: no vote is a whole grid, or no canvas trained on is large enough"
+                text = "no answer: no whole grid among the votes, or data.max_side is too small"
             echo(f"query {p.query + 1}: {text}")
             answers = [a._asdict() | {"grid": a.grid.tolist()} for a in ranked[:2]]
             about = {"task": p.task, "query": p.query, "votes": len(p.votes)}
@@ -341,16 +340,14 @@ def runs(
         return last_line(as_json, {"runs": rows})
     if folder == Path("runs") or (folder.is_dir() and not (folder / "run.json").exists()):
         rows = pages.listing(folder)
-        echo(*map(pages.run_line, rows))
+        echo(*(map(pages.run_line, rows) if rows else [f"no run below {folder}"]))
         return last_line(as_json, {"runs": rows})
     facts = pages.inspect(paths[0])
     echo(*pages.inspection_lines(facts))
     last_line(as_json, facts)
 
 
-def main() -> None:
-    app()
-
+main = app  # the console script
 
 if __name__ == "__main__":
     main()

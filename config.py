@@ -42,7 +42,7 @@ Beta = Annotated[float, msgspec.Meta(ge=0, lt=1)]
 
 
 class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    dir: str = "runs/etrm"
+    dir: Annotated[str, msgspec.Meta(min_length=1)] = "runs/etrm"
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
     track: Literal["", "tensorboard", "wandb"] = ""  # beside metrics.jsonl, offline
 
@@ -140,7 +140,7 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     steps: Count = 2000
     shards: Count = 4  # parts of a step, one after the other or by 1, 2 or 4 processes: same bits
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     ema: Beta = 0.999
     log_every: Count = 10
     save_every: Count = 200
@@ -188,27 +188,18 @@ def parse_config(raw: dict[str, Any], where: str) -> Config:
         text = str(e)
     at = re.search(r"`\$\.?([^`]*)`$", text)
     path = at[1] if at else ""
+    hint: Any = Config  # type of the table or field at fault
+    for name in filter(None, path.partition("[")[0].split(".")):
+        hint = {f.name: f.type for f in msgspec.structs.fields(hint)}[name]
     if unknown := re.search(r"unknown field `([^`]*)`", text):
-        owner: Any = Config
-        for name in filter(None, path.split(".")):
-            owner = next(f.type for f in msgspec.structs.fields(owner) if f.name == name)
-        close = nearest(unknown[1], owner.__struct_fields__)
+        close = nearest(unknown[1], hint.__struct_fields__)
         raise UserError(f"{where}: unknown key {'.'.join(filter(None, (path, unknown[1])))}{close}")
     reason = text.split(" - at ")[0].lower()
     if "enum" in reason:
-        reason += f"; known: {', '.join(choices(path))}"
+        while get_origin(hint) is not Literal:
+            hint = get_args(hint)[0]
+        reason += f"; known: {', '.join(name or repr('') for name in get_args(hint))}"
     raise UserError(f"{where}: {path or 'config'}: {reason}")
-
-
-def choices(path: str) -> list[str]:
-    """The values that the field of that path may have, of a Literal within its type."""
-    hint: Any = Config
-    for name in path.split("."):
-        fields = {f.name: f.type for f in msgspec.structs.fields(hint)}
-        hint = fields[name.partition("[")[0]]
-    while get_origin(hint) is not Literal:
-        hint = get_args(hint)[0]
-    return [name or "''" for name in get_args(hint)]
 
 
 def override(raw: dict[str, Any], key: str, value: Any, where: str) -> None:

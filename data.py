@@ -379,6 +379,12 @@ class Painted(NamedTuple):
     at: Tensor  # (M, 2) row and column of each cell on the raster
 
 
+def ragged(sizes: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """(total,) the owner of each item of owners of these sizes, and the item's number in it."""
+    owner = torch.repeat_interleave(sizes, output_size=total)
+    return owner, torch.arange(total, device=sizes.device) - (sizes.cumsum(0) - sizes)[owner]
+
+
 def paint(
     tasks: Tasks, pair: Tensor, sym: Symmetry, shift: Tensor, canvas: Tensor, raster: int = MAX_SIDE
 ) -> Painted:
@@ -401,9 +407,7 @@ def paint(
     # on the device: facts (m, 14) become those of every cell, (14, M).
     facts = torch.cat((offset, origin, source, per_row, per_column, end), 1)
     device, area = tasks.cells.device, canvas.prod(1)
-    total = int(area.sum())
-    of = torch.arange(len(pair)).repeat_interleave(area, output_size=total).to(device)
-    number = torch.arange(total, device=device) - (area.cumsum(0) - area).to(device)[of]
+    of, number = ragged(area.to(device), int(area.sum()))
     side = canvas[:, 1].to(device)[of]
     i, j = number // side, number % side
     top, left, row_0, column_0, *rest = facts.to(device).T.contiguous()[:, of]

@@ -6,12 +6,11 @@ L latent, h heads. Packed tokens (.., D) lie slot after slot (or demo after demo
 
 from __future__ import annotations
 
-import functools
 import importlib
 import math
 import runpy
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -124,11 +123,6 @@ def cross_attention(
     return etrm.attend(q, k, values.unflatten(-1, (heads, -1)), t.sizes, keys.sizes, keys.seen)
 
 
-def rotary_in(cfg: ModelConfig, position: Tensor, like: Tensor) -> Rotary:
-    """Rotary tables of positions in the encoder, in the dtype of `like`."""
-    return etrm.rotary_of(position, cfg.heads, cfg.hidden // cfg.heads, like.dtype)
-
-
 def position_in(cfg: ModelConfig, at: Tensor, origins: int = 0) -> Tensor:
     """Positions of `origins` tokens at the origin, then of cells at (M, 2): rotary in any case."""
     kind = cfg.positions if cfg.positions in ("rope2d", "both") else "rope"
@@ -172,13 +166,11 @@ def aligned(p: Perceiver, cfg: ModelConfig, demos: Demos, extra: Tensor | None =
     if extra is not None:
         x = (x * math.sqrt(2) + extra) / math.sqrt(5)
     seen = (demos.inputs != 0) | (demos.outputs != 0)
-    t = Packed(x, demos.cells, seen, rotary_in(cfg, position_in(cfg, demos.at), x))
+    rotary = etrm.rotary_of(cfg, position_in(cfg, demos.at), x.dtype)
+    t = Packed(x, demos.cells, None if cfg.published_faults else seen, rotary)
     for b in p.cells:
-        if cfg.published_faults:
-            t = cell_block(b, cfg, t._replace(seen=None))._replace(seen=seen)
-        else:
-            t = cell_block(b, cfg, t)
-    return t
+        t = cell_block(b, cfg, t)
+    return t._replace(seen=seen)
 
 
 def cells_of_slots(p: Perceiver, cfg: ModelConfig, demos: Demos) -> Packed:
@@ -220,11 +212,11 @@ def match(p: Perceiver, cfg: ModelConfig, batch: Batch, cells: Packed) -> tuple[
     d, t, slots = batch.demos, cfg.context_tokens, len(batch.cells)
     layout = etrm.layout_of(cfg, batch.cells, batch.at.device)
     shown, asked = cells.x.split((len(d.inputs), len(batch.inputs)))
-    rotary = rotary_in(cfg, position_in(cfg, d.at[d.by_slot]), shown)
+    rotary = etrm.rotary_of(cfg, position_in(cfg, d.at[d.by_slot]), shown.dtype)
     keys = Packed(shown[d.by_slot], d.slot_cells, cells.seen[: len(shown)][d.by_slot], rotary)
     position = position_in(cfg, batch.at, origins=slots * t)[layout.source]
     x = torch.cat((p.queries.repeat(slots, 1), asked))[layout.source]
-    tokens = Packed(x, layout.tokens, None, rotary_in(cfg, position, shown))
+    tokens = Packed(x, layout.tokens, None, etrm.rotary_of(cfg, position, shown.dtype))
     for i, s in enumerate(p.sets):
         tokens = set_block(s, cfg, tokens, keys)
         if i < len(p.mixing):
@@ -421,7 +413,7 @@ def kinds() -> dict[str, Encoder]:
     return {**ENCODERS, **importlib.import_module(PUBLISHED).ENCODERS, "table": TABLE}
 
 
-@functools.lru_cache
+@lru_cache
 def user_module(file: Path) -> dict[str, Any]:
     """The names in a Python file of the user's, run once. Raises UserError, whatever it raises."""
     try:

@@ -17,11 +17,13 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from .config import ModelConfig
-from .data import Batch
+from .data import Batch, ragged
 
 Rotary = tuple[Tensor, Tensor] | None  # cos, sin (N, 2, h, head) of queries and keys
+tree_map = functools.partial(tree_map_only, Tensor)  # (f, tree): f(leaf) in each leaf's place
 RUN, STEP = 512, 16  # tokens or keys of a chunk, about, whose scores stay in cache; see `step_of`
 
 
@@ -103,11 +105,12 @@ def position_of(kind: str, at: Tensor, raster: int) -> Tensor | None:
     return at + 1 if kind in ("rope2d", "both") else None
 
 
-def rotary_of(position: Tensor | None, heads: int, head: int, dtype: torch.dtype) -> Rotary:
+def rotary_of(cfg: ModelConfig, position: Tensor | None, dtype: torch.dtype) -> Rotary:
     """Tables of positions (N,) or (N, 2): rows turn half of a head's planes, columns the rest;
     attention's 1 / sqrt(head) is in the queries' tables. None: positions are not rotary."""
     if position is None:
         return None
+    heads, head = cfg.heads, cfg.hidden // cfg.heads
     axes = position.T if position.ndim == 2 else position[None]
     tables = waves(8192 if len(axes) == 1 else 128, head // 2 // len(axes), str(position.device))
     cos, sin = (torch.cat([table[x] for x in axes], -1) for table in tables)
@@ -278,26 +281,10 @@ def leaves(tree: Any, path: str = "") -> dict[str, Tensor]:
     return {k: v for name, x in parts for k, v in leaves(x, name).items()}
 
 
-def tree_map(f: Callable[[Tensor], Any], tree: Any) -> Any:
-    """The same tree with f(leaf) in the place of each leaf, in the order of `leaves`."""
-    if isinstance(tree, Tensor):
-        return f(tree)
-    if tree is None or isinstance(tree, int):
-        return tree
-    parts = [tree_map(f, x) for x in tree]
-    return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
-
-
 def rebuild(tree: Any, new: dict[str, Any]) -> Any:
     """The same tree with the leaves of `new`, which has every path of the tree."""
     values = iter([new[path] for path in leaves(tree)])
     return tree_map(lambda leaf: next(values), tree)
-
-
-def ragged(sizes: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """(total,) the owner of each item of owners of these sizes, and the item's number in it."""
-    owner = torch.repeat_interleave(sizes, output_size=total)
-    return owner, torch.arange(total, device=sizes.device) - (sizes.cumsum(0) - sizes)[owner]
 
 
 class Layout(NamedTuple):
@@ -353,7 +340,7 @@ def embed_input(
         if position.ndim == 1:  # one line: context tokens, then cells
             origin, position = torch.arange(t, device=e.device).repeat(slots), position + t
         position = torch.cat((origin, position))[layout.source]
-    return e, rotary_of(position, cfg.heads, cfg.hidden // cfg.heads, e.dtype)
+    return e, rotary_of(cfg, position, e.dtype)
 
 
 def reason(

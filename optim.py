@@ -29,15 +29,13 @@ def dtype_of(wanted: str, device: torch.device) -> torch.dtype:
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[wanted]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-    on_cpu = device.type == "cpu"
-    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)() if on_cpu else {}
+    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return torch.bfloat16 if able.get("amx_bf16") or able.get("avx512_bf16") else torch.float32
 
 
 def hardware(cfg: Config) -> tuple[torch.device, torch.dtype]:
     """Where a config is computed, and in which numbers. Raises UserError on an absent device."""
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    available = [name for name in present if present[name]] + ["cpu"]
+    available = ["cuda"] * torch.cuda.is_available() + ["cpu"]
     name = available[0] if cfg.train.device == "auto" else cfg.train.device
     if name not in available:
         raise UserError(f"train.device: no {name} here, only {', '.join(available)}")
@@ -116,8 +114,8 @@ class AdamAtan2(torch.optim.Optimizer):
         for group in self.param_groups:
             lr, (b1, b2) = group["lr"], group["betas"]
             for p in (p for p in group["params"] if p.grad is not None):
-                fresh = {"m": torch.zeros_like(p), "v": torch.zeros_like(p)}
-                self.state[p] = s = self.state[p] or {"step": torch.zeros(()), **fresh}
+                if not (s := self.state[p]):
+                    s.update(step=torch.zeros(()), m=torch.zeros_like(p), v=torch.zeros_like(p))
                 s["step"] += 1
                 p.mul_(1 - lr * group["weight_decay"])
                 s["m"].lerp_(p.grad, 1 - b1)

@@ -275,7 +275,7 @@ def count_evaluation(
     """Count an evaluation of held-out tasks, by content: ARC's evaluation sets and a config's own.
     The number, kept in the user's state folder, is that of the task evaluated most often; None
     where it cannot be written, {} where no task is held out."""
-    named = [s for s in held_out if s in known or Path(s).exists()]
+    named = [s for s in held_out if s in known or os.path.exists(os.path.expanduser(s))]
     held = frozenset().union(*map(contents, ("arc1:evaluation", "arc2:evaluation", *named)))
     tasks = sorted({sources.task_hash(t)[:16] for t in sum(known.values(), [])} & held)
     if not tasks:

@@ -75,10 +75,10 @@ def timelines(solver: solve.Solver, tasks: Sequence[Task]) -> list[Timeline]:
 def timeline(solver: solve.Solver, task: Task, query: int) -> Timeline:
     """That of one query. Raises UserError where there is no such query or no canvas for it."""
     if not 0 <= query < len(task.queries):
-        raise UserError(f"--query {query}: task {task.name} has {len(task.queries)}, from 0")
+        raise UserError(f"--query {query}: {task.name} has {len(task.queries)} queries, from 0")
     shown = timelines(solver, [task])[query]
     if not shown.steps:
-        raise UserError(f"task {task.name}: needs a canvas larger than any trained on")
+        raise UserError(f"task {task.name}: needs a canvas larger than data.max_side")
     return shown
 
 

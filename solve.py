@@ -264,22 +264,25 @@ def predictions(
             yield score.unions(p._replace(seconds=seconds) for p in votes)
 
 
-NO_WEIGHTS = Params((), ())  # type: ignore[arg-type]
 NO_PAIRS = torch.zeros(0, 16, dtype=torch.uint8)
 SUBMISSIONS = "etrm_arc.extras.submissions"  # the module that writes them
 SOLVERS = {"experts": "etrm_arc.extras.experts"}  # name: a module with `predict`
 FREE = ("train.device", "train.dtype", "data.max_side", "solve.")  # of a checkpoint's config
 
 
+def changed(raw: dict[str, Any], sets: Sequence[str], where: str) -> Config:
+    """The config of `raw`, of which `sets` change FREE fields."""
+    for item in sets:
+        if not item.partition("=")[0].strip().startswith(FREE):
+            raise UserError(f"--set {item}: only {', '.join(FREE)}* may change here")
+        config.set_item(raw, item)
+    return config.parse_config(raw, "--set" if sets else where)
+
+
 def opened(path: str | Path, sets: Sequence[str] = ()) -> Solver:
     """A checkpoint's EMA with the config it was trained with; `sets` may change FREE fields."""
     c = checkpoint.load(path)
-    raw = c.meta["config"]
-    for item in sets:
-        if not item.partition("=")[0].strip().startswith(FREE):
-            raise UserError(f"--set {item}: a checkpoint lets only {', '.join(FREE)}* change")
-        config.set_item(raw, item)
-    cfg = config.parse_config(raw, str(c.path))
+    cfg = changed(c.meta["config"], sets, str(c.path))
     if (cfg.data.canvas or cfg.data.max_side) > (largest := cfg.model.raster):
         raise UserError(f"data.max_side: must be at most model.raster = {largest}")
     how = {k: v for k, v in msgspec.to_builtins(cfg.solve).items() if k != "views"}
@@ -295,11 +298,8 @@ def solver_of(name: str | Path, sets: Sequence[str] = ()) -> Solver:
     """A checkpoint that can be asked, or a hand-made solver by its name."""
     if str(name) in SOLVERS and not Path(name).exists():
         module = importlib.import_module(SOLVERS[str(name)])
-        raw: dict[str, Any] = {}
-        for item in sets:
-            config.set_item(raw, item)
-        cfg = config.parse_config(raw, str(name))
-        return Solver(Path(name), cfg, module.SOURCE, NO_WEIGHTS, {}, NO_PAIRS, module.predict)
+        cfg = changed({}, sets, str(name))
+        return Solver(Path(name), cfg, module.SOURCE, Params((), ()), {}, NO_PAIRS, module.predict)
     solver = opened(name, sets)
     if not all(x.isfinite().all() for x in etrm.leaves(solver.params).values()):
         raise UserError(f"{solver.path}: its weights are no numbers (NaN): the run diverged")

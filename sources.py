@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import importlib.util
 import logging
 import os
@@ -68,7 +67,8 @@ def check_pair(pair: Any, where: str, is_demo: bool, answer: Any = None) -> tupl
         raise UserError(f'{where}: a pair needs "input"' + ' and "output"' * is_demo)
     side = MAX_SIDE if is_demo else QUERY_SIDE
     x = check_grid(x, f"{where}.input", side)
-    return x, None if y is None else check_grid(y, f"{where}.output", side)
+    where += ".output" if answer is None else ", in the solutions file"
+    return x, None if y is None else check_grid(y, where, side)
 
 
 def check_task(

@@ -6,7 +6,6 @@ Read `train_step` and `fit` first. Axes: B slots of a shard, T context tokens, D
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
 import json
 import math
@@ -382,8 +381,7 @@ def watch(s: Setup, ema: dict[str, Tensor]) -> Row:
 # ---------------------------------------------------------------- the state of a run
 
 
-@dataclasses.dataclass
-class Progress:
+class Progress(msgspec.Struct):
     """How far a run has come, beside its tensors; saved in every state."""
 
     scale: float = 1.0  # of the loss, in fp16
@@ -391,13 +389,12 @@ class Progress:
     seconds: float = 0.0
     best: float | None = None  # loss of the best evaluation
     waited: int = 0  # evaluations since then
-    last: Row = dataclasses.field(default_factory=Row)  # of the last evaluation
+    last: Row = {}  # of the last evaluation
     ended: str = ""  # why the run is over; "" while it is not
     rows: int = 0  # of metrics so far
 
 
-@dataclasses.dataclass
-class State:
+class State(msgspec.Struct):
     """All that changes during a run, beside the parameters."""
 
     ema: dict[str, Tensor]
@@ -431,8 +428,7 @@ def save(run: Run, s: Setup, state: State, names: Sequence[str], full: bool) -> 
     trees = {"params": s.params, "ema": state.ema}
     weights = {f"{tree}.{k}": v for tree, named in trees.items() for k, v in named.items()}
     weights = checkpoint.copied({**weights, "pairs": state.pairs})
-    facts = json.loads(json.dumps({**s.meta, **dataclasses.asdict(state.progress)}))
-    facts["score"] = facts["last"]
+    facts = {**s.meta, **msgspec.structs.asdict(state.progress), "score": state.progress.last}
     if full:
         others = {"sums": state.sums, **optim.optimizer_tensors(state.opts)}
         tensors |= checkpoint.copied(others)
@@ -579,7 +575,8 @@ def plan(s: Setup, timed: bool) -> Row:
     cfg, slots = s.cfg, torch.arange(s.cfg.train.batch)
     middle = data.dealt(s.deck, torch.full((len(slots),), 0.5), slots)
     queries = data.queries(s.tasks, cfg.data.query, cfg.data)
-    row: Row = {"tasks": s.meta["tasks"], "queries_left_out": int((~queries.fits).sum())}
+    row: Row = {"tasks": s.meta["tasks"]}
+    row["queries_left_out"] = int((~(queries.fits & queries.known)).sum())
     row["guard"] = str(msgspec.convert(s.meta["finding"], sources.Finding))
     row |= {k: s.meta[k] for k in ("init_from",) if k in s.meta}
     row |= {"parameters": sum(p.numel() for p in s.params.values()), "dtype": s.meta["dtype"]}

@@ -35,7 +35,6 @@ from ..encoders import (
     init_set_block,
     position_in,
     repeated,
-    rotary_in,
     set_block,
 )
 from ..etrm import Context, normal, rms
@@ -179,7 +178,7 @@ def pair_vectors(p: Standard, cfg: ModelConfig, demos: Demos) -> Tensor:
     below = demos.at + demos.at.new_tensor([[cfg.raster, 0]])  # the output continues the raster
     position = position_in(cfg, torch.cat((demos.at, below)), origins=lead * n)
     order, sizes = in_pairs(demos, lead), [lead + 2 * c for c in demos.cells]
-    rotary, seen = rotary_in(cfg, position[order], x), seen[order]
+    rotary, seen = etrm.rotary_of(cfg, position[order], x.dtype), seen[order]
     t = through_cells(p, cfg, Packed(x[order], sizes, seen, rotary))
     if lead:
         size = torch.tensor(sizes, dtype=torch.int64, device=x.device)
@@ -190,7 +189,7 @@ def pair_vectors(p: Standard, cfg: ModelConfig, demos: Demos) -> Tensor:
 def grid_vectors(p: Standard, cfg: ModelConfig, demos: Demos) -> Tensor:
     """(N, D): every grid by itself to a vector, the two of a demo to one: its rule."""
     x, seen = embedded(p, cfg, demos)
-    rotary = rotary_in(cfg, position_in(cfg, demos.at.repeat(2, 1)), x)
+    rotary = etrm.rotary_of(cfg, position_in(cfg, demos.at.repeat(2, 1)), x.dtype)
     t = through_cells(p, cfg, Packed(x, demos.cells * 2, seen, rotary))
     return torch.cat(pooled(p, cfg, t, seen).chunk(2), -1) @ p.pool_proj.T
 
@@ -282,7 +281,7 @@ def recur_cycles(p: Standard, cfg: ModelConfig, read: DemoVectors, z: Tensor) ->
     slots, _, t, _ = z.shape
     e = mean_of(read).repeat_interleave(t, 0)
     z_H, z_L = (x.flatten(0, 1) for x in z.unbind(1))
-    rotary = rotary_in(cfg, torch.arange(t, device=z.device).repeat(slots), z)
+    rotary = etrm.rotary_of(cfg, torch.arange(t, device=z.device).repeat(slots), z.dtype)
 
     def level(x: Tensor) -> Tensor:
         tokens = Packed(x, (t,) * slots, None, rotary)

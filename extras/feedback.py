@@ -58,8 +58,8 @@ def step(
     rest of the batch; of a grid alone it is the same."""
     p: Feedback = params.core
     x = torch.where(batch.inputs >= FIRST_COLOUR, batch.inputs - FIRST_COLOUR, COLOURS)
-    position, head = etrm.position_of("rope2d", batch.at, cfg.raster), cfg.hidden // cfg.heads
-    rotary = etrm.rotary_of(position, cfg.heads, head, p.embed.dtype)
+    position = etrm.position_of("rope2d", batch.at, cfg.raster)
+    rotary = etrm.rotary_of(cfg, position, p.embed.dtype)
     slot_of = etrm.ragged(torch.tensor(batch.cells, device=x.device), len(x))[0]
     begins = carry.halted[slot_of][:, None]
     start = torch.eye(1, COLOURS, dtype=carry.z_H.dtype, device=x.device)  # the first colour

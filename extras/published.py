@@ -66,8 +66,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # of many kinds, for a file may hold anything
-        reason = (str(e).strip() or repr(e)).splitlines()[0]
-        raise UserError(f"{path}: no state dict: {reason}") from None
+        raise UserError(f"{path}: no checkpoint ({type(e).__name__})") from None
     if not isinstance(state, dict) or not state:
         raise UserError(f"{path}: no bare state dict of names and tensors")
     for name, x in state.items():

@@ -6,7 +6,6 @@ Families of the dev split are left out; the guard compares the pairs of all othe
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import random
 import sys

@@ -174,7 +174,7 @@ def asked_by(
     solver = solve.opened(folder)
     chosen = solver.cfg.data
     known = score.load_by_source(places or chosen.dev, 0 if places else chosen.max_eval_tasks)
-    if not (tasks := [t for ts in known.values() for t in ts]):
+    if not (tasks := [t for ts in known.values() for t in ts if t.queries]):
         raise UserError("trained without a dev split; name tasks with --data")
     return solver, list(known), tasks
 
@@ -224,6 +224,8 @@ def page(folder: str | Path, places: Sequence[str] = ()) -> dict[str, Any]:
 
 def report(folder: str | Path, places: Sequence[str]) -> tuple[Path, dict[str, Any]]:
     """Write the page as one file that needs no network; (where, what it shows)."""
+    if places:
+        sources.load(places)  # a mistake there is the user's
     shown, path = page(folder, places), Path(folder) / "report.html"
     template = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
     # no tag ends within the data; a number that is not finite is null
@@ -384,7 +386,7 @@ def evaluated_lines(result: dict[str, Any]) -> list[str]:
         what = "held out" if result["held_out"] else "NOT held out: shares pairs with training"
     lines = [f"{', '.join(result['data'])}: {what}; {facts}", *score_lines(result)]
     if left := result["unanswered"]:
-        reasons = "larger than any canvas trained on, or the budget ended"
+        reasons = "larger than data.max_side, or no time was left"
         lines.append(f"{left} queries have no answer: {reasons}")
     if left := result["without_query"]:
         lines.append(f"{left} tasks have no query (no test pair) and are left out")

@@ -47,7 +47,7 @@ def read_submission(path: Path) -> list[Prediction]:
             given = [k for k in ATTEMPTS if both[k] not in (None, [])]
             grids = [sources.check_grid(both[k], f"{where}, {k}") for k in given]
             grids = [x for x in grids if not np.array_equal(x, PLACEHOLDER)]
-            grids = grids[: 1 if len(grids) == 2 and np.array_equal(*grids) else 2]
+            grids = grids[: 1 if len(grids) == 2 and np.array_equal(grids[0], grids[1]) else 2]
             votes = [Vote(x, view=n, source=str(path)) for n, x in enumerate(grids)]
             canvas = tokenise(grids[0], (MAX_SIDE, MAX_SIDE)) if grids else None
             predictions.append(Prediction(name, i, "", votes, canvas, source=str(path)))

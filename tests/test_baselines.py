@@ -120,7 +120,7 @@ def naive(p, cfg, grid):
     """One grid by itself, call by call as described, until it is surer than 0.9."""
     x = torch.where(grid >= 2, grid - 2, 10).flatten()
     at = torch.cartesian_prod(torch.arange(grid.shape[0]), torch.arange(grid.shape[1]))
-    rotary = etrm.rotary_of(at + 1, cfg.heads, cfg.hidden // cfg.heads, p.embed.dtype)
+    rotary = etrm.rotary_of(cfg, at + 1, p.embed.dtype)
     width = (cfg.hidden,)
 
     def net(s):

@@ -159,7 +159,10 @@ def test_data_and_runs_describe_and_compare(run, tmp_path):
         (["train", "overfit", "--fast"], "has no [fast] table"),
         (["train", "cpu", "--set", 'data.train=["a\\.b"]'], "--set data.train: broken TOML"),
         (["train", "cpu", "--set", "init_from.path=runs/a"], "runs/a: no such checkpoint"),
-        (["eval", "nowhere"], "no such checkpoint"),
+        (["eval", "nowhere"], "no such checkpoint; shipped: cpu-best, cpu-plain"),
+        (["eval", "cpu-plain", "--views", "-1"], "--set: solve.views: expected"),
+        (["eval", "experts", "--set", "train.batch=7"], "only train.device"),
+        (["train", "cpu", "--set", "run.dir="], "run.dir: expected"),
         (["eval", "cpu-plain", "task.json"], "--data task.json"),
     ],
 )

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 
 from etrm_arc import data, etrm
+from etrm_arc.config import ModelConfig
 from etrm_arc.encoders import init_params
 from etrm_arc.etrm import Output, act_loss, act_step, fresh_carry, leaves, tree_map
 from etrm_arc.tests import puzzles
@@ -231,7 +232,8 @@ def test_the_loss_of_a_slot_is_its_own(g):
 @given(generators, st.sampled_from(["rope", "rope2d"]))
 def test_rotation_keeps_lengths_and_sees_distances_only(g, kind):
     at = torch.cartesian_prod(torch.arange(6), torch.arange(6))
-    rotary = etrm.rotary_of(etrm.position_of(kind, at, 30), 1, 16, torch.float32)
+    cfg = ModelConfig(hidden=16, heads=1)
+    rotary = etrm.rotary_of(cfg, etrm.position_of(kind, at, 30), torch.float32)
     qk = torch.randn(36, 2, 1, 16, generator=g)
     scale = torch.tensor([0.25, 1.0])
     puzzles.close([etrm.rotate(qk, rotary).norm(dim=-1)], [qk.norm(dim=-1) * scale[:, None]])

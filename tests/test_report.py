@@ -60,9 +60,12 @@ def test_hidden_outputs_and_absent_files_are_said(copy, tmp_path):
     (tmp_path / "h.json").write_text(json.dumps(task))
     assert "0 queries" in report.page(copy)["note"]
     vote(copy, sources.load([str(tmp_path / "h.json")])[0], np.eye(2, dtype=np.uint8), source="x")
-    page = report.page(copy, [str(tmp_path / "h.json")])
+    (tmp_path / "demos.json").write_text(json.dumps({"train": task["train"]}))  # no query
+    page = report.page(copy, [str(tmp_path / "h.json"), str(tmp_path / "demos.json")])
     assert [(e["status"], e["target"]) for e in page["gallery"]] == [("output hidden", None)]
     assert "not these weights" in page["note"]
+    with pytest.raises(UserError, match="nowhere"):
+        report.report(copy, ["nowhere"])
     for weights in copy.glob("*.safetensors"):
         weights.unlink()
     page = report.page(copy)

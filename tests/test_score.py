@@ -183,6 +183,7 @@ def test_what_machines_disagree_about_does_not_go_by_their_order():
 
 def test_held_out_evaluations_are_counted_by_the_content_of_tasks(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setenv("HOME", str(SET.parent))
     tasks = sources.load(["arc2:evaluation"])[:6]
 
     def count(some, held_out=("no/such/source",)):
@@ -191,7 +192,7 @@ def test_held_out_evaluations_are_counted_by_the_content_of_tasks(tmp_path, monk
     assert count(tasks[::2]) == count(tasks[1::2]) == 1  # two shards are one evaluation
     assert count(tasks) == 2 and count(tasks[:1]) == 3 and count(tasks[1:2]) == 3
     ours = sources.load([str(SET)])
-    assert count(ours) == 0 and count(ours, [str(SET / "flip.json")]) == 1
+    assert count(ours) == 0 and count(ours, [f"~/{SET.name}/flip.json"]) == 1
     [file] = (tmp_path / "etrm-arc").iterdir()
     with open(file, "a") as f:
         f.write('[1]\n{"tasks": 3}\nno json\n{"tasks": [[1]]}\n\xff\n')

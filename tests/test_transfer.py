@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from etrm_arc import checkpoint, sources, train
-from etrm_arc.config import UserError
+from etrm_arc.config import EncoderConfig, ModelConfig, UserError
 from etrm_arc.etrm import leaves
 from etrm_arc.extras import published as extras
 from etrm_arc.tests.published import sub
@@ -71,6 +71,8 @@ def test_what_no_tensor_says_is_compared_too(ours, tmp_path, field, value):
     with pytest.raises(UserError, match=rf"has {field} = .*, the model {value}"):
         train.setup(initialised(tmp_path, ours, **options))
     assert train.setup(initialised(tmp_path, ours, init_from__force=True, **options))
+    recurrent = [ModelConfig(encoder=EncoderConfig("recurrent", H_cycles=n)) for n in (2, 3)]
+    assert checkpoint.meaning(recurrent[0]) != checkpoint.meaning(recurrent[1])
     if "encoder" in field:  # of a core alone it does not matter
         assert train.setup(initialised(tmp_path, ours, init_from__take=[r"core\..*"], **options))
 
